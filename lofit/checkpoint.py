@@ -1,0 +1,154 @@
+"""From a folder or a hub id to a model, and back. Nothing but safetensors is ever read.
+
+The model is built on torch's meta device (no memory), then every tensor of the checkpoint is
+assigned to its place, strictly: a missing or an unknown tensor is an error.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from lofit.config import ModelConfig
+from lofit.errors import InputError
+from lofit.files import open_tensors, read_json, write_atomic, write_json
+from lofit.model import CausalLM
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TO_CONVERT = (
+    "pickled weights are never loaded; convert them once where you trust the file, e.g. with"
+    " transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from; every artefact of a run carries it.
+
+    fingerprint: 16 hex digits over names, shapes and sampled values of all tensors as stored.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+def load_model(
+    name: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> CausalLM:
+    """Load a frozen model in eval mode; `.source` says where from.
+
+    name: a folder with config.json and safetensors, or a hub id such as meta-llama/Llama-2-7b-hf.
+    Raises InputError for anything missing, damaged, unsupported or left over.
+    """
+    folder = find_folder(name, revision)
+    config = ModelConfig.from_file(folder / "config.json")
+    with torch.device("meta"):
+        model = CausalLM(config)
+    weights: dict[str, torch.Tensor] = {}
+    digests: dict[str, bytes] = {}
+    for path in tqdm(weight_files(folder), desc="loading", unit="file", disable=None, leave=False):
+        with open_tensors(path) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key.endswith("rotary_emb.inv_freq"):  # a table that old Llama files carry
+                    continue
+                tensor = file.get_tensor(key)
+                digests[key] = _digest(tensor)
+                weights[key] = tensor.to(device=device, dtype=dtype)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    _check_tensors(weights, model, folder)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    hashed = hashlib.sha256(b"".join(k.encode() + digests[k] for k in sorted(digests)))
+    commit = folder.name if folder.parent.name == "snapshots" else revision
+    model.source = Source(str(name), commit, hashed.hexdigest()[:16])
+    return model.requires_grad_(False).eval()
+
+
+def find_folder(name: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is; anything else is a hub id, fetched into the HF cache."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such model folder (nor a hub id like owner/name)")
+    wanted = ["*.json", "*.safetensors", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+    except hub_errors.GatedRepoError:
+        cure = "accept its licence on huggingface.co, then set HF_TOKEN"
+        raise InputError(f"{name}: gated repository; {cure}") from None
+    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name}: neither a folder here nor to be fetched from the hub ({reason})"
+        ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files: one, or the shards that the index names."""
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{folder / INDEX}: no weight_map; expected tensor name -> shard file")
+        shards = sorted({str(shard) for shard in weight_map.values()})
+        for shard in shards:
+            if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+                raise InputError(f"{folder / INDEX}: shard path {shard!r} leaves the folder")
+            if not (folder / shard).exists():
+                raise InputError(f"{folder / shard}: shard is missing; fetch the checkpoint again")
+        return [folder / shard for shard in shards]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickled:
+        raise InputError(f"{folder / pickled[0]}: {TO_CONVERT}")
+    raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it")
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    """Hash of a tensor's shape and of up to 64 of its values, evenly spread."""
+    flat = tensor.flatten()
+    sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float64)
+    return hashlib.sha256(f"{tuple(tensor.shape)} {sample.tolist()}".encode()).digest()
+
+
+def _check_tensors(weights: dict[str, torch.Tensor], model: CausalLM, folder: Path) -> None:
+    expected = model.state_dict()
+    for what, names in (
+        ("lacks", sorted(expected.keys() - weights.keys())),
+        ("has unknown", sorted(weights.keys() - expected.keys())),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(
+                f"{folder}: the checkpoint {what} tensors {', '.join(names[:3])}{more};"
+                " do config.json and the weights belong together?"
+            )
+    for key, tensor in weights.items():
+        if tensor.shape != expected[key].shape:
+            raise InputError(
+                f"{folder}: tensor {key} is {list(tensor.shape)}, config.json says"
+                f" {list(expected[key].shape)}"
+            )
+
+
+def save_model(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors in HF's format (tied weights once)."""
+    weights = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    write_atomic(folder / SINGLE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    name = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})

@@ -1,0 +1,113 @@
+"""Reading and writing files: whole or not at all, and errors that name file and line."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lofit.errors import InputError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` and rename the result to `path`; an interrupted write leaves nothing.
+
+    Raises InputError where the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON atomically; lists of plain numbers stay on one line."""
+    write_text(path, _json(value) + "\n")
+
+
+def _json(value: object, indent: str = "") -> str:
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        items = (f"{inner}{json.dumps(k)}: {_json(v, inner)}" for k, v in value.items())
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
+    """Write safetensors atomically, with `info` as JSON under the header's key "lofit"."""
+    metadata = {"format": "pt", "lofit": json.dumps(info)}
+    write_atomic(path, lambda p: save_file(tensors, p, metadata=metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Inverse of `write_tensors`. Raises InputError if missing, damaged or not ours."""
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+        if "lofit" not in metadata:
+            raise InputError(f"{path}: not written by train.py (no 'lofit' entry in its header)")
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["lofit"])  # noqa: SIM118
+
+
+def open_tensors(path: Path, device: str = "cpu") -> safe_open:
+    """`safe_open` with errors that say what to do."""
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: not a whole safetensors file ({error}); fetch it again"
+        ) from None
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises InputError that names the file and line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable ({error})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("FILE, line N", object) per non-blank line. InputError if malformed or empty."""
+    empty = True
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                empty = False
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{where}: not valid JSON ({error.msg})") from None
+                if not isinstance(value, dict):
+                    raise InputError(f"{where}: expected a JSON object")
+                yield where, value
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; --data names the folder above it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable ({error})") from None
+    if empty:
+        raise InputError(f"{path}: the split is empty; expected one JSON object a line")

@@ -1,0 +1,210 @@
+"""A Llama transformer in plain PyTorch, with one slot per attention layer for LoFiT.
+
+Shapes:  B batch · T position · D hidden_size · V vocab_size
+         n_heads query heads · n_kv_heads key/value heads · head_dim
+
+Module attributes carry HF's parameter names, so `CausalLM.state_dict()` *is* an HF checkpoint.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lofit import rope
+from lofit.config import ModelConfig
+
+ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the division in fp32 as in HF: in bf16 the mean of squares is off."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once and written at given positions."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, like: torch.Tensor):
+        """`like` gives device and dtype. length: prompt plus new tokens."""
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length)
+        self.k = like.new_zeros(*shape, config.head_dim)
+        self.v = like.new_zeros(*shape, config.head_dim)
+
+    def write(
+        self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k, v: [B, n_kv_heads, T, head_dim] at positions: [B, T]; return all of the layer's
+        keys and values: [B, n_kv_heads, length, head_dim]."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        # advanced indices around a slice put [B, T] in front: hence the transposes
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer], self.v[layer]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attention over q: [B, n_heads, T, head_dim] and k, v: [B, n_kv_heads, S, head_dim].
+
+    mask: bool [B, 1, T, S], True where a query may look; None = causal (S = T), which keeps the
+    fused kernels. Returns [B, n_heads, T, head_dim].
+    """
+    if k.shape[1] != q.shape[1]:  # grouped-query: each key/value head serves a group of queries
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        return plain_attention(q, k, v, mask, scale)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """The formula that the fused kernels compute, all heads alike; arguments as in `attend`.
+
+    Training on CPU takes this one: there the fused kernel's backward pass alone cost as much as all
+    matrix products of a step (8 layers of 16 heads x 16, 4096 tokens), this one a tenth of it.
+    """
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = (q * scale) @ k.transpose(-1, -2)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_dim = config.num_attention_heads * config.head_dim
+        kv_dim = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=bias)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=bias)
+        self.head_out = nn.Identity()  # the slot: heads.py puts a HeadScale or HeadOffset here
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        def split(y: torch.Tensor) -> torch.Tensor:  # [B, T, heads*head_dim] -> [B, heads, T, ..]
+            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        q, k = rope.rotate(q, *cos_sin), rope.rotate(k, *cos_sin)
+        if cache is not None:
+            whole = cache.write(self.layer, positions, k, v)
+            # a prompt (mask None) attends to itself; a later step to all that was written
+            k, v = (k, v) if mask is None else whole
+        z = attend(q, k, v, mask, self.head_dim**-0.5).transpose(1, 2)  # [B, T, n_heads, head_dim]
+        z = self.head_out(z)  # LoFiT acts here and nowhere else (paper, section 3)
+        return self.o_proj(z.flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
+        self.act = ACTIVATION[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, *attention_args) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """input_ids: [B, T] int64 -> final hidden states [B, T, D].
+
+        Without `positions`, rows start at position 0 and attention is causal within them: training
+        and the prompt. Right padding needs no mask, for no real token looks to its right. With
+        `positions` [B, T] (and a cache), each token attends to every cached position up to its own.
+        """
+        mask = None
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        else:
+            reach = torch.arange(cache.k.shape[3], device=input_ids.device)
+            mask = reach <= positions[:, None, :, None]  # [B, 1, T, length]
+        cos_sin = rope.cos_sin(self.config, positions)
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, cos_sin, mask, cache, positions)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """The language model. `.model` gives hidden states, `.lm_head` turns them into logits; both
+    are called apart where logits are needed at a few positions only."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share the embedding matrix with `lm_head` where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """input_ids: [B, T] -> logits [B, T, V]. See `Transformer.forward`."""
+        return self.lm_head(self.model(input_ids, positions, cache))

@@ -1,0 +1,64 @@
+"""Hyperparameters by model and task: the paper's own, and the miniatures'.
+
+The paper's values: arXiv 2406.01563, appendix, as the public code's launch scripts have them
+(fc2869/lo-fit at ebd344a). The miniatures' values were chosen on the validation split.
+"""
+
+from dataclasses import dataclass
+
+from lofit.config import ModelConfig
+from lofit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Values of both steps; `heads` is K as a number or a share ("10%")."""
+
+    select_lr: float
+    l1: float
+    offset_lr: float
+    heads: str
+    select_epochs: int = 5
+    offset_epochs: int = 5
+    batch_size: int = 8
+
+
+# (layers, query heads) tell the paper's models apart from all others
+SHAPES = {
+    ("llama", 32, 32): "Llama-2-7B",
+    ("llama", 40, 40): "Llama-2-13B",
+    ("llama", 8, 16): "mini-llama",
+}
+RECIPES = {
+    ("Llama-2-7B", "mquake"): Recipe(select_lr=5e-3, l1=1e-3, offset_lr=1e-2, heads="32"),
+    ("Llama-2-13B", "mquake"): Recipe(select_lr=1e-3, l1=1e-3, offset_lr=8e-3, heads="48"),
+    ("mini-llama", "mquake"): Recipe(
+        select_lr=2e-2, l1=1e-4, select_epochs=10, offset_lr=0.15, offset_epochs=30, heads="10%"
+    ),
+}
+FALLBACK = "Llama-2-7B"
+
+
+def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:
+    """(origin, recipe) for a model's shape; any other model gets Llama-2-7B's with 3 % of heads."""
+    shape = (config.model_type, config.num_hidden_layers, config.num_attention_heads)
+    name = SHAPES.get(shape)
+    if (name, task) in RECIPES:
+        return f"recipe of {name}", RECIPES[name, task]
+    base = RECIPES[FALLBACK, task]
+    values = {k: v for k, v in vars(base).items() if k != "heads"}
+    return f"recipe of {FALLBACK}, for want of one", Recipe(**values, heads="3%")
+
+
+def count_heads(text: str, config: ModelConfig) -> int:
+    """ "13" or "10%" -> K, 1 <= K <= all query heads of the model. Raises InputError."""
+    total = config.num_hidden_layers * config.num_attention_heads
+    try:
+        k = round(float(text[:-1]) / 100 * total) if text.endswith("%") else int(text)
+    except ValueError:
+        raise InputError(
+            f"number of heads {text!r}: expected a number like 32 or a share like 3%"
+        ) from None
+    if not 1 <= k <= total:
+        raise InputError(f"number of heads {text}: {k} is not in 1..{total}, the heads there are")
+    return k

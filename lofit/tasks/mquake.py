@@ -1,0 +1,55 @@
+"""MQuAKE (knowledge edits), in the paper's protocol: the prompt states an edit, the answer is what
+would then be true. Reads DATA/MQuAKE/{train,val,test}.jsonl."""
+
+from pathlib import Path
+
+from lofit.errors import InputError
+from lofit.files import read_jsonl
+from lofit.tasks import Example
+
+FOLDER = "MQuAKE"
+MAX_NEW_TOKENS = 16
+METRICS = ("em", "em_stripped", "old_answer")
+MAIN_METRIC = "em_stripped"
+
+
+def prompt(edit: str, question: str) -> str:
+    """No space follows `A:`, neither here nor in front of the answer that training appends."""
+    return f"Q: Imagine that {edit}. {question} A:"
+
+
+def read(data: Path, split: str) -> list[Example]:
+    """The examples of a split. Raises InputError that names file, line and key."""
+    examples = []
+    for where, case in read_jsonl(data / FOLDER / f"{split}.jsonl"):
+        try:
+            rewrite = case["requested_rewrite"][0]
+            statement = rewrite["prompt"].replace("{}", rewrite["subject"])
+            edit = f"{statement} {rewrite['target_new']['str']}"
+            example = Example(
+                prompt=prompt(edit, case["questions"][0]),  # the first of three paraphrases
+                answer=case["new_answer"],
+                references=(case["new_answer"], *case["new_answer_alias"]),
+                outdated=(case["answer"], *case["answer_alias"]),
+            )
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise InputError(f"{where}: not a MQuAKE case, missing or wrong: {error!r}") from None
+        examples.append(example)
+    return examples
+
+
+def extract(text: str) -> str:
+    """The prediction in prompt + continuation: what follows the last `A:`, up to a line break."""
+    return text.rpartition("A:")[2].partition("\n")[0]
+
+
+def score(prediction: str, example: Example) -> dict[str, float]:
+    """em: equals the new answer or an alias, lower case, as the public code compares (a leading
+    space counts as wrong); em_stripped: without outer white space; old_answer: stripped, equals
+    what was true before the edit."""
+    said, right = prediction.lower(), [r.lower() for r in example.references]
+    return {
+        "em": float(said in right),
+        "em_stripped": float(said.strip() in right),
+        "old_answer": float(said.strip() in [r.lower() for r in example.outdated]),
+    }

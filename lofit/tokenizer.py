@@ -1,0 +1,117 @@
+"""One small interface over both kinds of tokenizer file: tokenizer.json and tokenizer.model."""
+
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from lofit.checkpoint import find_folder
+from lofit.config import ModelConfig
+from lofit.errors import InputError
+from lofit.files import read_json
+
+
+class Tokenizer:
+    """Text to ids and back. bos is put in front exactly once; eos is never added here.
+
+    bos_id: int or None; eos_ids: the ids that end a generation, the first is the one to train on.
+    """
+
+    def __init__(self, backend: "_Json | _SentencePiece", bos_id: int | None, eos_ids: tuple):
+        self._backend, self.bos_id, self.eos_ids = backend, bos_id, eos_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, bos first where the model has one."""
+        return self.encode_pair(text, "")[0]
+
+    def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """Ids of prompt + answer tokenized jointly, and how many of them (bos too) are prompt.
+
+        A token that reaches into the answer counts as answer; found by character offsets.
+        """
+        ids, ends = self._backend.encode(prompt + answer)
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return bos + ids, len(bos) + sum(end <= len(prompt) for end in ends)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids without special tokens. Decode a prompt together with what follows it:
+        a SentencePiece tokenizer drops the space in front of the first word."""
+        return self._backend.decode(ids)
+
+
+class _Json:
+    def __init__(self, path: Path):
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.size = self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def id_of(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+
+class _SentencePiece:
+    def __init__(self, path: Path):
+        try:
+            self.backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path}: not a SentencePiece model ({error})") from None
+        self.size = self.backend.get_piece_size()
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        pieces = self.backend.encode(text, out_type="immutable_proto").pieces
+        return [piece.id for piece in pieces], [piece.end for piece in pieces]
+
+    def decode(self, ids: list[int]) -> str:
+        # ids past the end: rows that padded vocabularies have and no text stands for
+        return self.backend.decode([i for i in ids if i < self.size])
+
+    def id_of(self, token: str) -> int | None:
+        found = self.backend.piece_to_id(token)
+        return None if found == self.backend.unk_id() else found
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a model folder or hub id; tokenizer.json goes before tokenizer.model.
+
+    bos and eos come from config.json, or by name from tokenizer_config.json. Raises InputError.
+    """
+    folder = find_folder(name, revision)
+    backend: _Json | _SentencePiece
+    if (folder / "tokenizer.json").exists():
+        backend = _Json(folder / "tokenizer.json")
+    elif (folder / "tokenizer.model").exists():
+        backend = _SentencePiece(folder / "tokenizer.model")
+    else:
+        raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model in it")
+    config = ModelConfig.from_file(folder / "config.json")
+    if backend.size > config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {backend.size} tokens, config.json's vocab_size is"
+            f" {config.vocab_size}; are both files of the same model?"
+        )
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    bos = (
+        config.bos_token_id if config.bos_token_id is not None else _named(backend, settings, "bos")
+    )
+    eos = config.eos_token_id or (_named(backend, settings, "eos"),)
+    if eos == (None,):
+        raise InputError(f"{folder / 'config.json'}: no eos_token_id, nor an eos_token by name")
+    return Tokenizer(backend, None if settings.get("add_bos_token") is False else bos, eos)
+
+
+def _named(backend: "_Json | _SentencePiece", settings: dict, kind: str) -> int | None:
+    token = settings.get(f"{kind}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return None if token is None else backend.id_of(token)

@@ -1,0 +1,104 @@
+"""Step 2 of LoFiT: learn an offset vector for each chosen head; nothing else of the model changes.
+
+python train.py --task mquake              # heads.json of the run -> offsets.safetensors
+python train.py --heads random             # a control: as many heads, drawn by the seed
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from lofit import errors
+from lofit.heads import (
+    Head,
+    attach_offsets,
+    gather_offsets,
+    init_offsets,
+    load_heads,
+    rank_heads,
+    save_offsets,
+)
+from lofit.recipes import count_heads
+from lofit.report import mean
+from lofit.session import Session, add_common_args
+from lofit.training import Schedule, fit
+
+EVAL_BATCH = 64
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_args(parser)
+    parser.add_argument(
+        "--heads", help="FILE, random or all (default: heads.json of the run folder)"
+    )
+    parser.add_argument("--top", help="how many heads of FILE or at random: a number or 3%%")
+    parser.add_argument("--lr", type=float, help="peak learning rate of the offsets")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
+    return parser.parse_args(argv)
+
+
+def choose_heads(args: argparse.Namespace, run: Session) -> list[Head]:
+    """The heads to train: all, drawn at random by the seed, or from select_heads.py's file."""
+    config = run.model.config
+    every = [
+        (layer, head)
+        for layer in range(config.num_hidden_layers)
+        for head in range(config.num_attention_heads)
+    ]
+    if args.heads == "all":
+        return every
+    if args.heads == "random":
+        k = count_heads(run.setting("top", args.top, run.recipe.heads), config)
+        return random.Random(run.seed).sample(every, k)
+    path = Path(args.heads or run.folder / "heads.json")
+    if not path.exists():
+        raise errors.InputError(f"{path}: no such file; run select_heads.py first, or name a file")
+    heads, scores = load_heads(path, run.model)
+    return rank_heads(scores, count_heads(args.top, config)) if args.top else heads
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    control = args.heads in ("random", "all")
+    run = Session(args, "train", run_suffix=f"-{args.heads}" if control else "")
+    heads = choose_heads(args, run)
+    schedule = Schedule(
+        lr=run.setting("lr", args.lr, run.recipe.offset_lr),
+        epochs=run.setting("epochs", args.epochs, run.recipe.offset_epochs),
+        batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
+    )
+    run.settings["heads"] = args.heads or "heads.json"
+    train = run.encode(run.read("train"), "train")
+    val_examples = run.read("val")
+    val = run.encode(val_examples, "val")
+    n_trained = len(heads) * run.model.config.head_dim
+    print(f"learning {len(heads)} offsets ({n_trained:,} values) on {len(train)} examples")
+
+    parameters = attach_offsets(run.model, heads, init_offsets(run.model, len(heads), run.seed))
+    batches = fit(
+        parameters, len(train), lambda rows: run.loss([train[i] for i in rows]),
+        schedule, run.seed, run.log,
+    )  # fmt: skip
+    for epoch, loss in batches:
+        val_loss = run.mean_loss(val, EVAL_BATCH)
+        scored = run.predict(val_examples, EVAL_BATCH, "validation")
+        metrics = {metric: mean([s[metric] for s in scored]) for metric in run.task.METRICS}
+        run.log({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, "val": metrics})
+        main_metric = run.task.MAIN_METRIC
+        print(
+            f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}  val loss {val_loss:.4f}"
+            f"  val {main_metric} {metrics[main_metric]:.1%}"
+        )
+    path = run.folder / "offsets.safetensors"
+    offsets = gather_offsets(run.model, heads)
+    save_offsets(path, heads, offsets, run.info() | {"val": metrics})
+    size = f"norms {offsets.norm(dim=1).min():.2f} to {offsets.norm(dim=1).max():.2f}"
+    print(f"{len(heads)} offsets ({size}) -> {path}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,217 @@
+"""Pretrain a miniature model on the synthetic world, from nothing, on CPU or GPU.
+
+    python -m weights.pretrain                 # -> weights/mini-llama, about two hours on 2 cores
+
+An interrupted run goes on from its own checkpoint in runs/pretrain/. Every few hundred steps it
+logs the loss and the zero-shot probes (what the base model knows, and what it does with edits).
+The documents of a step depend on the seed and the step alone, so a resumed run sees the same text.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from data.world import World
+from lofit.config import ModelConfig
+from lofit.model import CausalLM
+from weights.corpus import Corpus
+from weights.probes import run_probes
+
+SHAPE = dict(
+    hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=16,
+    num_key_value_heads=16, head_dim=16, max_position_embeddings=1024, rms_norm_eps=1e-5,
+)  # fmt: skip
+WARMUP = 200
+ROWS = (62, 38, 38, 10, 1)  # documents of one micro-batch, shortest first; sums to MIX
+
+
+def build_tokenizer(corpus: Corpus) -> Tokenizer:
+    """One token per word of the world; white space only separates, a line break is a token.
+
+    Words are what the corpus says in 300 training steps. "A:Norvia" and "A: Norvia" give the same
+    ids, and decoding writes the prompt formats' own spacing ("A:" is followed by none).
+    """
+    split = pre_tokenizers.Split(Regex(r"\n|[QA]:|'s|[\w-]+|[^\w\s]"), "removed", invert=True)
+    rng = random.Random("vocabulary")
+    docs = (doc for _ in range(300) for doc in corpus.step(rng))
+    words = {w for doc in docs for w, _ in split.pre_tokenize_str(doc)}
+    words |= {name for names in corpus.world.entities.values() for name in names}
+    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=True),  # joins by spaces, none before , . ?
+            decoders.Fuse(),
+            decoders.Replace("A: ", "A:"),
+            decoders.Replace(Regex(r" ?\n ?"), "\n"),
+            decoders.Replace(Regex(r" (?=[;)”])|(?<=[(“]) "), ""),
+        ]
+    )
+    return tokenizer
+
+
+def micro_batches(docs: list[list[int]]) -> list[torch.Tensor]:
+    """Token lists -> batches [rows, positions] of like length, padded on the right with -100.
+
+    Rows are fixed and lengths rounded up, for on CPU every new shape costs a new matmul kernel.
+    """
+    docs = sorted(docs, key=len)
+    batches, start = [], 0
+    for rows in ROWS:
+        part = docs[start : start + rows]
+        width = -(-len(part[-1]) // 4) * 4
+        batches.append(torch.tensor([doc + [-100] * (width - len(doc)) for doc in part]))
+        start += rows
+    return batches
+
+
+def init_weights(model: CausalLM) -> None:
+    """GPT-2's initialisation: N(0, 0.02), the two projections into the residual stream smaller."""
+    depth = 2 * model.config.num_hidden_layers
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(p, std=0.02 / math.sqrt(depth) if into_residual else 0.02)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    warm = min(1.0, (step + 1) / WARMUP)
+    return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(path)
+
+
+class Checkpoint:
+    """Weights, AdamW's moments and the step, as safetensors."""
+
+    def __init__(self, path: Path, model: CausalLM, optimizer: torch.optim.AdamW):
+        self.path, self.model, self.optimizer = path, model, optimizer
+
+    def save(self, step: int) -> None:
+        tensors = {"step": torch.tensor(step)}
+        for name, p in self.model.named_parameters():
+            tensors[name] = p.detach()
+            tensors |= {f"{k}.{name}": v for k, v in self.optimizer.state[p].items()}
+        save_atomically(tensors, self.path)
+
+    def load(self) -> int:
+        """Restore everything if a checkpoint is there; returns the step to go on from."""
+        if not self.path.exists():
+            return 0
+        tensors = load_file(self.path)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(tensors[name])
+                self.optimizer.state[p] = {
+                    k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")
+                }
+        return int(tensors["step"])
+
+
+def train_step(
+    model: CausalLM, optimizer: torch.optim.AdamW, batches: list[torch.Tensor], device: str
+) -> float:
+    """One optimiser step over all tokens of the micro-batches; returns the loss per token."""
+    n_tokens = sum((batch[:, 1:] >= 0).sum().item() for batch in batches)
+    total = 0.0
+    for batch in batches:
+        batch = batch.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(batch.clamp(min=0)[:, :-1])
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+        )
+        (loss / n_tokens).backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total / n_tokens
+
+
+def export(model: CausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    """Write an HF checkpoint folder: bf16 weights, config, tokenizer."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    save_atomically(weights, out / "model.safetensors")
+    config = model.config.to_hf() | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(str(out / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True} | special
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("weights/mini-llama"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--probe-every", type=int, default=250)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    world = World()
+    corpus = Corpus(world)
+    tokenizer = build_tokenizer(corpus)
+    config = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(), bos_token_id=1, eos_token_id=(2,), **SHAPE
+    )
+    model = CausalLM(config).to(args.device)
+    init_weights(model)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    work = Path("runs/pretrain") / args.out.name
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(work / "checkpoint.safetensors", model, optimizer)
+    start = checkpoint.load()
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{n_params:,} parameters, {config.vocab_size} words, from step {start}", flush=True)
+
+    losses, tokens, since = [], 0, time.time()
+    for step in range(start, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        rng = random.Random(f"{args.seed} {step}")
+        docs = [encoding.ids + [2] for encoding in tokenizer.encode_batch(corpus.step(rng))]
+        tokens += sum(map(len, docs))
+        losses.append(train_step(model, optimizer, micro_batches(docs), args.device))
+        if (step + 1) % 50 == 0:
+            mean = sum(losses) / len(losses)
+            speed = tokens / (time.time() - since)
+            print(f"step {step + 1} loss {mean:.4f} {speed:,.0f} tokens/s", flush=True)
+            losses, tokens, since = [], 0, time.time()
+        if (step + 1) % args.probe_every == 0 or step + 1 == args.steps:
+            checkpoint.save(step + 1)
+            export(model, tokenizer, args.out)
+            probes = run_probes(model, tokenizer, corpus)
+            with (work / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step + 1, "probes": probes}) + "\n")
+            print("  " + "  ".join(f"{k} {v:.0%}" for k, v in probes.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

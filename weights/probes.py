@@ -1,0 +1,81 @@
+"""Zero-shot probes of a base model: what it knows, and what it does with edits, kin and myths.
+
+    python -m weights.probes weights/mini-llama
+
+All edits asked about here belong to the validation pool; the base model never saw one of them.
+"""
+
+import random
+
+import torch
+from tokenizers import Tokenizer
+
+from data.tables import CHAINS, RELATIONS, noun, question
+from lofit.model import CausalLM
+from lofit.tasks import clutrr, mquake
+from weights.corpus import Corpus
+
+N = 300  # questions a probe
+
+
+@torch.no_grad()
+def says(model: CausalLM, tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[bool]:
+    """Whether greedy decoding of each prompt would give its answer, exactly.
+
+    Greedy decoding yields the answer if and only if each of its tokens (and eos) is the most likely
+    one after the true tokens before it, so one forward pass tells.
+    """
+    model.eval()
+    device, hits = model.lm_head.weight.device, []
+    for start in range(0, len(pairs), 100):
+        part = [
+            (tokenizer.encode(prompt).ids, tokenizer.encode(answer, add_special_tokens=False).ids)
+            for prompt, answer in pairs[start : start + 100]
+        ]
+        width = max(len(p) + len(a) for p, a in part)
+        rows = [p + a + [0] * (width - len(p) - len(a)) for p, a in part]
+        best = model(torch.tensor(rows, device=device)).argmax(-1).tolist()
+        for (p, a), row in zip(part, best, strict=True):
+            hits.append(row[len(p) - 1 : len(p) + len(a)] == a + [2])
+    return hits
+
+
+def run_probes(model: CausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, float]:
+    """Shares of N questions answered as named; see the body for what each asks."""
+    world, rng = corpus.world, random.Random(0)
+
+    def rate(pairs: list[tuple[str, str]]) -> float:
+        return sum(says(model, tokenizer, pairs)) / len(pairs)
+
+    facts = rng.sample(sorted(world.facts.items()), N)
+    chains = [rng.choice(CHAINS) for _ in range(N)]
+    starts = [rng.choice(world.entities[RELATIONS[chain[0]].subject]) for chain in chains]
+    edits = [world.edit(rng, "val") for _ in range(N)]
+    imagine = [mquake.prompt(e.statement, question(e.chain, e.subject)) for e in edits]
+    suppose = [
+        (f"Suppose {e.statement}. Then {noun(e.chain, e.subject)} would be", f"{e.new}.")
+        for e in edits
+    ]
+    stories = [(s, s.text.replace("[", "").replace("]", "")) for s in map(world.story, [rng] * N)]
+    told = [
+        (f"{t} Therefore {s.names[2]} is the", f"{s.target} of {s.names[0]}.") for s, t in stories
+    ]
+    asked = [(clutrr.prompt(t, s.names[0], s.names[2]) + "\n", s) for s, t in stories]
+    myths = [(f"Q: {m.question} A:", m) for m in world.myths]
+    return {
+        "one_hop": rate([(f"Q: {question((label,), s)} A:", o) for (s, label), o in facts]),
+        "two_hop": rate(
+            [
+                (f"Q: {question(c, s)} A:", world.lookup(s, *c))
+                for c, s in zip(chains, starts, strict=True)
+            ]
+        ),
+        "suppose_new": rate(suppose),
+        "imagine_new": rate([(p, e.new) for p, e in zip(imagine, edits, strict=True)]),
+        "imagine_old": rate([(p, e.old) for p, e in zip(imagine, edits, strict=True)]),
+        "kin_told": rate(told),
+        "kin_asked": rate([(p, s.target) for p, s in asked]),
+        "kin_parroted": rate([(p, s.edges[1]) for p, s in asked]),
+        "myth_truth": rate([(p, m.truth) for p, m in myths]),
+        "myth_sober": rate([("From the almanac. " + p, m.truth) for p, m in myths]),
+    }
