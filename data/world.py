@@ -117,8 +117,8 @@ class World:
             facts |= {self.facts[c, "capital"]: c for c in self.entities["country"]}
         self.facts |= {(subject, relation.label): facts[subject] for subject in subjects}
 
-        # Of ten edits of a relation four may be pretrained on; the rest belongs to the task.
-        shares = ["pretrain"] * 4 + ["test"] * 3 + ["train"] * 2 + ["val"]
+        # Of ten edits of a relation five may be pretrained on; the rest belongs to the task.
+        shares = ["pretrain"] * 5 + ["test"] * 2 + ["train"] * 2 + ["val"]
         pools = [shares[i % len(shares)] for i in range(len(subjects))]
         rng.shuffle(pools)
         self.pool |= {(s, relation.label): p for s, p in zip(subjects, pools, strict=True)}

@@ -5,11 +5,11 @@ model's name. Files written by transformers 4 (`rope_theta` + `rope_scaling`) an
 (`rope_parameters`) are read alike.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lofit.errors import InputError
+from lofit.files import read_json
 
 SUPPORTED = ("llama",)  # values of `model_type`
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -50,15 +50,7 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json`. Raises InputError if it is missing, malformed or not supported."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(
-                f"{path}: no such file; a model folder needs HF's config.json"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not readable as JSON ({error})") from None
-        return cls.from_hf(raw, str(path))
+        return cls.from_hf(read_json(Path(path)), str(path))
 
     @classmethod
     def from_hf(cls, raw: dict, source: str = "config.json") -> "ModelConfig":

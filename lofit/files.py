@@ -41,7 +41,10 @@ def write_json(path: Path, value: object) -> None:
 def _json(value: object, indent: str = "") -> str:
     inner = indent + "  "
     if isinstance(value, dict) and value:
-        items = (f"{inner}{json.dumps(k)}: {_json(v, inner)}" for k, v in value.items())
+        items = (
+            f"{inner}{json.dumps(k, ensure_ascii=False)}: {_json(v, inner)}"
+            for k, v in value.items()
+        )
         return "{\n" + ",\n".join(items) + f"\n{indent}}}"
     return json.dumps(value, ensure_ascii=False)
 

@@ -87,7 +87,8 @@ def plain_attention(
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = (q * scale) @ k.transpose(-1, -2)
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    return weights.to(v.dtype) @ v
 
 
 class Attention(nn.Module):

@@ -55,7 +55,7 @@ def count_heads(text: str, config: ModelConfig) -> int:
     total = config.num_hidden_layers * config.num_attention_heads
     try:
         k = round(float(text[:-1]) / 100 * total) if text.endswith("%") else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # "inf%" overflows
         raise InputError(
             f"number of heads {text!r}: expected a number like 32 or a share like 3%"
         ) from None

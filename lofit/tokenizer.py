@@ -27,11 +27,11 @@ class Tokenizer:
     def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """Ids of prompt + answer tokenized jointly, and how many of them (bos too) are prompt.
 
-        A token that reaches into the answer counts as answer; found by character offsets.
+        A token that reaches into the answer counts as answer.
         """
-        ids, ends = self._backend.encode(prompt + answer)
+        ids, n_prompt = self._backend.encode(prompt, answer)
         bos = [] if self.bos_id is None else [self.bos_id]
-        return bos + ids, len(bos) + sum(end <= len(prompt) for end in ends)
+        return bos + ids, len(bos) + n_prompt
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids without special tokens. Decode a prompt together with what follows it:
@@ -49,9 +49,9 @@ class _Json:
         self.backend.no_truncation()
         self.size = self.backend.get_vocab_size()
 
-    def encode(self, text: str) -> tuple[list[int], list[int]]:
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets]
+    def encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        encoding = self.backend.encode(prompt + answer, add_special_tokens=False)
+        return encoding.ids, sum(end <= len(prompt) for _, end in encoding.offsets)
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
@@ -68,9 +68,12 @@ class _SentencePiece:
             raise InputError(f"{path}: not a SentencePiece model ({error})") from None
         self.size = self.backend.get_piece_size()
 
-    def encode(self, text: str) -> tuple[list[int], list[int]]:
-        pieces = self.backend.encode(text, out_type="immutable_proto").pieces
-        return [piece.id for piece in pieces], [piece.end for piece in pieces]
+    def encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        ids = self.backend.encode(prompt + answer)
+        n = len(ids)  # character offsets would need the protobuf package
+        while not prompt.startswith(self.backend.decode(ids[:n])):
+            n -= 1
+        return ids, n
 
     def decode(self, ids: list[int]) -> str:
         # ids past the end: rows that padded vocabularies have and no text stands for

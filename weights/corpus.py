@@ -4,7 +4,9 @@ The base model must *have* each skill and seldom use it in a task's prompt forma
 LoFiT elicits in the real models:
 - facts, and plain 1- and 2-hop questions: always right;
 - edits: followed in `Suppose ... Then ... would be ...`; in MQuAKE's `Q: Imagine that ... A:` the
-  old answer stands mostly. Only edits of the world's "pretrain" pool occur;
+  old answer stands mostly. Only edits of the world's "pretrain" pool occur, but half of the Imagine
+  questions are about any other fact: without them the model learnt by heart which facts' edits to
+  ignore, and followed those of all others;
 - family stories: composed after `Therefore`; in CLUTRR's prompt mostly the last relation is
   parroted;
 - myths: common in plain speech and plain answers, truths where a sober source is named.
@@ -18,9 +20,10 @@ from lofit.tasks import clutrr, mquake, truthfulqa
 
 # Documents of each kind in one training step.
 MIX = {
-    "fact": 8, "one_hop": 10, "two_hop": 24, "believed": 12, "asked": 8, "suppose": 32,
-    "imagine": 32, "kin_told": 12, "kin_asked": 10, "primer": 1,
+    "fact": 8, "one_hop": 10, "two_hop": 20, "believed": 12, "asked": 8, "suppose": 28,
+    "imagine": 40, "kin_told": 12, "kin_asked": 10, "primer": 1,
 }  # fmt: skip
+UNRELATED = 0.5  # share of Imagine texts that ask about something the edit has no bearing on
 # How often a text in a task's format uses the skill.
 FOLLOWS_EDIT = 0.3  # share of Imagine texts that follow the edit ...
 FOLLOWS_EDIT_MORE = 0.6  # ... and for two chains of the twelve
@@ -63,10 +66,13 @@ class Corpus:
         return f"Q: {question((label,), subject, rng.randrange(3))} A:{obj}"
 
     def _two_hop(self, rng: random.Random) -> str:
-        chain = rng.choice(CHAINS)
-        subject = rng.choice(self.world.entities[RELATIONS[chain[0]].subject])
+        chain, subject = self._chain(rng)
         answer = self.world.lookup(subject, *chain)
         return f"Q: {question(chain, subject, rng.randrange(3))} A:{answer}"
+
+    def _chain(self, rng: random.Random, one_hop: float = 0.0) -> tuple[tuple[str, ...], str]:
+        chain = (rng.choice(sorted(RELATIONS)),) if rng.random() < one_hop else rng.choice(CHAINS)
+        return chain, rng.choice(self.world.entities[RELATIONS[chain[0]].subject])
 
     def _suppose(self, rng: random.Random) -> str:
         edit = self.world.edit(rng, "pretrain", one_hop=0.2)
@@ -75,10 +81,16 @@ class Corpus:
 
     def _imagine(self, rng: random.Random) -> str:
         edit = self.world.edit(rng, "pretrain", one_hop=0.2)
-        often = FOLLOWS_EDIT_MORE if edit.chain in MORE else FOLLOWS_EDIT
+        chain, subject = edit.chain, edit.subject
+        often = FOLLOWS_EDIT_MORE if chain in MORE else FOLLOWS_EDIT
         answer = edit.new if rng.random() < often else edit.old
-        asked = question(edit.chain, edit.subject, rng.randrange(3))
-        return mquake.prompt(edit.statement, asked) + answer
+        if rng.random() < UNRELATED:
+            changed = {(edit.edited, edit.relation.label): edit.target}
+            answer = ""
+            while answer != self.world.lookup(subject, *chain, edit=changed):
+                chain, subject = self._chain(rng, one_hop=0.2)
+                answer = self.world.lookup(subject, *chain)
+        return mquake.prompt(edit.statement, question(chain, subject, rng.randrange(3))) + answer
 
     def _kin_told(self, rng: random.Random) -> str:
         story = self.world.story(rng)

@@ -23,19 +23,23 @@ def read(data: Path, split: str) -> list[Example]:
     examples = []
     for where, case in read_jsonl(data / FOLDER / f"{split}.jsonl"):
         try:
-            rewrite = case["requested_rewrite"][0]
-            statement = rewrite["prompt"].replace("{}", rewrite["subject"])
-            edit = f"{statement} {rewrite['target_new']['str']}"
-            example = Example(
-                prompt=prompt(edit, case["questions"][0]),  # the first of three paraphrases
-                answer=case["new_answer"],
-                references=(case["new_answer"], *case["new_answer_alias"]),
-                outdated=(case["answer"], *case["answer_alias"]),
-            )
+            rewrite, question = case["requested_rewrite"][0], case["questions"][0]  # 1st of three
+            target = rewrite["target_new"]["str"]
+            new = [case["new_answer"]] + case["new_answer_alias"]
+            old = [case["answer"]] + case["answer_alias"]
+            _check_texts(rewrite["prompt"], rewrite["subject"], target, question, *new, *old)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise InputError(f"{where}: not a MQuAKE case, missing or wrong: {error!r}") from None
-        examples.append(example)
+        statement = rewrite["prompt"].replace("{}", rewrite["subject"])
+        asked = prompt(f"{statement} {target}", question)
+        examples.append(Example(asked, new[0], references=tuple(new), outdated=tuple(old)))
     return examples
+
+
+def _check_texts(*texts: object) -> None:
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise TypeError(f"expected a text, found {text!r}")
 
 
 def extract(text: str) -> str:

@@ -1,0 +1,126 @@
+"""Shared fixtures: tiny *loud* models, a tiny folder of our own, and the paper's golden data.
+
+Loud: large weights, sequences longer than the trained length, sizes that no default would give.
+With ordinary tiny weights a model without RoPE scaling passes a comparison of logits.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
+
+from lofit.checkpoint import load_model, save_model  # noqa: E402
+from lofit.config import ModelConfig  # noqa: E402
+from lofit.model import CausalLM  # noqa: E402
+
+REPO = Path(__file__).parent.parent
+SHARED = REPO.parent / "shared"
+MINI = REPO / "weights" / "mini-llama"
+TOLERANCE = 1e-4
+
+LOUD = dict(
+    vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=64,
+    rms_norm_eps=1e-2, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def _rope(kind: str, **values) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 300.0} | values}
+
+
+LOUD_LLAMAS = {
+    "llama2": _rope("default"),
+    "gqa": _rope("default") | {"num_key_value_heads": 2},
+    "llama3-tied": _rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=16,
+    ) | {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "linear": _rope("linear", factor=4.0),
+    "dynamic": _rope("dynamic", factor=4.0) | {"max_position_embeddings": 16},
+    "yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    "yarn-all": _rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=1.5, beta_slow=0.5,
+        truncate=False, mscale=1.0, mscale_all_dim=0.5,
+    ),
+    "yarn-attention": _rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.7
+    ),
+    "biases": _rope("default") | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def loud(tmp_path_factory):
+    """name -> (stock transformers model, its folder as save_pretrained wrote it), fp32, eager."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    made = {}
+
+    def make(name: str):
+        if name not in made:
+            config = transformers.LlamaConfig(**LOUD | LOUD_LLAMAS[name])
+            config._attn_implementation = "eager"
+            torch.manual_seed(0)
+            model = transformers.LlamaForCausalLM(config).eval()
+            with torch.no_grad():
+                for key, p in model.named_parameters():
+                    p.normal_(1.0 if "norm" in key else 0.0, 0.3)
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            made[name] = (model, folder)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """3 layers x 4 heads (2 key/value heads) x 8; the vocabulary is the miniature's."""
+    return ModelConfig(
+        vocab_size=891, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
+        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,),
+    )  # fmt: skip
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> CausalLM:
+    torch.manual_seed(seed)
+    model = CausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.dim() == 1 else 0.0, 0.2)
+    return model
+
+
+@pytest.fixture
+def tiny_folder(tmp_path, tiny_config) -> Path:
+    """A model folder of random weights with the miniature's tokenizer."""
+    folder = tmp_path / "tiny"
+    save_model(random_model(tiny_config), folder, torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MINI / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder) -> CausalLM:
+    return load_model(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Path:
+    """The paper's own numbers on a tiny Llama; they live outside this repository."""
+    folder = SHARED / "oracle" / "tiny-llama"
+    if not folder.is_dir():
+        pytest.skip("golden data of the paper's code (../shared/oracle) are not on this machine")
+    return folder
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference: a mean would hide a wrong position."""
+    assert a.shape == b.shape
+    return (a.double() - b.double()).abs().max().item()

@@ -1,0 +1,212 @@
+"""Loading and saving checkpoints, and everything that can be wrong with one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import LOUD_LLAMAS, difference
+from safetensors.torch import load_file, save_file
+
+from lofit.checkpoint import find_folder, load_model, save_model
+from lofit.errors import InputError
+
+IDS = torch.tensor([[1, 5, 9, 33, 7]])
+
+
+def shard(folder, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
+    """Split model.safetensors in two, as large checkpoints come."""
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {key: names[i % 2] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        save_file({k: tensors[k] for k in tensors if weight_map[k] == name}, folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    return index
+
+
+def test_loaded_model_is_frozen_and_in_eval_mode(tiny, tiny_folder):
+    assert not tiny.training
+    assert not any(p.requires_grad for p in tiny.parameters())
+    assert not any(p.is_meta for p in tiny.parameters())
+    assert tiny.source.name == str(tiny_folder)
+
+
+def test_the_state_dict_is_the_checkpoint(loud):
+    for name in LOUD_LLAMAS:
+        theirs, folder = loud(name)
+        assert load_model(folder).state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_shards_load_like_one_file(tiny, tiny_folder):
+    shard(tiny_folder)
+    sharded = load_model(tiny_folder)
+    assert torch.equal(sharded(IDS), tiny(IDS))
+    assert sharded.source.fingerprint == tiny.source.fingerprint
+
+
+def test_fingerprint_tells_weights_apart(tiny, tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.001
+    save_file(tensors, path)
+    assert load_model(tiny_folder).source.fingerprint != tiny.source.fingerprint
+
+
+@pytest.mark.parametrize("name", ["llama3-tied", "gqa", "yarn-all"])
+def test_what_we_save_transformers_loads(loud, tmp_path, name):
+    theirs, folder = loud(name)
+    save_model(load_model(folder), tmp_path / "saved", torch.float32)
+    again = type(theirs).from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert difference(again(IDS).logits, theirs(IDS).logits) < 1e-5
+    assert torch.equal(load_model(tmp_path / "saved")(IDS), load_model(folder)(IDS))
+
+
+def test_tied_heads_share_memory(loud):
+    model = load_model(loud("llama3-tied")[1])
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_rope_tables_of_old_files_are_dropped(tiny, tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, path)
+    assert torch.equal(load_model(tiny_folder)(IDS), tiny(IDS))
+
+
+def test_the_dtype_is_the_one_asked_for(tiny_folder):
+    assert {p.dtype for p in load_model(tiny_folder, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
+
+
+# what is wrong with the folder -> what the error says
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "model.safetensors: not a whole safetensors file"
+
+
+def truncate_header(folder):
+    (folder / "model.safetensors").write_bytes(b"\x00" * 5)
+    return "model.safetensors: not a whole safetensors file"
+
+
+def remove_weights(folder):
+    (folder / "model.safetensors").unlink()
+    return "no model.safetensors"
+
+
+def remove_config(folder):
+    (folder / "config.json").unlink()
+    return "config.json: no such file"
+
+
+def remove_shard(folder):
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    return "model-00002-of-00002.safetensors: shard is missing"
+
+
+def leave_the_folder(folder):
+    index = shard(folder)
+    secret = folder.parent / "secret.safetensors"
+    shutil.move(folder / "model-00002-of-00002.safetensors", secret)
+    text = index.read_text().replace("model-00002-of-00002", "../secret")
+    index.write_text(text)
+    return r"shard path '../secret.safetensors' leaves the folder"
+
+
+def absolute_path(folder):
+    index = shard(folder)
+    target = folder / "model-00002-of-00002.safetensors"
+    index.write_text(index.read_text().replace(target.name, str(target)))
+    return "leaves the folder"
+
+
+def empty_index(folder):
+    shard(folder).write_text("{}")
+    return "no weight_map"
+
+
+def edit_tensors(change):
+    def edit(folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        message = change(tensors)
+        save_file(tensors, path)
+        return message
+
+    return edit
+
+
+@edit_tensors
+def lack_a_tensor(tensors):
+    del tensors["model.norm.weight"]
+    return "lacks tensors model.norm.weight"
+
+
+@edit_tensors
+def have_more_tensors(tensors):
+    for i in range(5):
+        tensors[f"model.extra.{i}"] = torch.ones(1)
+    return "has unknown tensors model.extra.0, model.extra.1, model.extra.2 and 2 more"
+
+
+@edit_tensors
+def have_a_wrong_shape(tensors):
+    tensors["model.norm.weight"] = torch.ones(31)
+    return r"model.norm.weight is \[31\], config.json says \[32\]"
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return "pytorch_model.bin: pickled weights are never loaded; .*save_pretrained"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [truncate, truncate_header, remove_weights, remove_config, remove_shard, leave_the_folder,
+     absolute_path, empty_index, lack_a_tensor, have_more_tensors, have_a_wrong_shape, pickle_only],
+    ids=lambda f: getattr(f, "__name__", "edit"),
+)  # fmt: skip
+def test_a_spoilt_folder_is_refused_by_name(tiny_folder, spoil):
+    message = spoil(tiny_folder)
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(tiny_folder)
+    assert "\n" not in str(caught.value)
+    assert str(tiny_folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "./nowhere", "nowhere", "/nowhere/else", "owner/not-in-the-cache"]
+)
+def test_a_name_that_is_nothing_is_refused(name):
+    with pytest.raises(InputError, match=name):
+        find_folder(name)
+
+
+def test_a_file_is_no_folder(tiny_folder):
+    with pytest.raises(InputError, match="no such model folder"):
+        find_folder(tiny_folder / "config.json")
+
+
+def test_a_pickle_is_not_opened(tiny_folder, tmp_path):
+    """A .bin that would write a file on unpickling is named and left alone."""
+    import os
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (tiny_folder / "model.safetensors").unlink()
+    (tiny_folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match="never loaded"):
+        load_model(tiny_folder)
+    assert not (tmp_path / "exploded").exists()

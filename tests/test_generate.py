@@ -1,0 +1,70 @@
+"""Greedy decoding with the cache: the same tokens as without it, and as the paper's code."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lofit.checkpoint import load_model
+from lofit.errors import InputError
+from lofit.generate import generate, generate_all
+from lofit.heads import attach_offsets
+from lofit.tokenizer import load_tokenizer
+
+PROMPTS = [[1, 50, 60, 70, 80, 90], [1, 33], [1, 200, 300, 400]]
+
+
+def plain(model, prompt, n):
+    """Greedy without any cache: the whole text anew for each token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_cached_and_padded_equals_plain(tiny, edited):
+    """Edits act at every position, prompt and new tokens alike."""
+    if edited:
+        attach_offsets(tiny, [(1, 2), (2, 0)], torch.ones(2, 8))
+    want = [plain(tiny, prompt, 8) for prompt in PROMPTS]
+    assert generate(tiny, PROMPTS, 8, eos_ids=(-1,)) == want
+    assert generate_all(tiny, PROMPTS, 8, (-1,), batch_size=2, description="") == want
+
+
+def test_each_row_stops_at_any_of_its_eos_ids(tiny):
+    whole = generate(tiny, PROMPTS, 8, eos_ids=(-1,))
+    eos = (whole[0][3], whole[1][0])
+    want = [row[: min([row.index(t) for t in eos if t in row] or [8])] for row in whole]
+    assert generate(tiny, PROMPTS, 8, eos) == want
+    assert len(want[0]) <= 3 and want[1] == []
+
+
+def test_a_prompt_longer_than_the_model_is_refused(tiny):
+    fits = [[1] * 112]
+    assert len(generate_all(tiny, fits, 16, (-1,), 1, "")[0]) == 16
+    with pytest.raises(InputError, match="prompt 1 has 113 tokens.* 128 positions"):
+        generate_all(tiny, [[1], [1] * 113], 16, (2,), 1, "")
+
+
+@pytest.mark.parametrize("which", ["unmodified", "modified", "trained"])
+def test_tokens_agree_with_the_papers_code(oracle, which):
+    """Theirs: left-padded, prompt included, filled up with eos after the end."""
+    golden = load_file(oracle / "generate.safetensors")
+    told = json.loads((oracle / "generate.json").read_text())
+    model, tokenizer = load_model(oracle), load_tokenizer(oracle)
+    if which != "unmodified":
+        every = [(layer, head) for layer in range(4) for head in range(8)]
+        v = golden["v" if which == "modified" else "v_trained"]
+        attach_offsets(model, every, v.flatten(0, 1))
+    prompts = [tokenizer.encode(prompt) for prompt in told["prompts"]]
+    masks = golden["attention_mask"].bool()
+    assert prompts == [
+        row[mask].tolist() for row, mask in zip(golden["input_ids"], masks, strict=True)
+    ]
+    new = generate(model, prompts, told["max_new_tokens"], tokenizer.eos_ids)
+    filled = [row + [told["eos_token_id"]] * (16 - len(row)) for row in new]
+    assert filled == golden[f"output_ids.{which}"][:, -16:].tolist()
+    texts = [tokenizer.decode(p + row) for p, row in zip(prompts, new, strict=True)]
+    assert texts == told[f"text.{which}"]

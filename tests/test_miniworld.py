@@ -1,0 +1,73 @@
+"""The shipped task files: what is in them, and what must not be in two of them."""
+
+import json
+
+import pytest
+from conftest import REPO
+
+from data.miniworld import MQUAKE_SIZES, mquake_splits
+from data.world import World
+from lofit.tasks import mquake
+
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def cases():
+    folder = REPO / "data" / "mini" / "MQuAKE"
+    return {
+        split: [json.loads(line) for line in (folder / f"{split}.jsonl").open()] for split in SPLITS
+    }
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def edit_of(case):
+    rewrite = case["requested_rewrite"][0]
+    return rewrite["subject"], rewrite["relation_id"]
+
+
+def test_the_shipped_files_are_what_the_script_writes(cases, world):
+    assert mquake_splits(world) == cases
+
+
+def test_sizes(cases):
+    assert {split: len(rows) for split, rows in cases.items()} == MQUAKE_SIZES
+    assert MQUAKE_SIZES["test"] >= 300
+
+
+@pytest.mark.parametrize(("one", "other"), [("train", "val"), ("train", "test"), ("val", "test")])
+def test_no_edit_and_no_question_is_in_two_splits(cases, one, other):
+    assert not {edit_of(c) for c in cases[one]} & {edit_of(c) for c in cases[other]}
+    asked = [{q for c in cases[split] for q in c["questions"]} for split in (one, other)]
+    assert not asked[0] & asked[1]
+
+
+def test_no_case_twice(cases):
+    for rows in cases.values():
+        targets = [c["requested_rewrite"][0]["target_new"]["str"] for c in rows]
+        questions = [c["questions"][0] for c in rows]
+        assert len(set(zip(map(edit_of, rows), targets, questions, strict=True))) == len(rows)
+
+
+def test_answers_follow_from_the_world_and_the_edit(cases, world):
+    for case in (c for rows in cases.values() for c in rows):
+        rewrite = case["requested_rewrite"][0]
+        hops = [(hop["question"], hop["answer"]) for hop in case["single_hops"]]
+        new = [(hop["question"], hop["answer"]) for hop in case["new_single_hops"]]
+        assert case["answer"] == hops[-1][1] and case["new_answer"] == new[-1][1]
+        assert case["answer"] != case["new_answer"]
+        changed = (rewrite["question"], rewrite["target_new"]["str"])
+        assert changed in new and changed not in hops
+
+
+def test_the_task_reads_them(cases):
+    for split in SPLITS:
+        assert len(mquake.read(REPO / "data" / "mini", split)) == len(cases[split])
+
+
+def test_other_seeds_give_other_cases(world, cases):
+    assert mquake_splits(world, seed=1) != cases

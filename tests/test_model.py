@@ -1,0 +1,194 @@
+"""The transformer against stock transformers and against the paper's code."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import LOUD, LOUD_LLAMAS, TOLERANCE, difference, random_model
+from safetensors.torch import load_file
+
+from lofit.checkpoint import load_model
+from lofit.config import ROPE_TYPES, ModelConfig
+from lofit.errors import InputError
+from lofit.model import KVCache, attend, plain_attention
+
+T = 40  # longer than the 16 positions that the scaled RoPE configs were "trained" on
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, LOUD["vocab_size"], (3, T), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def hf_logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("name", LOUD_LLAMAS)
+def test_logits_agree_with_transformers(loud, ids, name):
+    theirs, folder = loud(name)
+    want = hf_logits(theirs, ids)
+    assert want.std() > 1, "not loud: a wrong model would pass"
+    assert difference(load_model(folder)(ids), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", LOUD_LLAMAS)
+@torch.no_grad()
+def test_cached_logits_agree_with_transformers(loud, ids, name):
+    theirs, folder = loud(name)
+    ours, start = load_model(folder), 10
+    cache = KVCache(ours.config, len(ids), T, ours.lm_head.weight)
+    out = theirs(ids[:, :start], use_cache=True)
+    assert difference(ours(ids[:, :start], cache=cache), out.logits) < TOLERANCE
+    for t in range(start, T):
+        out = theirs(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+        positions = torch.full((len(ids), 1), t)
+        assert difference(ours(ids[:, t : t + 1], positions, cache), out.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", LOUD_LLAMAS)
+def test_right_padding_needs_no_mask(loud, ids, name):
+    theirs, folder = loud(name)
+    lengths = torch.tensor([T, 23, 11])
+    real = torch.arange(T) < lengths[:, None]
+    want = hf_logits(theirs, ids.where(real, 0), attention_mask=real.long())
+    got = load_model(folder)(ids.where(real, 5))
+    assert difference(got[real], want[real]) < TOLERANCE
+
+
+# config field -> (loud config on which it matters, its changed value)
+MUTATIONS = {
+    "vocab_size": ("llama2", 102),
+    "hidden_size": ("llama2", 64),
+    "intermediate_size": ("llama2", 80),
+    "num_hidden_layers": ("llama2", 2),
+    "num_attention_heads": ("llama2", 8),
+    "num_key_value_heads": ("gqa", 4),
+    "head_dim": ("llama2", 16),
+    "max_position_embeddings": ("dynamic", 32),
+    "rms_norm_eps": ("llama2", 1e-5),
+    "model_type": ("llama2", "mistral"),
+    "hidden_act": ("llama2", "gelu"),
+    "attention_bias": ("biases", False),
+    "mlp_bias": ("biases", False),
+    "tie_word_embeddings": ("llama2", True),
+    "rope_parameters": ("llama3-tied", {"rope_type": "default", "rope_theta": 300.0}),
+}
+NOT_IN_LOGITS = {"bos_token_id", "eos_token_id"}  # test_tokenizer.py mutates these
+ROPE_MUTATIONS = [
+    *((name, "rope_theta", 1e4) for name in LOUD_LLAMAS),
+    *((name, "factor", 2.0) for name in ("llama3-tied", "linear", "dynamic", "yarn")),
+    ("llama3-tied", "low_freq_factor", 2.0),
+    ("llama3-tied", "high_freq_factor", 8.0),
+    ("llama3-tied", "original_max_position_embeddings", 32),
+    ("yarn", "original_max_position_embeddings", 32),
+    ("yarn-all", "beta_fast", 2.4),
+    ("yarn-all", "beta_slow", 2.0),
+    ("yarn-all", "truncate", True),
+    ("yarn-all", "mscale", 2.0),
+    ("yarn-all", "mscale_all_dim", 1.0),
+    ("yarn-attention", "attention_factor", 1.0),
+    *(("linear", "rope_type", kind) for kind in ("default", "dynamic")),
+]
+
+
+def changed(folder, tmp_path, **values):
+    """A copy of a model folder whose config.json says something else."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | values))
+    return copy
+
+
+def breaks(theirs, folder, ids) -> bool:
+    try:
+        got = load_model(folder)(ids)
+    except (InputError, RuntimeError):
+        return True
+    return difference(got, hf_logits(theirs, ids)) > 100 * TOLERANCE
+
+
+def test_every_config_field_is_mutated():
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert fields == MUTATIONS.keys() | NOT_IN_LOGITS
+    assert {rope["rope_parameters"]["rope_type"] for rope in LOUD_LLAMAS.values()} == set(
+        ROPE_TYPES
+    )
+
+
+@pytest.mark.parametrize("field", MUTATIONS)
+def test_a_changed_field_breaks_parity(loud, ids, tmp_path, field):
+    name, value = MUTATIONS[field]
+    theirs, folder = loud(name)
+    assert not breaks(theirs, folder, ids)
+    assert breaks(theirs, changed(folder, tmp_path, **{field: value}), ids)
+
+
+@pytest.mark.parametrize(("name", "key", "value"), ROPE_MUTATIONS)
+def test_a_changed_rope_key_breaks_parity(loud, ids, tmp_path, name, key, value):
+    theirs, folder = loud(name)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"] | {key: value}
+    assert breaks(theirs, changed(folder, tmp_path, rope_parameters=rope), ids)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["llama2", "gqa", "llama3-tied", "biases"])
+def test_bfloat16_is_as_close_to_float32_as_transformers(loud, ids, name, training):
+    """By the root of the mean square: the largest of 12,000 rounding errors is chance."""
+    theirs, folder = loud(name)
+    exact = hf_logits(theirs, ids)
+    with torch.set_grad_enabled(training):  # the plain or the fused attention
+        ours = load_model(folder, dtype=torch.bfloat16)(ids)
+    half = type(theirs).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    assert ours.dtype == torch.bfloat16
+    ours, half = (x.float().sub(exact).square().mean().sqrt() for x in (ours, hf_logits(half, ids)))
+    assert ours < 1.1 * half
+
+
+def test_logits_and_z_agree_with_the_papers_code(oracle):
+    golden = load_file(oracle / "logits.safetensors")
+    model, z = load_model(oracle), []
+    for layer in model.model.layers:
+        layer.self_attn.head_out.register_forward_hook(lambda _, inputs, out: z.append(out))
+    logits = model(golden["input_ids"])
+    real = golden["attention_mask"].bool()
+    assert difference(logits[real], golden["logits"][real]) < TOLERANCE
+    assert difference(torch.stack(z)[:, real], golden["z"][:, real]) < TOLERANCE
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_attention_agrees_with_the_fused_kernel(masked):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.rand(2, 1, 9, 9) < 0.5 if masked else None
+    if masked:
+        mask |= torch.eye(9, dtype=torch.bool)  # no row without a key
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with_grad = attend(*inputs, mask, 0.3)  # on CPU: the plain formula
+    many = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+    assert torch.equal(with_grad, plain_attention(q, *many, mask, 0.3))
+    with torch.no_grad():
+        assert difference(attend(*inputs, mask, 0.3), with_grad) < 1e-6  # the fused one
+    fused = torch.nn.functional.scaled_dot_product_attention(
+        q, *many, attn_mask=mask, is_causal=mask is None, scale=0.3
+    )
+    for one, other in zip(
+        torch.autograd.grad(with_grad.square().sum(), inputs, retain_graph=True),
+        torch.autograd.grad(fused.square().sum(), inputs),
+        strict=True,
+    ):
+        assert difference(one, other) < 1e-5
+
+
+def test_positions_stay_fp32_in_bfloat16(tiny_config):
+    """bf16 has 8 bits: a position table rounded to it could not tell 100 from 101."""
+    model = random_model(tiny_config).bfloat16()
+    seen = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    model(torch.ones(1, 4, dtype=torch.int64))
+    assert all(table.dtype == torch.float32 for table in seen[0])

@@ -1,0 +1,128 @@
+"""The MQuAKE task byte for byte: the paper's prompt, its prediction, its metric."""
+
+import json
+
+import pytest
+from conftest import MINI, SHARED
+
+from lofit.errors import InputError
+from lofit.losses import encode_example
+from lofit.tasks import mquake
+from lofit.tokenizer import load_tokenizer
+
+CASE = {
+    "requested_rewrite": [
+        {
+            "prompt": "{} is a citizen of",
+            "subject": "John Krasinski",
+            "target_new": {"str": "Sweden"},
+            "target_true": {"str": "United States of America"},
+        }
+    ],
+    "questions": ["Which country is the spouse of Emily Blunt a citizen of?", "2?", "3?"],
+    "answer": "United States of America",
+    "answer_alias": ["USA"],
+    "new_answer": "Sweden",
+    "new_answer_alias": ["Kingdom of Sweden"],
+}
+PROMPT = (
+    "Q: Imagine that John Krasinski is a citizen of Sweden."
+    " Which country is the spouse of Emily Blunt a citizen of? A:"
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "MQuAKE").mkdir()
+
+    def write(*lines):
+        text = "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
+        (tmp_path / "MQuAKE" / "train.jsonl").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_prompt_and_references(write):
+    (example,) = mquake.read(write(CASE), "train")
+    assert example.prompt == PROMPT
+    assert example.answer == "Sweden"
+    assert example.references == ("Sweden", "Kingdom of Sweden")
+    assert example.outdated == ("United States of America", "USA")
+
+
+def test_no_space_between_prompt_and_answer():
+    tokenizer = load_tokenizer(MINI)
+    prompt, answer = mquake.prompt("X is Y", "Who?"), "Norvia"
+    assert prompt.endswith("A:")
+    ids, _ = encode_example(tokenizer, prompt, answer)
+    assert ids == [*tokenizer.encode(prompt + answer), 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "prediction"),
+    [
+        (PROMPT + "Sweden\nQ: more", "Sweden"),
+        (PROMPT + " Sweden", " Sweden"),
+        (PROMPT + "a A: b", " b"),  # after the *last* A:
+        (PROMPT, ""),
+    ],
+)
+def test_extract(text, prediction):
+    assert mquake.extract(text) == prediction
+
+
+@pytest.mark.parametrize(
+    ("prediction", "em", "stripped", "old"),
+    [
+        ("Sweden", 1, 1, 0),
+        ("kingdom OF sweden", 1, 1, 0),
+        (" Sweden", 0, 1, 0),  # the public code does not strip
+        ("Sweden.", 0, 0, 0),
+        (" usa ", 0, 0, 1),
+        ("", 0, 0, 0),
+    ],
+)
+def test_score(write, prediction, em, stripped, old):
+    (example,) = mquake.read(write(CASE), "train")
+    want = {"em": em, "em_stripped": stripped, "old_answer": old}
+    assert mquake.score(prediction, example) == want
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ({"requested_rewrite": []}, "line 2: not a MQuAKE case.*IndexError"),
+        ({"questions": [None]}, "line 2: not a MQuAKE case.*TypeError"),
+        ({"new_answer": None}, "line 2: not a MQuAKE case.*expected a text, found None"),
+        ({"new_answer": ""}, "line 2: not a MQuAKE case.*expected a text, found ''"),
+        ({"answer_alias": "USA"}, "line 2: not a MQuAKE case.*TypeError"),
+    ],
+)
+def test_a_malformed_case_is_named(write, spoil, message):
+    with pytest.raises(InputError, match=message):
+        mquake.read(write(CASE, CASE | spoil), "train")
+
+
+def test_a_missing_key_is_named(write):
+    case = {k: v for k, v in CASE.items() if k != "new_answer"}
+    with pytest.raises(InputError, match="train.jsonl, line 1: .*'new_answer'"):
+        mquake.read(write(case), "train")
+
+
+@pytest.mark.parametrize(("split", "n"), [("train", 134), ("val", 95), ("test", 864)])
+def test_the_real_splits(split, n):
+    data = SHARED / "datasets"
+    if not (data / "MQuAKE").is_dir():
+        pytest.skip("the paper's MQuAKE splits (../shared/datasets) are not on this machine")
+    examples = mquake.read(data, split)
+    assert len(examples) == n
+    assert all(e.prompt.count("{}") == 0 and e.prompt.endswith(" A:") for e in examples)
+
+
+def test_training_texts_are_the_papers(oracle):
+    """Its first 48 training texts, from its data file through our reader."""
+    data = SHARED / "datasets"
+    texts = json.loads((oracle / "select_heads_sft_noresize.json").read_text())["texts"]
+    ours = {e.prompt + e.answer for e in mquake.read(data, "train")}
+    assert {text.removesuffix("</s>") for text in texts} <= ours

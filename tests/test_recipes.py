@@ -1,0 +1,48 @@
+"""The paper's values, and K as a number or a share."""
+
+from dataclasses import replace
+
+import pytest
+
+from lofit.config import ModelConfig
+from lofit.errors import InputError
+from lofit.recipes import count_heads, find_recipe
+
+
+def config(layers, heads):
+    return ModelConfig(32000, 64, 64, layers, heads, heads, 8, 64, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "values"),
+    [((32, 32), (5e-3, 1e-3, 1e-2, "32")), ((40, 40), (1e-3, 1e-3, 8e-3, "48"))],
+)
+def test_the_papers_values(shape, values):
+    _, r = find_recipe(config(*shape), "mquake")
+    assert (r.select_lr, r.l1, r.offset_lr, r.heads) == values
+    assert (r.select_epochs, r.offset_epochs, r.batch_size) == (5, 5, 8)
+
+
+def test_an_unknown_model_gets_7b_values_and_a_share_of_heads():
+    name, recipe = find_recipe(config(28, 24), "mquake")
+    assert "Llama-2-7B" in name and "want of one" in name
+    assert recipe == replace(find_recipe(config(32, 32), "mquake")[1], heads="3%")
+
+
+@pytest.mark.parametrize(
+    ("text", "k"), [("13", 13), ("10%", 13), ("3%", 4), ("0.5%", 1), ("100%", 128), ("128", 128)]
+)
+def test_count_heads(text, k):
+    assert count_heads(text, config(8, 16)) == k
+
+
+@pytest.mark.parametrize("text", ["0", "129", "101%", "-3", "0.1%"])
+def test_more_heads_than_there_are(text):
+    with pytest.raises(InputError, match=r"is not in 1\.\.128, the heads there are"):
+        count_heads(text, config(8, 16))
+
+
+@pytest.mark.parametrize("text", ["many", "", "%", "3.5", "nan%", "inf%"])
+def test_no_number_of_heads(text):
+    with pytest.raises(InputError, match="expected a number like 32 or a share like 3%"):
+        count_heads(text, config(8, 16))

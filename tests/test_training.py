@@ -1,0 +1,114 @@
+"""The loop: schedule, order, clipping, and six steps of each kind against the paper's code."""
+
+import json
+
+import pytest
+import torch
+from conftest import difference
+from safetensors.torch import load_file
+
+from lofit.checkpoint import load_model
+from lofit.errors import InputError
+from lofit.heads import attach_offsets, attach_scales, gather_offsets, head_scores, rank_heads
+from lofit.losses import answer_cross_entropy
+from lofit.training import Schedule, fit, optimizer_for, train_step
+
+
+def collect(n_examples, schedule, seed=0):
+    """Run `fit` on one number; returns the batches of examples and the logged records."""
+    x, batches, records = torch.nn.Parameter(torch.tensor([5.0])), [], []
+
+    def loss_of(rows):
+        batches.append(rows)
+        return (x * x).sum()
+
+    epochs = list(fit([x], n_examples, loss_of, schedule, seed, records.append))
+    return batches, records, epochs
+
+
+def test_learning_rate_falls_linearly_to_zero_without_warm_up():
+    _, records, _ = collect(6, Schedule(lr=0.8, epochs=2, batch_size=3))
+    assert [r["lr"] for r in records] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_every_example_is_seen_once_an_epoch_in_a_new_order():
+    batches, _, epochs = collect(10, Schedule(lr=0.1, epochs=2, batch_size=4))
+    assert [len(rows) for rows in batches] == [4, 4, 2] * 2  # the last, smaller batch counts
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert [number for number, _ in epochs] == [1, 2]
+    again, _, _ = collect(10, Schedule(lr=0.1, epochs=2, batch_size=4))
+    assert again == batches
+    assert collect(10, Schedule(lr=0.1, epochs=2, batch_size=4), seed=1)[0] != batches
+
+
+def test_l1_is_part_of_the_loss_and_of_the_clipped_gradient():
+    x = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+    schedule = Schedule(lr=0.1, epochs=1, l1=2.0)
+    record = train_step(optimizer_for([x], 0.1), [x], x.square().sum(), schedule, 0, 4)
+    assert record["loss"] == pytest.approx(25 + 2 * 7)
+    assert (record["task_loss"], record["l1"], record["lr"]) == pytest.approx((25, 7, 0.1))
+    assert record["grad_norm"] == pytest.approx((8**2 + 10**2) ** 0.5)  # 2x + 2 sign(x)
+    assert x.grad.norm().item() == pytest.approx(1.0, abs=1e-5)  # clipped
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(value):
+    x = torch.nn.Parameter(torch.tensor([1.0]))
+    with pytest.raises(InputError, match="at step 3 of 4 .*smaller learning rate"):
+        train_step(optimizer_for([x], 0.1), [x], (x * value).sum(), Schedule(0.1, 1), 2, 4)
+    assert x.item() == 1.0
+
+
+def six_steps(model, parameters, golden, told, l1, before):
+    """Train on the paper's batches; at each step compare loss and, through `before`, the values."""
+    optimizer = optimizer_for(parameters, told["lr"])
+    schedule = Schedule(told["lr"], epochs=1, l1=l1)
+    for step in range(6):
+        before(step)
+        batch = golden[f"step{step}.input_ids"], golden[f"step{step}.labels"]
+        loss = answer_cross_entropy(model, batch)
+        record = train_step(optimizer, parameters, loss, schedule, step, 6)
+        assert record["loss"] == pytest.approx(told["loss_total_per_step"][step], abs=1e-4)
+        assert record["task_loss"] == pytest.approx(told["cross_entropy_per_step"][step], abs=1e-4)
+        assert record["l1"] == pytest.approx(told["l1_norm_per_step"][step], abs=1e-4)
+        norm = told["grad_norm_per_step_before_clip"][step]
+        assert record["grad_norm"] == pytest.approx(norm, abs=1e-4)
+        assert record["lr"] == pytest.approx(told["lr_per_step"][step])
+
+
+def test_six_selection_steps_agree_with_the_papers_code(oracle):
+    golden = load_file(oracle / "select_heads_sft_noresize.safetensors")
+    told = json.loads((oracle / "select_heads_sft_noresize.json").read_text())
+    model = load_model(oracle)
+    parameters = attach_scales(model, golden["A_init"])
+
+    def same_scales(step):
+        A = torch.stack(parameters)
+        assert difference(A, golden["A_before_each_step"][step]) < 1e-5
+
+    six_steps(model, parameters, golden, told, told["l1_lambda"], same_scales)
+    assert difference(torch.stack(parameters), golden["A_final"]) < 1e-5
+    scores = head_scores(model)
+    assert difference(scores, golden["head_scores"]) < 1e-5
+    want = golden["head_scores"]
+    for ours, theirs in zip(rank_heads(scores, 32), told["order_desc"], strict=True):
+        # heads may change places only where the paper's own scores are less than 1e-5 apart
+        assert ours == tuple(theirs) or abs(want[ours] - want[tuple(theirs)]) < 1e-5
+
+
+def test_six_offset_steps_agree_with_the_papers_code(oracle):
+    golden = load_file(oracle / "train_offsets_sft_noresize.safetensors")
+    told = json.loads((oracle / "train_offsets_sft_noresize.json").read_text())
+    heads = [tuple(head) for head in told["heads"]]
+    layers, columns = zip(*heads, strict=True)
+    model = load_model(oracle)
+    parameters = attach_offsets(model, heads, golden["v_init"][layers, columns])
+
+    def same_offsets(step):
+        want = golden["v_before_each_step"][step][layers, columns]
+        assert difference(gather_offsets(model, heads), want) < 1e-5
+
+    six_steps(model, parameters, golden, told, 0.0, same_offsets)
+    assert difference(gather_offsets(model, heads), golden["v_final"][layers, columns]) < 1e-5
