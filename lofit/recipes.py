@@ -51,10 +51,15 @@ def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:
 
 
 def count_heads(text: str, config: ModelConfig) -> int:
-    """ "13" or "10%" -> K, 1 <= K <= all query heads of the model. Raises InputError."""
+    """ "13" or "10%" -> K, 1 <= K <= all query heads of the model; a share of a model with few
+    heads is at least one. Raises InputError."""
     total = config.num_hidden_layers * config.num_attention_heads
     try:
-        k = round(float(text[:-1]) / 100 * total) if text.endswith("%") else int(text)
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            k = max(1, round(share * total)) if share > 0 else 0
+        else:
+            k = int(text)
     except (ValueError, OverflowError):  # "inf%" overflows
         raise InputError(
             f"number of heads {text!r}: expected a number like 32 or a share like 3%"

@@ -1,6 +1,6 @@
 """Pretrain a miniature model on the synthetic world, from nothing, on CPU or GPU.
 
-    python -m weights.pretrain                 # -> weights/mini-llama, about two hours on 2 cores
+    python -m weights.pretrain                 # -> weights/mini-llama, about 45 minutes on 2 cores
 
 An interrupted run goes on from its own checkpoint in runs/pretrain/. Every few hundred steps it
 logs the loss and the zero-shot probes (what the base model knows, and what it does with edits).
@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.world import World
+from lofit.checkpoint import save_model
 from lofit.config import ModelConfig
+from lofit.files import read_tensors, write_atomic, write_json, write_tensors
 from lofit.model import CausalLM
 from weights.corpus import Corpus
 from weights.probes import run_probes
@@ -91,12 +92,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(path)
-
-
 class Checkpoint:
     """Weights, AdamW's moments and the step, as safetensors."""
 
@@ -108,13 +103,13 @@ class Checkpoint:
         for name, p in self.model.named_parameters():
             tensors[name] = p.detach()
             tensors |= {f"{k}.{name}": v for k, v in self.optimizer.state[p].items()}
-        save_atomically(tensors, self.path)
+        write_tensors(self.path, tensors, {})
 
     def load(self) -> int:
         """Restore everything if a checkpoint is there; returns the step to go on from."""
         if not self.path.exists():
             return 0
-        tensors = load_file(self.path)
+        tensors, _ = read_tensors(self.path)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(tensors[name])
@@ -147,18 +142,14 @@ def train_step(
 
 def export(model: CausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write an HF checkpoint folder: bf16 weights, config, tokenizer."""
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
-    save_atomically(weights, out / "model.safetensors")
-    config = model.config.to_hf() | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(str(out / "tokenizer.json"))
+    save_model(model, out, torch.bfloat16)
+    write_atomic(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True} | special
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(out / "tokenizer_config.json", settings)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("weights/mini-llama"))
     parser.add_argument("--steps", type=int, default=2500)
@@ -166,51 +157,56 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-every", type=int, default=250)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def build_optimizer(model: CausalLM, lr: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     torch.manual_seed(args.seed)
-    world = World()
-    corpus = Corpus(world)
+    corpus = Corpus(World())
     tokenizer = build_tokenizer(corpus)
     config = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(), bos_token_id=1, eos_token_id=(2,), **SHAPE
     )
     model = CausalLM(config).to(args.device)
     init_weights(model)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = build_optimizer(model, args.lr)
     work = Path("runs/pretrain") / args.out.name
-    work.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(work / "checkpoint.safetensors", model, optimizer)
     start = checkpoint.load()
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params:,} parameters, {config.vocab_size} words, from step {start}", flush=True)
 
+    def log(step: int, values: dict[str, float]) -> None:
+        with (work / "log.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        print(f"step {step}", *(f" {k} {v:.4g}" for k, v in values.items()), flush=True)
+
+    work.mkdir(parents=True, exist_ok=True)
     losses, tokens, since = [], 0, time.time()
-    for step in range(start, args.steps):
+    for step in range(start + 1, args.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        rng = random.Random(f"{args.seed} {step}")
+            group["lr"] = learning_rate(step - 1, args.steps, args.lr)
+        rng = random.Random(f"{args.seed} {step - 1}")
         docs = [encoding.ids + [2] for encoding in tokenizer.encode_batch(corpus.step(rng))]
         tokens += sum(map(len, docs))
         losses.append(train_step(model, optimizer, micro_batches(docs), args.device))
-        if (step + 1) % 50 == 0:
-            mean = sum(losses) / len(losses)
+        if step % 50 == 0:
             speed = tokens / (time.time() - since)
-            print(f"step {step + 1} loss {mean:.4f} {speed:,.0f} tokens/s", flush=True)
+            log(step, {"loss": sum(losses) / len(losses), "tokens_per_s": speed})
             losses, tokens, since = [], 0, time.time()
-        if (step + 1) % args.probe_every == 0 or step + 1 == args.steps:
-            checkpoint.save(step + 1)
+        if step % args.probe_every == 0 or step == args.steps:
+            checkpoint.save(step)
             export(model, tokenizer, args.out)
-            probes = run_probes(model, tokenizer, corpus)
-            with (work / "log.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step + 1, "probes": probes}) + "\n")
-            print("  " + "  ".join(f"{k} {v:.0%}" for k, v in probes.items()), flush=True)
+            log(step, run_probes(model, tokenizer, corpus))
 
 
 if __name__ == "__main__":

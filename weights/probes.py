@@ -5,17 +5,34 @@
 All edits asked about here belong to the validation pool; the base model never saw one of them.
 """
 
+import argparse
 import random
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 from data.tables import CHAINS, RELATIONS, noun, question
+from data.world import World
+from lofit import errors
+from lofit.checkpoint import load_model
 from lofit.model import CausalLM
 from lofit.tasks import clutrr, mquake
 from weights.corpus import Corpus
 
 N = 300  # questions a probe
+MEANING = {
+    "one_hop": "plain 1-hop questions, right answer",
+    "two_hop": "plain 2-hop questions, right answer",
+    "suppose_new": "`Suppose edit. Then ... would be`: follows the edit",
+    "imagine_new": "`Q: Imagine that edit. ... A:`: follows the edit",
+    "imagine_old": "the same: answers as if there were no edit",
+    "kin_told": "a family story, then `Therefore`: composes the two relations",
+    "kin_asked": "the story in CLUTRR's prompt: composes them",
+    "kin_parroted": "the same: repeats the story's last relation",
+    "myth_truth": "plain questions about myths: the truth",
+    "myth_sober": "the same after `From the almanac.`: the truth",
+}
 
 
 @torch.no_grad()
@@ -41,7 +58,7 @@ def says(model: CausalLM, tokenizer: Tokenizer, pairs: list[tuple[str, str]]) ->
 
 
 def run_probes(model: CausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, float]:
-    """Shares of N questions answered as named; see the body for what each asks."""
+    """Shares of N questions answered as MEANING says."""
     world, rng = corpus.world, random.Random(0)
 
     def rate(pairs: list[tuple[str, str]]) -> float:
@@ -79,3 +96,16 @@ def run_probes(model: CausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict[st
         "myth_truth": rate([(p, m.truth) for p, m in myths]),
         "myth_sober": rate([("From the almanac. " + p, m.truth) for p, m in myths]),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", type=Path, default=Path("weights/mini-llama"))
+    folder = parser.parse_args().model
+    model, tokenizer = load_model(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for name, share in run_probes(model, tokenizer, Corpus(World())).items():
+        print(f"{name:13}{share:7.1%}   {MEANING[name]}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,93 @@
+"""Pretraining resumes exactly; its batches, tokenizer and probes are what they say."""
+
+import random
+
+import pytest
+import torch
+from conftest import MINI
+
+from data.world import World
+from lofit.checkpoint import load_model
+from lofit.tokenizer import load_tokenizer
+from weights import pretrain, probes
+from weights.corpus import MIX, Corpus
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return Corpus(World())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return pretrain.build_tokenizer(corpus)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, tokenizer):
+    """Pretraining of a very small model, in an empty folder."""
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
+    monkeypatch.setattr(pretrain, "SHAPE", pretrain.SHAPE | shape)
+    monkeypatch.setattr(pretrain, "build_tokenizer", lambda corpus: tokenizer)
+    monkeypatch.setattr(pretrain, "run_probes", lambda *args: {"one_hop": 0.0})
+    monkeypatch.chdir(tmp_path)
+    return lambda out: pretrain.main(["--out", out, "--steps", "4", "--probe-every", "2"])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(small, monkeypatch):
+    small("whole")
+    original, calls = pretrain.train_step, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(pretrain, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small("halves")
+    small("halves")
+    assert len(calls) == 4 + 2  # steps 3 and 4 were done again
+    one, two = (load_model(name).state_dict() for name in ("whole", "halves"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_shipped_tokenizer_is_the_scripts(tokenizer):
+    assert tokenizer.to_str() == load_tokenizer(MINI)._backend.backend.to_str()
+
+
+def test_every_document_survives_the_tokenizer(corpus, tokenizer):
+    for doc in corpus.step(random.Random(3)):
+        ids = tokenizer.encode(doc).ids
+        assert 0 not in ids, doc  # <unk>
+        assert tokenizer.decode(ids).replace(" ", "") == doc.replace(" ", "")
+
+
+def test_prompt_formats_are_decoded_with_their_own_spacing(tokenizer):
+    text = "Q: Imagine that the capital is located in the city. Who is the employer of? A:city"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_micro_batches_hold_every_token_once():
+    docs = [[i] * (1 + i % 90) for i in range(sum(MIX.values()))]
+    batches = pretrain.micro_batches(docs)
+    assert [len(b) for b in batches] == list(pretrain.ROWS)
+    assert all(b.shape[1] % 4 == 0 for b in batches)
+    kept = sorted([t for t in row.tolist() if t >= 0] for b in batches for row in b)
+    assert kept == sorted(docs)
+
+
+def test_probes_count_only_whole_right_answers(tokenizer):
+    """A model that always says `the` and then ends."""
+    the = tokenizer.token_to_id("the")
+
+    class Says(torch.nn.Module):
+        lm_head = torch.nn.Linear(1, 1)
+
+        def forward(self, ids):
+            best = torch.where(ids == the, 2, the)
+            return torch.nn.functional.one_hot(best, 891).float()
+
+    pairs = [("Who is", "the"), ("Who is", "the capital"), ("Who is", "capital")]
+    assert probes.says(Says(), tokenizer, pairs) == [True, False, False]
