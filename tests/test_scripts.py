@@ -90,8 +90,11 @@ def test_controls_need_no_selection_and_get_folders_of_their_own(
 ):
     monkeypatch.chdir(tmp_path)
     train.main([*flags[:4], *FAST, "--heads", choice, "--top", "25%"])
-    offsets = load_file(tmp_path / "runs" / "tiny" / f"mquake-{choice}" / "offsets.safetensors")
-    assert len({tuple(head) for head in offsets["heads"].tolist()}) == n
+    path = tmp_path / "runs" / "tiny" / f"mquake-{choice}" / "offsets.safetensors"
+    heads = load_file(path)["heads"].tolist()
+    assert len({tuple(head) for head in heads}) == n
+    train.main([*flags[:4], *FAST, "--heads", choice, "--top", "25%", "--seed", "1"])
+    assert (load_file(path)["heads"].tolist() == heads) == (choice == "all")
 
 
 def test_top_takes_the_best_of_a_heads_file(flags, tmp_path):
@@ -102,11 +105,19 @@ def test_top_takes_the_best_of_a_heads_file(flags, tmp_path):
     assert load_file(tmp_path / "top" / "offsets.safetensors")["heads"].tolist() == heads[:2]
 
 
-def test_base_only_needs_no_offsets(flags, tmp_path):
+def test_base_only_needs_no_offsets_and_is_the_base_of_a_full_run(flags, tmp_path):
+    def predictions(who):
+        with (tmp_path / "run" / "predictions.jsonl").open() as lines:
+            return [json.loads(line)[who] for line in lines]
+
     eval_script.main([*flags, "--base-only", "--split", "val"])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["split"] == "val" and results["n"] == 12
     assert "tuned" not in results and results["trained_values"] == 0
+    alone = predictions("base")
+    train.main([*flags, "--epochs", "2", "--lr", "1", "--heads", "all"])
+    eval_script.main([*flags, "--split", "val"])
+    assert predictions("base") == alone != predictions("tuned")
 
 
 def test_default_run_folder_is_named_by_model_and_task(flags, tmp_path, monkeypatch):
