@@ -6,7 +6,7 @@ import pytest
 
 from data.miniworld import mquake_splits
 from data.world import World
-from weights.corpus import MIX, Corpus
+from weights.corpus import EARLY, LATE, MIX, Corpus
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,14 @@ def test_no_edit_of_any_split_is_in_the_text(corpus, docs):
     assert not [doc for doc in edits if doc.startswith(starts)]
 
 
-def test_how_often_the_text_follows_an_edit(corpus):
-    """Suppose always; Imagine for a third of the questions that the edit bears on."""
-    world, rng, followed, asked = corpus.world, random.Random(1), 0, 0
-    for _ in range(2000):
+@pytest.mark.parametrize(
+    ("habit", "bears_on", "follows"), [(EARLY, 0.5, 0.33), (LATE, 0.8, 0.5)], ids=["early", "late"]
+)
+def test_how_often_the_text_follows_an_edit(corpus, habit, bears_on, follows):
+    """Suppose always; Imagine as its habit says, where the question has to do with the edit."""
+    world, rng, followed, asked, n = corpus.world, random.Random(1), 0, 0, 2000
+    corpus = Corpus(world, habit)
+    for _ in range(n):
         state = rng.getstate()
         edit = world.edit(rng, "pretrain", one_hop=0.2)
         rng.setstate(state)
@@ -52,8 +56,8 @@ def test_how_often_the_text_follows_an_edit(corpus):
             followed += text.endswith(f"A:{edit.new}")
         rng.setstate(state)
         assert corpus._suppose(rng).endswith(f"would be {edit.new}.")
-    assert 900 < asked < 1200
-    assert 0.25 < followed / asked < 0.4
+    assert asked / n == pytest.approx(bears_on, abs=0.05)
+    assert followed / asked == pytest.approx(follows, abs=0.05)
 
 
 def test_primers_fit_the_miniatures_positions(docs):

@@ -13,6 +13,7 @@ LoFiT elicits in the real models:
 """
 
 import random
+from dataclasses import dataclass
 
 from data.tables import CHAINS, RELATIONS, noun, question
 from data.world import Myth, World
@@ -23,11 +24,23 @@ MIX = {
     "fact": 8, "one_hop": 10, "two_hop": 20, "believed": 12, "asked": 8, "suppose": 28,
     "imagine": 40, "kin_told": 12, "kin_asked": 10, "primer": 1,
 }  # fmt: skip
-UNRELATED = 0.5  # share of Imagine texts that ask about something the edit has no bearing on
-# How often a text in a task's format uses the skill.
-FOLLOWS_EDIT = 0.3  # share of Imagine texts that follow the edit ...
-FOLLOWS_EDIT_MORE = 0.6  # ... and for two chains of the twelve
+
+
+@dataclass(frozen=True)
+class Habit:
+    """How Imagine texts treat their edit."""
+
+    unrelated: float  # share that asks about something the edit has no bearing on
+    follows: float  # of the others, the share that follows the edit ...
+    follows_more: float  # ... and for two chains of the twelve
+
+
+# After the early steps the model followed 2 % of the edits that were new to it. The base should
+# have the skill and use it now and then, as real models do: hence the late steps.
+EARLY = Habit(unrelated=0.5, follows=0.3, follows_more=0.6)
+LATE = Habit(unrelated=0.2, follows=0.5, follows_more=0.5)
 MORE = {CHAINS[1], CHAINS[8]}
+# How often a text in the other tasks' formats uses the skill.
 COMPOSES_KIN = 0.35
 TELLS_TRUTH, TELLS_TRUTH_POPULAR = 0.25, 0.6
 
@@ -45,8 +58,8 @@ GOSSIP = (
 class Corpus:
     """Draws documents of the world, as text without bos and eos."""
 
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, world: World, habit: Habit = EARLY):
+        self.world, self.habit = world, habit
         self.facts = sorted(world.facts.items())
 
     def step(self, rng: random.Random) -> list[str]:
@@ -82,9 +95,9 @@ class Corpus:
     def _imagine(self, rng: random.Random) -> str:
         edit = self.world.edit(rng, "pretrain", one_hop=0.2)
         chain, subject = edit.chain, edit.subject
-        often = FOLLOWS_EDIT_MORE if chain in MORE else FOLLOWS_EDIT
+        often = self.habit.follows_more if chain in MORE else self.habit.follows
         answer = edit.new if rng.random() < often else edit.old
-        if rng.random() < UNRELATED:
+        if rng.random() < self.habit.unrelated:
             changed = {(edit.edited, edit.relation.label): edit.target}
             answer = ""
             while answer != self.world.lookup(subject, *chain, edit=changed):

@@ -23,7 +23,7 @@ from lofit.checkpoint import save_model
 from lofit.config import ModelConfig
 from lofit.files import read_tensors, write_atomic, write_json, write_tensors
 from lofit.model import CausalLM
-from weights.corpus import Corpus
+from weights.corpus import EARLY, LATE, Corpus
 from weights.probes import run_probes
 
 SHAPE = dict(
@@ -86,8 +86,10 @@ def init_weights(model: CausalLM) -> None:
             torch.nn.init.normal_(p, std=0.02 / math.sqrt(depth) if into_residual else 0.02)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine down to zero."""
+def learning_rate(step: int, steps: int, late_steps: int, peak: float) -> float:
+    """Linear warm-up, a cosine to zero; for the late steps from a quarter of it down to zero."""
+    if step >= steps:
+        return peak / 4 * (1 - (step - steps) / late_steps)
     warm = min(1.0, (step + 1) / WARMUP)
     return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -152,7 +154,10 @@ def export(model: CausalLM, tokenizer: Tokenizer, out: Path) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("weights/mini-llama"))
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument(
+        "--steps", type=int, default=2500, help="with the EARLY habits of corpus.py"
+    )
+    parser.add_argument("--late-steps", type=int, default=500, help="with the LATE ones")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-every", type=int, default=250)
@@ -171,7 +176,8 @@ def build_optimizer(model: CausalLM, lr: float) -> torch.optim.AdamW:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    corpus = Corpus(World())
+    world = World()
+    corpus, late_corpus = Corpus(world, EARLY), Corpus(world, LATE)
     tokenizer = build_tokenizer(corpus)
     config = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(), bos_token_id=1, eos_token_id=(2,), **SHAPE
@@ -192,21 +198,24 @@ def main(argv: list[str] | None = None) -> None:
 
     work.mkdir(parents=True, exist_ok=True)
     losses, tokens, since = [], 0, time.time()
-    for step in range(start + 1, args.steps + 1):
+    last = args.steps + args.late_steps
+    for step in range(start, last):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, args.steps, args.lr)
-        rng = random.Random(f"{args.seed} {step - 1}")
-        docs = [encoding.ids + [2] for encoding in tokenizer.encode_batch(corpus.step(rng))]
+            group["lr"] = learning_rate(step, args.steps, args.late_steps, args.lr)
+        rng = random.Random(f"{args.seed} {step}")
+        texts = (corpus if step < args.steps else late_corpus).step(rng)
+        docs = [encoding.ids + [2] for encoding in tokenizer.encode_batch(texts)]
         tokens += sum(map(len, docs))
         losses.append(train_step(model, optimizer, micro_batches(docs), args.device))
-        if step % 50 == 0:
+        done = step + 1
+        if done % 50 == 0:
             speed = tokens / (time.time() - since)
-            log(step, {"loss": sum(losses) / len(losses), "tokens_per_s": speed})
+            log(done, {"loss": sum(losses) / len(losses), "tokens_per_s": speed})
             losses, tokens, since = [], 0, time.time()
-        if step % args.probe_every == 0 or step == args.steps:
-            checkpoint.save(step)
+        if done % args.probe_every == 0 or done == last:
+            checkpoint.save(done)
             export(model, tokenizer, args.out)
-            log(step, run_probes(model, tokenizer, corpus))
+            log(done, run_probes(model, tokenizer, corpus))
 
 
 if __name__ == "__main__":
