@@ -6,6 +6,7 @@ With ordinary tiny weights a model without RoPE scaling passes a comparison of l
 
 import os
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,17 @@ def tiny_folder(tmp_path, tiny_config) -> Path:
 @pytest.fixture
 def tiny(tiny_folder) -> CausalLM:
     return load_model(tiny_folder)
+
+
+@pytest.fixture
+def small_data(tmp_path) -> Path:
+    """24 training, 12 validation and 20 test cases of the miniature."""
+    folder = tmp_path / "data"
+    (folder / "MQuAKE").mkdir(parents=True)
+    for split, n in (("train", 24), ("val", 12), ("test", 20)):
+        with (REPO / "data" / "mini" / "MQuAKE" / f"{split}.jsonl").open() as lines:
+            (folder / "MQuAKE" / f"{split}.jsonl").write_text("".join(islice(lines, n)))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from itertools import islice
 
 import pytest
 import torch
@@ -22,19 +21,8 @@ FAST = ["--epochs", "2", "--lr", "0.05"]
 
 
 @pytest.fixture
-def data(tmp_path):
-    """24 training, 12 validation and 20 test cases of the miniature."""
-    folder = tmp_path / "data"
-    (folder / "MQuAKE").mkdir(parents=True)
-    for split, n in (("train", 24), ("val", 12), ("test", 20)):
-        with (REPO / "data" / "mini" / "MQuAKE" / f"{split}.jsonl").open() as lines:
-            (folder / "MQuAKE" / f"{split}.jsonl").write_text("".join(islice(lines, n)))
-    return folder
-
-
-@pytest.fixture
-def flags(tiny_folder, data, tmp_path):
-    return ["--model", str(tiny_folder), "--data", str(data), "--run", str(tmp_path / "run")]
+def flags(tiny_folder, small_data, tmp_path):
+    return ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(tmp_path / "run")]
 
 
 def test_the_whole_way_through(flags, tmp_path, capsys):
@@ -146,15 +134,15 @@ def test_more_heads_than_the_model_has(flags, tmp_path):
     refused(train, [*flags, "--heads", "random", "--top", "13"], message, tmp_path / "run")
 
 
-def test_a_malformed_line(flags, data, tmp_path):
-    with (data / "MQuAKE" / "train.jsonl").open("a") as file:
+def test_a_malformed_line(flags, small_data, tmp_path):
+    with (small_data / "MQuAKE" / "train.jsonl").open("a") as file:
         file.write('{"case_id": \n')
     refused(select_heads, flags, "train.jsonl, line 25: not valid JSON", tmp_path / "run")
 
 
 @pytest.mark.parametrize(("script", "split"), [(select_heads, "train"), (eval_script, "test")])
-def test_an_empty_split(flags, data, tmp_path, script, split):
-    (data / "MQuAKE" / f"{split}.jsonl").write_text("")
+def test_an_empty_split(flags, small_data, tmp_path, script, split):
+    (small_data / "MQuAKE" / f"{split}.jsonl").write_text("")
     extra = ["--base-only"] if script is eval_script else []
     refused(script, [*flags, *extra], f"{split}.jsonl: the split is empty", tmp_path / "run")
 
@@ -164,14 +152,14 @@ def test_no_data_at_all(flags, tmp_path):
     refused(select_heads, argv, "nowhere/MQuAKE/train.jsonl: no such file", tmp_path / "run")
 
 
-def test_a_prompt_longer_than_the_models_positions(flags, data, tmp_path):
-    path = data / "MQuAKE" / "test.jsonl"
+def test_a_prompt_longer_than_the_models_positions(flags, small_data, tmp_path):
+    path = small_data / "MQuAKE" / "test.jsonl"
     case = json.loads(path.read_text().splitlines()[0])
     case["questions"][0] = "the " * 150
     path.write_text(json.dumps(case) + "\n")
     argv = [*flags, "--base-only"]
     refused(eval_script, argv, "prompt 0 has 1.. tokens.*128 positions", tmp_path / "run")
-    shutil.copy(path, data / "MQuAKE" / "train.jsonl")
+    shutil.copy(path, small_data / "MQuAKE" / "train.jsonl")
     refused(select_heads, flags, "split train: example 0 needs 1.. positions", tmp_path / "run")
 
 
