@@ -33,7 +33,7 @@ RECIPES = {
     ("Llama-2-7B", "mquake"): Recipe(select_lr=5e-3, l1=1e-3, offset_lr=1e-2, heads="32"),
     ("Llama-2-13B", "mquake"): Recipe(select_lr=1e-3, l1=1e-3, offset_lr=8e-3, heads="48"),
     ("mini-llama", "mquake"): Recipe(
-        select_lr=2e-2, l1=1e-4, select_epochs=10, offset_lr=0.15, offset_epochs=30, heads="10%"
+        select_lr=5e-2, l1=1e-4, select_epochs=10, offset_lr=1.0, offset_epochs=30, heads="10%"
     ),
 }
 FALLBACK = "Llama-2-7B"

@@ -60,7 +60,6 @@ def test_a_token_across_the_border_counts_as_answer(one_kind, prompt, answer):
     assert ids == one_kind.encode(prompt + answer)
     inside = [k for k in range(1, len(ids)) if prompt.startswith(one_kind.decode(ids[:k]))]
     assert n == max(inside)
-    assert one_kind.decode(ids[:n]) == prompt or prompt == "the fam"
 
 
 def test_bos_and_eos_follow_the_config(tiny_folder):

@@ -1,6 +1,6 @@
 """Pretrain a miniature model on the synthetic world, from nothing, on CPU or GPU.
 
-    python -m weights.pretrain                 # -> weights/mini-llama, about 45 minutes on 2 cores
+    python -m weights.pretrain                 # -> weights/mini-llama, about 50 minutes on 2 cores
 
 An interrupted run goes on from its own checkpoint in runs/pretrain/. Every few hundred steps it
 logs the loss and the zero-shot probes (what the base model knows, and what it does with edits).

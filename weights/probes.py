@@ -1,7 +1,9 @@
 """Zero-shot probes of a base model: what it knows, and what it does with edits, kin and myths.
 
     python -m weights.probes weights/mini-llama
+    python -m weights.probes --offsets runs/mini-llama/mquake/offsets.safetensors
 
+The first examines a base model, the second a tuned one: what it learnt and what it forgot.
 All edits asked about here belong to the validation pool; the base model never saw one of them.
 """
 
@@ -16,6 +18,7 @@ from data.tables import CHAINS, RELATIONS, noun, question
 from data.world import World
 from lofit import errors
 from lofit.checkpoint import load_model
+from lofit.heads import load_offsets
 from lofit.model import CausalLM
 from lofit.tasks import clutrr, mquake
 from weights.corpus import Corpus
@@ -98,11 +101,15 @@ def run_probes(model: CausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict[st
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=Path("weights/mini-llama"))
-    folder = parser.parse_args().model
-    model, tokenizer = load_model(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    parser.add_argument("--offsets", type=Path, help="of a run: examine the tuned model")
+    args = parser.parse_args(argv)
+    model = load_model(args.model)
+    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    if args.offsets:
+        load_offsets(args.offsets, model)
     for name, share in run_probes(model, tokenizer, Corpus(World())).items():
         print(f"{name:13}{share:7.1%}   {MEANING[name]}")
 
