@@ -22,6 +22,25 @@ from lofit.model import CausalLM
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Names in multimodal Gemma 3 checkpoints as transformers 4 and 5 write them.
+VISION = tuple(
+    f"{outer}{part}."
+    for outer in ("", "model.")
+    for part in ("vision_tower", "multi_modal_projector")
+)
+TEXT_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+HUB_CURES = {  # a gated repository's error is one of a repository not found, so it stands first
+    hub_errors.GatedRepoError: "gated; accept its licence on huggingface.co, then set HF_TOKEN",
+    hub_errors.RepositoryNotFoundError: (
+        "no such folder here, and no such repository on the hub; check the name, or set HF_TOKEN if"
+        " it is private"
+    ),
+    hub_errors.RevisionNotFoundError: "the repository has no such revision; check --revision",
+}
 TO_CONVERT = (
     "pickled weights are never loaded; convert them once where you trust the file, e.g. with"
     " transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
@@ -59,10 +78,10 @@ def load_model(
     digests: dict[str, bytes] = {}
     for path in tqdm(weight_files(folder), desc="loading", unit="file", disable=None, leave=False):
         with open_tensors(path) as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key.endswith("rotary_emb.inv_freq"):  # a table that old Llama files carry
+            for stored in file.keys():  # noqa: SIM118 (not a dict)
+                if (key := text_name(stored)) is None:
                     continue
-                tensor = file.get_tensor(key)
+                tensor = file.get_tensor(stored)
                 digests[key] = _digest(tensor)
                 weights[key] = tensor.to(device=device, dtype=dtype)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
@@ -86,14 +105,11 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
     wanted = ["*.json", "*.safetensors", "tokenizer.model"]
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
-    except hub_errors.GatedRepoError:
-        cure = "accept its licence on huggingface.co, then set HF_TOKEN"
-        raise InputError(f"{name}: gated repository; {cure}") from None
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError, ValueError) as error:
+        cures = (cure for kind, cure in HUB_CURES.items() if isinstance(error, kind))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name}: neither a folder here nor to be fetched from the hub ({reason})"
-        ) from None
+        cure = next(cures, f"neither a folder here nor to be fetched from the hub ({reason})")
+        raise InputError(f"{name}: {cure}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -115,6 +131,17 @@ def weight_files(folder: Path) -> list[Path]:
     if pickled:
         raise InputError(f"{folder / pickled[0]}: {TO_CONVERT}")
     raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it")
+
+
+def text_name(key: str) -> str | None:
+    """The name of a stored tensor in a text model; None for what a text model has no use for: the
+    RoPE tables of old Llama files, the image half of a multimodal Gemma 3."""
+    if key.endswith("rotary_emb.inv_freq") or key.startswith(VISION):
+        return None
+    for prefix, ours in TEXT_PREFIXES.items():
+        if key.startswith(prefix):
+            return ours + key.removeprefix(prefix)
+    return key
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

@@ -16,7 +16,7 @@ def prefill(
     Returns the logits after each prompt's last token: [B, V].
     """
     hidden = model.model(ids, cache=cache)
-    return model.lm_head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+    return model.logits(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
 
 
 @torch.inference_mode()

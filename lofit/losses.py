@@ -35,7 +35,7 @@ def answer_cross_entropy(model: CausalLM, batch: Batch) -> torch.Tensor:
     hidden = model.model(ids)[:, :-1]  # position t predicts token t+1
     target = labels[:, 1:]
     chosen = target != IGNORE
-    return F.cross_entropy(model.lm_head(hidden[chosen]).float(), target[chosen])
+    return F.cross_entropy(model.logits(hidden[chosen]).float(), target[chosen])
 
 
 def l1_norm(parameters: list[torch.Tensor]) -> torch.Tensor:

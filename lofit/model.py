@@ -1,4 +1,4 @@
-"""A Llama transformer in plain PyTorch, with one slot per attention layer for LoFiT.
+"""A Llama and Gemma transformer in plain PyTorch, with one slot per attention layer for LoFiT.
 
 Shapes:  B batch · T position · D hidden_size · V vocab_size
          n_heads query heads · n_kv_heads key/value heads · head_dim
@@ -7,13 +7,14 @@ Module attributes carry HF's parameter names, so `CausalLM.state_dict()` *is* an
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lofit import rope
-from lofit.config import ModelConfig
+from lofit.config import SLIDING, ModelConfig
 
 ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -24,16 +25,21 @@ ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the division in fp32 as in HF: in bf16 the mean of squares is off."""
+    """x / rms(x) * weight, the division in fp32 as in HF: in bf16 the mean of squares is off.
 
-    def __init__(self, dim: int, eps: float):
+    Gemma stores weight - 1 and multiplies before the cast, Llama after it.
+    """
+
+    def __init__(self, dim: int, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.eps, self.adds_one = config.rms_norm_eps, config.norm_adds_one
+        self.weight = nn.Parameter(torch.zeros(dim) if self.adds_one else torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        if self.adds_one:
+            return (x32 * (1 + self.weight.float())).to(x.dtype)
         return self.weight * x32.to(x.dtype)
 
 
@@ -58,26 +64,56 @@ class KVCache:
         return self.k[layer], self.v[layer]
 
 
+@dataclass
+class Step:
+    """What every layer needs beside the hidden states, computed once per forward pass.
+
+    cos_sin, mask: by layer type, for rope.rotate and for `attend`.
+    """
+
+    positions: torch.Tensor  # [B or 1, T]
+    cos_sin: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    mask: dict[str, torch.Tensor | None]
+    cache: KVCache | None
+    decoding: bool  # True: attend to the whole cache; False: to the T positions of this pass
+
+
+def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Gemma 2's bound on scores and logits: cap * tanh(x / cap)."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Attention over q: [B, n_heads, T, head_dim] and k, v: [B, n_kv_heads, S, head_dim].
 
-    mask: bool [B, 1, T, S], True where a query may look; None = causal (S = T), which keeps the
-    fused kernels. Returns [B, n_heads, T, head_dim].
+    mask: bool [B or 1, 1, T, S], True where a query may look; None = causal (S = T), which keeps
+    the fused kernels. cap: see `soft_cap`; no fused kernel has it. Returns
+    [B, n_heads, T, head_dim].
     """
     if k.shape[1] != q.shape[1]:  # grouped-query: each key/value head serves a group of queries
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        return plain_attention(q, k, v, mask, scale)
+    if cap is not None or (q.device.type == "cpu" and torch.is_grad_enabled()):
+        return plain_attention(q, k, v, mask, scale, cap)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
     )
 
 
 def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """The formula that the fused kernels compute, all heads alike; arguments as in `attend`.
 
@@ -86,7 +122,7 @@ def plain_attention(
     """
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = (q * scale) @ k.transpose(-1, -2)
+    scores = soft_cap((q * scale) @ k.transpose(-1, -2), cap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
     return weights.to(v.dtype) @ v
 
@@ -95,6 +131,9 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.layer_type = config.layer_type(layer)
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.cap = config.attn_logit_softcapping
         q_dim = config.num_attention_heads * config.head_dim
         kv_dim = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
@@ -102,26 +141,22 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=bias)
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norms else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norms else nn.Identity()
         self.head_out = nn.Identity()  # the slot: heads.py puts a HeadScale or HeadOffset here
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-        cache: KVCache | None,
-        positions: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         def split(y: torch.Tensor) -> torch.Tensor:  # [B, T, heads*head_dim] -> [B, heads, T, ..]
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        q, k = rope.rotate(q, *cos_sin), rope.rotate(k, *cos_sin)
-        if cache is not None:
-            whole = cache.write(self.layer, positions, k, v)
-            # a prompt (mask None) attends to itself; a later step to all that was written
-            k, v = (k, v) if mask is None else whole
-        z = attend(q, k, v, mask, self.head_dim**-0.5).transpose(1, 2)  # [B, T, n_heads, head_dim]
+        cos_sin, mask = step.cos_sin[self.layer_type], step.mask[self.layer_type]
+        q, k = rope.rotate(self.q_norm(q), *cos_sin), rope.rotate(self.k_norm(k), *cos_sin)
+        if step.cache is not None:
+            whole = step.cache.write(self.layer, step.positions, k, v)
+            k, v = whole if step.decoding else (k, v)
+        z = attend(q, k, v, mask, self.scale, self.cap)
+        z = z.transpose(1, 2)  # [B, T, n_heads, head_dim]
         z = self.head_out(z)  # LoFiT acts here and nowhere else (paper, section 3)
         return self.o_proj(z.flatten(2))
 
@@ -142,13 +177,22 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        D = config.hidden_size
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(D, config)
+        self.post_attention_layernorm = RMSNorm(D, config)
+        self.sandwich = config.sandwich_norms
+        if self.sandwich:
+            self.pre_feedforward_layernorm = RMSNorm(D, config)
+            self.post_feedforward_layernorm = RMSNorm(D, config)
 
-    def forward(self, x: torch.Tensor, *attention_args) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        attended = self.self_attn(self.input_layernorm(x), step)
+        if self.sandwich:
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + attended  # HF's name below says where the norm stands, not what it norms
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -158,7 +202,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
 
     def forward(
         self,
@@ -172,22 +216,45 @@ class Transformer(nn.Module):
         and the prompt. Right padding needs no mask, for no real token looks to its right. With
         `positions` [B, T] (and a cache), each token attends to every cached position up to its own.
         """
-        mask = None
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        else:
-            reach = torch.arange(cache.k.shape[3], device=input_ids.device)
-            mask = reach <= positions[:, None, :, None]  # [B, 1, T, length]
-        cos_sin = rope.cos_sin(self.config, positions)
         x = self.embed_tokens(input_ids)
+        if self.config.scale_embeddings:  # the factor is rounded to the weights' dtype, as in HF
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        step = self._step(input_ids, positions, cache)
         for layer in self.layers:
-            x = layer(x, cos_sin, mask, cache, positions)
+            x = layer(x, step)
         return self.norm(x)
+
+    def _step(
+        self, input_ids: torch.Tensor, positions: torch.Tensor | None, cache: KVCache | None
+    ) -> Step:
+        decoding = positions is not None
+        length = cache.k.shape[3] if decoding else input_ids.shape[1]
+        reach = torch.arange(length, device=input_ids.device)
+        positions = positions if decoding else reach[None]
+        kinds = self.config.rope_parameters
+        return Step(
+            positions,
+            {kind: rope.cos_sin(self.config, kind, positions) for kind in kinds},
+            {kind: self._mask(kind, positions, reach, decoding) for kind in kinds},
+            cache,
+            decoding,
+        )
+
+    def _mask(
+        self, kind: str, positions: torch.Tensor, reach: torch.Tensor, decoding: bool
+    ) -> torch.Tensor | None:
+        """Mask for `attend`, [B or 1, 1, T, len(reach)]: None where causality is all of it."""
+        window = self.config.sliding_window if kind == SLIDING else None
+        narrow = window is not None and len(reach) > window
+        if not (decoding or narrow):
+            return None
+        distance = positions[:, None, :, None] - reach
+        return (distance >= 0) & (distance < window) if narrow else distance >= 0
 
 
 class CausalLM(nn.Module):
-    """The language model. `.model` gives hidden states, `.lm_head` turns them into logits; both
-    are called apart where logits are needed at a few positions only."""
+    """The language model. `.model` gives hidden states, `.logits` makes logits of them; both are
+    called apart where logits are needed at a few positions only."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -201,6 +268,10 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [..., D] -> logits [..., V]."""
+        return soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -208,4 +279,4 @@ class CausalLM(nn.Module):
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         """input_ids: [B, T] -> logits [B, T, V]. See `Transformer.forward`."""
-        return self.lm_head(self.model(input_ids, positions, cache))
+        return self.logits(self.model(input_ids, positions, cache))

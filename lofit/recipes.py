@@ -4,7 +4,7 @@ The paper's values: arXiv 2406.01563, appendix, as the public code's launch scri
 (fc2869/lo-fit at ebd344a). The miniatures' values were chosen on the validation split.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lofit.config import ModelConfig
 from lofit.errors import InputError
@@ -27,27 +27,29 @@ class Recipe:
 SHAPES = {
     ("llama", 32, 32): "Llama-2-7B",
     ("llama", 40, 40): "Llama-2-13B",
+    ("gemma", 28, 16): "Gemma-7B",
     ("llama", 8, 16): "mini-llama",
+    ("gemma", 8, 16): "mini-gemma",
 }
 RECIPES = {
     ("Llama-2-7B", "mquake"): Recipe(select_lr=5e-3, l1=1e-3, offset_lr=1e-2, heads="32"),
     ("Llama-2-13B", "mquake"): Recipe(select_lr=1e-3, l1=1e-3, offset_lr=8e-3, heads="48"),
+    ("Gemma-7B", "mquake"): Recipe(select_lr=5e-3, l1=5e-4, offset_lr=8e-3, heads="16"),
     ("mini-llama", "mquake"): Recipe(
         select_lr=5e-2, l1=1e-4, select_epochs=10, offset_lr=1.0, offset_epochs=30, heads="10%"
     ),
 }
-FALLBACK = "Llama-2-7B"
 
 
 def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:
-    """(origin, recipe) for a model's shape; any other model gets Llama-2-7B's with 3 % of heads."""
+    """(origin, recipe) for a model's shape; another gets its family's 7B one with 3 % of heads."""
     shape = (config.model_type, config.num_hidden_layers, config.num_attention_heads)
     name = SHAPES.get(shape)
     if (name, task) in RECIPES:
         return f"recipe of {name}", RECIPES[name, task]
-    base = RECIPES[FALLBACK, task]
-    values = {k: v for k, v in vars(base).items() if k != "heads"}
-    return f"recipe of {FALLBACK}, for want of one", Recipe(**values, heads="3%")
+    family = "Gemma-7B" if config.model_type.startswith("gemma") else "Llama-2-7B"
+    recipe = replace(RECIPES[family, task], heads="3%")
+    return f"recipe of {family}, for want of one", recipe
 
 
 def count_heads(text: str, config: ModelConfig) -> int:

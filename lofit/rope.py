@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the five RoPE types that Llama checkpoints come with.
+"""Rotary position embeddings: the five RoPE types that Llama and Gemma checkpoints come with.
 
 Angles are computed in fp32 from the positions at every forward pass. There is no table that a
 `.to(bfloat16)` could round or that loading could leave stale, and it costs a few microseconds.
@@ -12,20 +12,22 @@ import torch
 from lofit.config import ModelConfig
 
 
-def cos_sin(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotation of each position.
+def cos_sin(
+    config: ModelConfig, layer_type: str, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotation of each position in the layers of a type.
 
     positions: [batch or 1, position] int64 -> cos, sin: [batch or 1, 1, position, head_dim] fp32
     (the axis of size 1 broadcasts over heads).
     """
-    rope, dim = config.rope_parameters, config.head_dim
+    rope, dim = config.rope_parameters[layer_type], config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     inv_freq = 1.0 / rope["rope_theta"] ** exponents  # [head_dim / 2]
     scale = 1.0
     if rope["rope_type"] == "linear":
         inv_freq = inv_freq / rope["factor"]
     elif rope["rope_type"] == "dynamic":
-        inv_freq = _dynamic(config, exponents, positions)
+        inv_freq = _dynamic(rope, config, exponents, positions)
     elif rope["rope_type"] == "llama3":
         inv_freq = _llama3(rope, inv_freq)
     elif rope["rope_type"] == "yarn":
@@ -41,9 +43,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def _dynamic(config: ModelConfig, exponents: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _dynamic(
+    rope: dict, config: ModelConfig, exponents: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """NTK-aware: past the trained length the base grows with the longest sequence of the call."""
-    rope, dim, trained = config.rope_parameters, config.head_dim, config.max_position_embeddings
+    dim, trained = config.head_dim, config.max_position_embeddings
     length = (positions.max() + 1).clamp(min=trained)
     stretch = rope["factor"] * length / trained - (rope["factor"] - 1)
     return 1.0 / (rope["rope_theta"] * stretch ** (dim / (dim - 2))) ** exponents

@@ -47,7 +47,7 @@ class _Json:
             raise InputError(f"{path}: not a tokenizer.json ({error})") from None
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.size = self.backend.get_vocab_size()
+        self.size = self.backend.get_vocab_size(with_added_tokens=False)
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
         encoding = self.backend.encode(prompt + answer, add_special_tokens=False)

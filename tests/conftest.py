@@ -21,6 +21,7 @@ from lofit.model import CausalLM  # noqa: E402
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
 MINI = REPO / "weights" / "mini-llama"
+MINI_GEMMA = REPO / "weights" / "mini-gemma"
 TOLERANCE = 1e-4
 
 LOUD = dict(
@@ -55,21 +56,48 @@ LOUD_LLAMAS = {
 }  # fmt: skip
 
 
+_GEMMA_2 = {"query_pre_attn_scalar": 50, "sliding_window": 10, "head_dim": 16}
+LOUD_GEMMAS = {
+    "gemma-mha": _rope("default") | {"num_attention_heads": 6, "num_key_value_heads": 6},
+    "gemma-mqa": {"num_key_value_heads": 1} | _rope("linear", factor=4.0),
+    "gemma-biases": _rope("default") | {"attention_bias": True, "tie_word_embeddings": False},
+    "gemma2": _GEMMA_2 | _rope("default") | {
+        "num_key_value_heads": 2, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0,
+    },
+    # 7 layers: the sixth is the first global one
+    "gemma3": _GEMMA_2 | {
+        "num_hidden_layers": 7, "num_key_value_heads": 2, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 2000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        },
+    },
+}  # fmt: skip
+LOUD_MODELS = LOUD_LLAMAS | LOUD_GEMMAS
+HF_NAMES = {"gemma2": "Gemma2", "gemma3": "Gemma3Text"}
+
+
+def _hf_model(name: str):
+    """The stock transformers model of a loud configuration, its weights not yet drawn."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    family = HF_NAMES.get(name, "Gemma" if name in LOUD_GEMMAS else "Llama")
+    config = getattr(transformers, f"{family}Config")(**LOUD | LOUD_MODELS[name])
+    config._attn_implementation = "eager"
+    return getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
+
+
 @pytest.fixture(scope="session")
 def loud(tmp_path_factory):
     """name -> (stock transformers model, its folder as save_pretrained wrote it), fp32, eager."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     made = {}
 
     def make(name: str):
         if name not in made:
-            config = transformers.LlamaConfig(**LOUD | LOUD_LLAMAS[name])
-            config._attn_implementation = "eager"
             torch.manual_seed(0)
-            model = transformers.LlamaForCausalLM(config).eval()
+            model = _hf_model(name)
+            norm = 1.0 if name in LOUD_LLAMAS else 0.0  # Gemma adds the one itself
             with torch.no_grad():
                 for key, p in model.named_parameters():
-                    p.normal_(1.0 if "norm" in key else 0.0, 0.3)
+                    p.normal_(norm if "norm" in key else 0.0, 0.3)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
             made[name] = (model, folder)

@@ -1,11 +1,16 @@
 """Loading and saving checkpoints, and everything that can be wrong with one."""
 
+import http.server
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
-from conftest import LOUD_LLAMAS, difference
+from conftest import LOUD_GEMMAS, LOUD_MODELS, REPO, difference
 from safetensors.torch import load_file, save_file
 
 from lofit.checkpoint import find_folder, load_model, save_model
@@ -34,7 +39,7 @@ def test_loaded_model_is_frozen_and_in_eval_mode(tiny, tiny_folder):
 
 
 def test_the_state_dict_is_the_checkpoint(loud):
-    for name in LOUD_LLAMAS:
+    for name in LOUD_MODELS:
         theirs, folder = loud(name)
         assert load_model(folder).state_dict().keys() == theirs.state_dict().keys()
 
@@ -54,7 +59,7 @@ def test_fingerprint_tells_weights_apart(tiny, tiny_folder):
     assert load_model(tiny_folder).source.fingerprint != tiny.source.fingerprint
 
 
-@pytest.mark.parametrize("name", ["llama3-tied", "gqa", "yarn-all"])
+@pytest.mark.parametrize("name", ["llama3-tied", "gqa", "yarn-all", *LOUD_GEMMAS])
 def test_what_we_save_transformers_loads(loud, tmp_path, name):
     theirs, folder = loud(name)
     save_model(load_model(folder), tmp_path / "saved", torch.float32)
@@ -75,6 +80,41 @@ def test_rope_tables_of_old_files_are_dropped(tiny, tiny_folder):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, path)
     assert torch.equal(load_model(tiny_folder)(IDS), tiny(IDS))
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_multimodal_gemma_3_loads_as_its_text_part(loud, tmp_path, version):
+    _, folder = loud("gemma3")
+    tensors = load_file(folder / "model.safetensors")
+    outer = {4: ("language_model.model.", ""), 5: ("model.language_model.", "model.")}[version]
+    nested = {key.replace("model.", outer[0], 1): value for key, value in tensors.items()}
+    for part in ("vision_tower.vision_model.x.weight", "multi_modal_projector.mm_input.weight"):
+        nested[outer[1] + part] = torch.ones(2)
+    save_file(nested, tmp_path / "model.safetensors")
+    text = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    both, alone = load_model(tmp_path), load_model(folder)
+    assert torch.equal(both(IDS), alone(IDS))
+    assert both.source.fingerprint == alone.source.fingerprint
+
+
+def test_transformers_own_multimodal_gemma_3_loads(tmp_path):
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = sizes | {
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 50,
+    }
+    vision = sizes | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert difference(load_model(tmp_path)(IDS), theirs(IDS).logits) < 1e-4
 
 
 def test_the_dtype_is_the_one_asked_for(tiny_folder):
@@ -210,3 +250,59 @@ def test_a_pickle_is_not_opened(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="never loaded"):
         load_model(tiny_folder)
     assert not (tmp_path / "exploded").exists()
+
+
+REFUSALS = {
+    "owner/gated": (403, "GatedRepo"),
+    "owner/missing": (401, "RepoNotFound"),
+    "owner/revision": (404, "RevisionNotFound"),
+}
+
+
+@pytest.fixture
+def hub():
+    """A hub on this machine that refuses in three ways; yields (address, what it was asked)."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Authorization")))
+            status, code = next(
+                (v for name, v in REFUSALS.items() if f"/{name}/" in self.path), (500, "")
+            )
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "offline", "message"),
+    [
+        ("owner/gated", "0", "gated; accept its licence on huggingface.co, then set HF_TOKEN"),
+        ("owner/missing", "0", "no such repository on the hub; check the name, or set HF_TOKEN"),
+        ("owner/revision", "0", "no such revision; check --revision"),
+        ("owner/gated", "1", "outgoing traffic has been disabled"),
+    ],
+)
+def test_the_hubs_refusals_say_what_to_do(hub, tmp_path, name, offline, message):
+    address, asked = hub
+    env = {"HF_ENDPOINT": address, "HF_TOKEN": "hf_mine", "HF_HUB_OFFLINE": offline}
+    env |= {"HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "eval.py", "--model", name, "--run", str(tmp_path / "run")],
+        env=os.environ | env, cwd=REPO, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {name}: ") and message in done.stderr
+    wanted = (f"/api/models/{name}/revision/main", "Bearer hf_mine")
+    assert (wanted in asked) == (offline == "0")
+    assert not (tmp_path / "run").exists()

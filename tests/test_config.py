@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lofit.config import ModelConfig
+from lofit.config import FULL, SLIDING, ModelConfig
 from lofit.errors import InputError
 
 LLAMA = {
@@ -18,7 +18,7 @@ def test_defaults_of_the_first_llama_files():
     config = ModelConfig.from_hf(LLAMA)
     assert (config.num_key_value_heads, config.head_dim) == (8, 8)
     assert (config.rms_norm_eps, config.max_position_embeddings) == (1e-6, 2048)
-    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+    assert config.rope_parameters == {FULL: {"rope_type": "default", "rope_theta": 1e4}}
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_defaults_of_the_first_llama_files():
 )
 def test_rope_spellings_are_read_alike(spelling):
     config = ModelConfig.from_hf(LLAMA | spelling | {"max_position_embeddings": 4096})
-    assert config.rope_parameters == SCALING | {
+    assert config.rope_parameters[FULL] == SCALING | {
         "rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 4096
     }  # fmt: skip
 
@@ -46,10 +46,86 @@ def test_round_trip_in_both_spellings():
         assert ModelConfig.from_hf(half) == config
 
 
+SIZES = {k: v for k, v in LLAMA.items() if k != "model_type"}
+GEMMA_3 = SIZES | {
+    "model_type": "gemma3_text", "num_hidden_layers": 7, "num_key_value_heads": 4, "head_dim": 16,
+    "sliding_window": 512, "eos_token_id": [1, 106],
+}  # fmt: skip
+OLD_ROPE = {
+    "rope_theta": 5e5, "rope_local_base_freq": 2e4,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}  # fmt: skip
+NEW_ROPE = {
+    "rope_parameters": {
+        FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        SLIDING: {"rope_type": "default", "rope_theta": 2e4},
+    }
+}
+PATTERN = [*[SLIDING] * 5, FULL, SLIDING]
+
+
+def test_gemma_3_spellings_are_read_alike():
+    new = ModelConfig.from_hf(GEMMA_3 | NEW_ROPE | {"layer_types": PATTERN})
+    assert new.rope_parameters == NEW_ROPE["rope_parameters"]
+    assert ModelConfig.from_hf(GEMMA_3 | OLD_ROPE | {"sliding_window_pattern": 6}) == new
+    assert ModelConfig.from_hf(GEMMA_3 | OLD_ROPE) == new
+    written = new.to_hf()
+    assert ModelConfig.from_hf(written) == new
+    del written["rope_parameters"]
+    assert ModelConfig.from_hf(written) == new
+
+
+def test_a_multimodal_gemma_3_is_its_text_part():
+    """Gemma 3 4B's file: five sizes, the rest is the family's; token ids stand outside."""
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    for inner in ({}, {"model_type": "gemma3_text", "eos_token_id": 1}):
+        raw = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text | inner}
+        config = ModelConfig.from_hf(raw | {"vision_config": {"hidden_size": 1152}})
+        assert config.model_type == "gemma3_text" and config.eos_token_id == (1, 106)
+        assert (config.num_attention_heads, config.num_key_value_heads) == (8, 4)
+        assert (config.head_dim, config.vocab_size, config.query_pre_attn_scalar) == (
+            256,
+            262208,
+            256,
+        )
+        assert config.tie_word_embeddings and config.attn_logit_softcapping is None
+        assert config.layer_types.count(FULL) == 5 and config.layer_type(5) == FULL
+        assert config.rope_parameters[FULL]["rope_theta"] == 1e6
+        assert config.rope_parameters[SLIDING] == {"rope_type": "default", "rope_theta": 1e4}
+
+
+def test_defaults_of_gemma_2_and_an_explicit_null():
+    raw = SIZES | {"model_type": "gemma2"}
+    config = ModelConfig.from_hf(raw)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    assert (config.head_dim, config.sliding_window) == (256, 4096)
+    assert config.layer_types == (SLIDING, FULL)
+    assert (
+        ModelConfig.from_hf(raw | {"attn_logit_softcapping": None}).attn_logit_softcapping is None
+    )
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_gemmas_gelu_is_the_tanh_form_whatever_the_file_says():
+    for key in ("hidden_act", "hidden_activation"):
+        config = ModelConfig.from_hf(SIZES | {"model_type": "gemma", key: "gelu"})
+        assert config.hidden_act == "gelu_pytorch_tanh"
+
+
+def test_a_null_head_dim_is_derived():
+    assert ModelConfig.from_hf(LLAMA | {"head_dim": None}).head_dim == 8
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral' is not supported; supported: llama"),
+        (
+            {"model_type": "mistral"},
+            "model_type 'mistral' is not supported; supported: llama, gemma, gem",
+        ),
         ({"model_type": None}, "model_type None"),
         ({"rope_scaling": {"type": "longrope"}}, "RoPE type 'longrope' .*supported: default, lin"),
         ({"rope_scaling": {"type": "linear"}}, r"'linear' needs \['factor'\]"),
@@ -58,6 +134,10 @@ def test_round_trip_in_both_spellings():
         ({"head_dim": 7}, "head_dim .7. even"),
         ({"num_attention_heads": 0}, "missing or malformed key"),
         ({"hidden_size": "64"}, "missing or malformed key"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types must name full"),
+        ({"layer_types": ["full_attention"]}, "each of the 2 layers"),
+        ({"layer_types": [SLIDING, FULL]}, "layers need sliding_window"),
+        ({"use_bidirectional_attention": True}, "only causal models are supported"),
     ],
 )
 def test_what_is_not_supported_is_refused(tmp_path, values, message):

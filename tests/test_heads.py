@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TOLERANCE, difference, random_model
+from conftest import LOUD_GEMMAS, TOLERANCE, difference, random_model
 from safetensors.torch import load_file
 
 from lofit.checkpoint import load_model
@@ -89,16 +89,21 @@ def test_only_chosen_heads_get_gradient(tiny, ids):
     assert sum(p.numel() for p in tiny.parameters() if p.requires_grad) == len(HEADS) * 8
 
 
+@pytest.mark.parametrize("name", ["gqa", *LOUD_GEMMAS])
 @torch.no_grad()
-def test_edited_logits_agree_with_transformers_and_a_hook(loud, ids):
-    theirs, folder = loud("gqa")
+def test_edited_logits_agree_with_transformers_and_a_hook(loud, ids, name):
+    theirs, folder = loud(name)
     ours, ids = load_model(folder), ids % 100
-    scales, offsets = torch.randn(2, 3, 4, 32).unbind()
+    config = ours.config
+    grid = (config.num_hidden_layers, config.num_attention_heads)
+    scales, offsets = torch.randn(2, *grid, config.head_dim).unbind()
 
     def logits_of(edit):
         handles = [
             layer.self_attn.o_proj.register_forward_pre_hook(
-                lambda _, args, i=i: (edit(args[0].unflatten(-1, (4, 32)), i).flatten(2),)
+                lambda _, args, i=i: (
+                    edit(args[0].unflatten(-1, (grid[1], config.head_dim)), i).flatten(2),
+                )
             )
             for i, layer in enumerate(theirs.model.layers)
         ]
@@ -110,7 +115,8 @@ def test_edited_logits_agree_with_transformers_and_a_hook(loud, ids):
     attach_scales(ours, scales)
     want = logits_of(lambda z, i: (1 + scales[i]) * z)
     assert difference(ours(ids), want) < TOLERANCE
-    attach_offsets(ours, [(i, h) for i in range(3) for h in range(4)], offsets.flatten(0, 1))
+    heads = [(i, h) for i in range(grid[0]) for h in range(grid[1])]
+    attach_offsets(ours, heads, offsets.flatten(0, 1))
     want = logits_of(lambda z, i: z + offsets[i])
     assert difference(ours(ids), want) < TOLERANCE
     assert difference(want, theirs(ids).logits) > 1

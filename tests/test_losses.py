@@ -35,7 +35,7 @@ class ThreeTokens(torch.nn.Module):
     model = staticmethod(lambda ids: ids[..., None].float())
     rows = torch.tensor([[0.0, 1.0, 2.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 
-    def lm_head(self, hidden):
+    def logits(self, hidden):
         return self.rows[hidden[..., 0].long()]
 
 

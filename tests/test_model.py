@@ -1,4 +1,4 @@
-"""The transformer against stock transformers and against the paper's code."""
+"""The transformer against stock transformers, family by family, and against the paper's code."""
 
 import dataclasses
 import json
@@ -6,11 +6,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import LOUD, LOUD_LLAMAS, TOLERANCE, difference, random_model
+from conftest import (
+    LOUD,
+    LOUD_GEMMAS,
+    LOUD_LLAMAS,
+    LOUD_MODELS,
+    TOLERANCE,
+    difference,
+    random_model,
+)
 from safetensors.torch import load_file
 
 from lofit.checkpoint import load_model
-from lofit.config import ROPE_TYPES, ModelConfig
+from lofit.config import ALWAYS, FULL, ROPE_TYPES, ModelConfig
 from lofit.errors import InputError
 from lofit.model import KVCache, attend, plain_attention
 
@@ -27,7 +35,7 @@ def hf_logits(model, ids, **kwargs):
     return model(ids, **kwargs).logits
 
 
-@pytest.mark.parametrize("name", LOUD_LLAMAS)
+@pytest.mark.parametrize("name", LOUD_MODELS)
 def test_logits_agree_with_transformers(loud, ids, name):
     theirs, folder = loud(name)
     want = hf_logits(theirs, ids)
@@ -35,7 +43,29 @@ def test_logits_agree_with_transformers(loud, ids, name):
     assert difference(load_model(folder)(ids), want) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", LOUD_LLAMAS)
+@pytest.mark.parametrize("name", LOUD_MODELS)
+@torch.no_grad()
+def test_z_of_each_layer_agrees_with_transformers(loud, ids, name):
+    theirs, folder = loud(name)
+    ours, got, want = load_model(folder), [], []
+    handles = []
+    for mine, other in zip(ours.model.layers, theirs.model.layers, strict=True):
+        mine.self_attn.head_out.register_forward_hook(
+            lambda _, args, out: got.append(out.flatten(2))
+        )
+        handles.append(
+            other.self_attn.o_proj.register_forward_pre_hook(lambda _, args: want.append(args[0]))
+        )
+    ours(ids), theirs(ids)
+    for handle in handles:
+        handle.remove()
+    assert len(got) == ours.config.num_hidden_layers
+    pairs = enumerate(zip(got, want, strict=True))
+    wrong = [layer for layer, (a, b) in pairs if difference(a, b) > TOLERANCE]
+    assert not wrong, f"z differs in layers {wrong}"
+
+
+@pytest.mark.parametrize("name", LOUD_MODELS)
 @torch.no_grad()
 def test_cached_logits_agree_with_transformers(loud, ids, name):
     theirs, folder = loud(name)
@@ -49,7 +79,7 @@ def test_cached_logits_agree_with_transformers(loud, ids, name):
         assert difference(ours(ids[:, t : t + 1], positions, cache), out.logits) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", LOUD_LLAMAS)
+@pytest.mark.parametrize("name", LOUD_MODELS)
 def test_right_padding_needs_no_mask(loud, ids, name):
     theirs, folder = loud(name)
     lengths = torch.tensor([T, 23, 11])
@@ -75,11 +105,21 @@ MUTATIONS = {
     "attention_bias": ("biases", False),
     "mlp_bias": ("biases", False),
     "tie_word_embeddings": ("llama2", True),
+    "query_pre_attn_scalar": ("gemma2", 20),
+    "attn_logit_softcapping": ("gemma2", None),
+    "final_logit_softcapping": ("gemma2", 5.0),
+    "sliding_window": ("gemma3", 12),
+    "layer_types": ("gemma3", ["sliding_attention"] * 6 + ["full_attention"]),
     "rope_parameters": ("llama3-tied", {"rope_type": "default", "rope_theta": 300.0}),
 }
+# no file says these, only the family
+TRAITS = ("norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms")
 NOT_IN_LOGITS = {"bos_token_id", "eos_token_id"}  # test_tokenizer.py mutates these
 ROPE_MUTATIONS = [
-    *((name, "rope_theta", 1e4) for name in LOUD_LLAMAS),
+    *((name, "rope_theta", 1e4) for name in LOUD_MODELS if name != "gemma3"),
+    ("gemma3", "full_attention.rope_theta", 300.0),
+    ("gemma3", "full_attention.factor", 4.0),
+    ("gemma3", "sliding_attention.rope_theta", 2000.0),
     *((name, "factor", 2.0) for name in ("llama3-tied", "linear", "dynamic", "yarn")),
     ("llama3-tied", "low_freq_factor", 2.0),
     ("llama3-tied", "high_freq_factor", 8.0),
@@ -114,7 +154,7 @@ def breaks(theirs, folder, ids) -> bool:
 
 def test_every_config_field_is_mutated():
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert fields == MUTATIONS.keys() | NOT_IN_LOGITS
+    assert fields == MUTATIONS.keys() | set(TRAITS) | NOT_IN_LOGITS
     assert {rope["rope_parameters"]["rope_type"] for rope in LOUD_LLAMAS.values()} == set(
         ROPE_TYPES
     )
@@ -128,15 +168,28 @@ def test_a_changed_field_breaks_parity(loud, ids, tmp_path, field):
     assert breaks(theirs, changed(folder, tmp_path, **{field: value}), ids)
 
 
+@pytest.mark.parametrize("name", ["gemma-mha", "gemma3"])
+@pytest.mark.parametrize("trait", TRAITS)
+def test_a_changed_trait_breaks_parity(loud, ids, monkeypatch, name, trait):
+    theirs, folder = loud(name)
+    kind = ModelConfig.from_file(folder / "config.json").model_type
+    monkeypatch.setitem(ALWAYS, kind, ALWAYS[kind] | {trait: not ALWAYS[kind].get(trait, False)})
+    assert breaks(theirs, folder, ids)
+
+
 @pytest.mark.parametrize(("name", "key", "value"), ROPE_MUTATIONS)
 def test_a_changed_rope_key_breaks_parity(loud, ids, tmp_path, name, key, value):
     theirs, folder = loud(name)
-    rope = json.loads((folder / "config.json").read_text())["rope_parameters"] | {key: value}
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    *layer_type, key = key.split(".")
+    where = rope[layer_type[0]] if layer_type else rope
+    assert where[key] != value
+    where[key] = value
     assert breaks(theirs, changed(folder, tmp_path, rope_parameters=rope), ids)
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["llama2", "gqa", "llama3-tied", "biases"])
+@pytest.mark.parametrize("name", ["llama2", "gqa", "llama3-tied", "biases", *LOUD_GEMMAS])
 def test_bfloat16_is_as_close_to_float32_as_transformers(loud, ids, name, training):
     """By the root of the mean square: the largest of 12,000 rounding errors is chance."""
     theirs, folder = loud(name)
@@ -158,6 +211,16 @@ def test_logits_and_z_agree_with_the_papers_code(oracle):
     real = golden["attention_mask"].bool()
     assert difference(logits[real], golden["logits"][real]) < TOLERANCE
     assert difference(torch.stack(z)[:, real], golden["z"][:, real]) < TOLERANCE
+
+
+def test_soft_caps_take_the_plain_path():
+    q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    with torch.no_grad():
+        got = attend(q, k, v, None, 1.0, cap=2.0)
+    scores = (2 * torch.tanh(q @ k.transpose(-1, -2) / 2)).masked_fill(
+        torch.ones(5, 5).triu(1).bool(), float("-inf")
+    )
+    assert difference(got, scores.softmax(-1) @ v) < 1e-6
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -189,6 +252,6 @@ def test_positions_stay_fp32_in_bfloat16(tiny_config):
     model = random_model(tiny_config).bfloat16()
     seen = []
     attention = model.model.layers[0].self_attn
-    attention.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    attention.register_forward_pre_hook(lambda _, args: seen.append(args[1].cos_sin))
     model(torch.ones(1, 4, dtype=torch.int64))
-    assert all(table.dtype == torch.float32 for table in seen[0])
+    assert all(table.dtype == torch.float32 for table in seen[0][FULL])

@@ -9,13 +9,17 @@ from lofit.errors import InputError
 from lofit.recipes import count_heads, find_recipe
 
 
-def config(layers, heads):
-    return ModelConfig(32000, 64, 64, layers, heads, heads, 8, 64, 1e-5)
+def config(layers, heads, model_type="llama"):
+    return ModelConfig(32000, 64, 64, layers, heads, heads, 8, 64, 1e-5, model_type)
 
 
 @pytest.mark.parametrize(
     ("shape", "values"),
-    [((32, 32), (5e-3, 1e-3, 1e-2, "32")), ((40, 40), (1e-3, 1e-3, 8e-3, "48"))],
+    [
+        ((32, 32), (5e-3, 1e-3, 1e-2, "32")),
+        ((40, 40), (1e-3, 1e-3, 8e-3, "48")),
+        ((28, 16, "gemma"), (5e-3, 5e-4, 8e-3, "16")),
+    ],
 )
 def test_the_papers_values(shape, values):
     _, r = find_recipe(config(*shape), "mquake")
@@ -23,10 +27,18 @@ def test_the_papers_values(shape, values):
     assert (r.select_epochs, r.offset_epochs, r.batch_size) == (5, 5, 8)
 
 
-def test_an_unknown_model_gets_7b_values_and_a_share_of_heads():
-    name, recipe = find_recipe(config(28, 24), "mquake")
-    assert "Llama-2-7B" in name and "want of one" in name
-    assert recipe == replace(find_recipe(config(32, 32), "mquake")[1], heads="3%")
+@pytest.mark.parametrize(
+    ("model_type", "family", "shape"),
+    [
+        ("llama", "Llama-2-7B", (32, 32)),
+        ("gemma", "Gemma-7B", (28, 16, "gemma")),
+        ("gemma3_text", "Gemma-7B", (28, 16, "gemma")),
+    ],
+)
+def test_an_unknown_model_gets_its_familys_values_and_a_share_of_heads(model_type, family, shape):
+    name, recipe = find_recipe(config(26, 4, model_type), "mquake")
+    assert family in name and "want of one" in name
+    assert recipe == replace(find_recipe(config(*shape), "mquake")[1], heads="3%")
 
 
 @pytest.mark.parametrize(
