@@ -76,14 +76,16 @@ def load_model(
         model = CausalLM(config)
     weights: dict[str, torch.Tensor] = {}
     digests: dict[str, bytes] = {}
-    for path in tqdm(weight_files(folder), desc="loading", unit="file", disable=None, leave=False):
+    stored = []
+    for path in weight_files(folder):
         with open_tensors(path) as file:
-            for stored in file.keys():  # noqa: SIM118 (not a dict)
-                if (key := text_name(stored)) is None:
-                    continue
-                tensor = file.get_tensor(stored)
-                digests[key] = _digest(tensor)
-                weights[key] = tensor.to(device=device, dtype=dtype)
+            stored += [(path, key) for key in file.keys() if text_name(key)]  # noqa: SIM118
+    for path, key in tqdm(stored, desc="loading", unit="tensor", disable=None, leave=False):
+        # opened anew each time: while a file is open, all that was read of it stays in memory
+        with open_tensors(path) as file:
+            tensor = file.get_tensor(key)
+        digests[text_name(key)] = _digest(tensor)
+        weights[text_name(key)] = tensor.to(device=device, dtype=dtype)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     _check_tensors(weights, model, folder)

@@ -59,6 +59,13 @@ def test_fingerprint_tells_weights_apart(tiny, tiny_folder):
     assert load_model(tiny_folder).source.fingerprint != tiny.source.fingerprint
 
 
+def test_the_commit_of_a_downloaded_model_is_its_revision(tiny_folder, tmp_path):
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    shutil.copytree(tiny_folder, snapshot)
+    assert load_model(snapshot, revision="main").source.revision == "0123abc"
+    assert load_model(tiny_folder, revision="main").source.revision == "main"
+
+
 @pytest.mark.parametrize("name", ["llama3-tied", "gqa", "yarn-all", *LOUD_GEMMAS])
 def test_what_we_save_transformers_loads(loud, tmp_path, name):
     theirs, folder = loud(name)
