@@ -33,6 +33,15 @@ def test_cached_and_padded_equals_plain(tiny, edited):
     assert generate_all(tiny, PROMPTS, 8, (-1,), batch_size=2, description="") == want
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_windows_and_caps_with_prompts_of_all_lengths(loud, name):
+    """Prompts shorter and longer than the window of 10; the rows decode at different positions."""
+    model = load_model(loud(name)[1])
+    prompts = [[5 + (7 * i) % 90 for i in range(n)] for n in (6, 25, 14, 9)]
+    want = [plain(model, prompt, 8) for prompt in prompts]
+    assert generate(model, prompts, 8, eos_ids=(-1,)) == want
+
+
 def test_each_row_stops_at_any_of_its_eos_ids(tiny):
     whole = generate(tiny, PROMPTS, 8, eos_ids=(-1,))
     eos = (whole[0][3], whole[1][0])
