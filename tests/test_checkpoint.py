@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import LOUD_GEMMAS, LOUD_MODELS, REPO, difference
@@ -59,11 +60,20 @@ def test_fingerprint_tells_weights_apart(tiny, tiny_folder):
     assert load_model(tiny_folder).source.fingerprint != tiny.source.fingerprint
 
 
-def test_the_commit_of_a_downloaded_model_is_its_revision(tiny_folder, tmp_path):
-    snapshot = tmp_path / "snapshots" / "0123abc"
-    shutil.copytree(tiny_folder, snapshot)
-    assert load_model(snapshot, revision="main").source.revision == "0123abc"
-    assert load_model(tiny_folder, revision="main").source.revision == "main"
+def test_a_model_in_the_hubs_cache_loads_offline_and_records_its_commit(
+    tiny, tiny_folder, tmp_path, monkeypatch
+):
+    commit, cache = "0123456789" * 4, tmp_path / "cache"
+    repo = cache / "models--owner--tiny"
+    shutil.copytree(tiny_folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    model = load_model("owner/tiny")
+    assert (model.source.name, model.source.revision) == ("owner/tiny", commit)
+    assert model.source.fingerprint == tiny.source.fingerprint
+    assert load_model("owner/tiny", revision=commit).source.revision == commit
+    assert load_model(tiny_folder, revision="mine").source.revision == "mine"
 
 
 @pytest.mark.parametrize("name", ["llama3-tied", "gqa", "yarn-all", *LOUD_GEMMAS])
