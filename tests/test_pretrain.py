@@ -1,13 +1,15 @@
 """Pretraining resumes exactly; its batches, tokenizer and probes are what they say."""
 
 import random
+import shutil
 
 import pytest
 import torch
-from conftest import MINI
+from conftest import REPO
 
 from data.world import World
 from lofit.checkpoint import load_model
+from lofit.files import write_json
 from lofit.tokenizer import load_tokenizer
 from weights import pretrain, probes
 from weights.corpus import MIX, Corpus
@@ -19,16 +21,31 @@ def corpus():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return pretrain.build_tokenizer(corpus)
+def folders(corpus, tmp_path_factory):
+    """name -> a folder with the tokenizer that the script makes for that model."""
+    made = {}
+    for name, (shape, write_tokenizer) in pretrain.MODELS.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        write_json(made[name] / "config.json", shape | write_tokenizer(corpus, made[name]))
+    return made
+
+
+@pytest.fixture(params=pretrain.MODELS)
+def tokenizer(request, folders):
+    return load_tokenizer(folders[request.param])
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path, tokenizer):
+def small(monkeypatch, tmp_path, folders):
     """Pretraining of a very small model, in an empty folder."""
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
-    monkeypatch.setattr(pretrain, "SHAPE", pretrain.SHAPE | shape)
-    monkeypatch.setattr(pretrain, "build_tokenizer", lambda corpus: tokenizer)
+
+    def write_tokenizer(corpus, out):
+        shutil.copytree(folders["mini-llama"], out, dirs_exist_ok=True)
+        return {"vocab_size": 891, "bos_token_id": 1, "eos_token_id": 2}
+
+    small = (pretrain.MODELS["mini-llama"][0] | shape, write_tokenizer)
+    monkeypatch.setitem(pretrain.MODELS, "mini-llama", small)
     monkeypatch.setattr(pretrain, "run_probes", lambda *args: {"one_hop": 0.0})
     monkeypatch.chdir(tmp_path)
     steps = ["--steps", "2", "--late-steps", "2", "--probe-every", "1"]
@@ -54,20 +71,22 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(small, monkeypatch):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_the_shipped_tokenizer_is_the_scripts(tokenizer):
-    assert tokenizer.to_str() == load_tokenizer(MINI)._backend.backend.to_str()
+@pytest.mark.parametrize(
+    ("name", "file"), [("mini-llama", "tokenizer.json"), ("mini-gemma", "tokenizer.model")]
+)
+def test_the_shipped_tokenizer_is_the_scripts(folders, name, file):
+    assert (folders[name] / file).read_bytes() == (REPO / "weights" / name / file).read_bytes()
 
 
 def test_every_document_survives_the_tokenizer(corpus, tokenizer):
     for doc in corpus.step(random.Random(3)):
-        ids = tokenizer.encode(doc).ids
-        assert 0 not in ids, doc  # <unk>
+        ids = tokenizer.encode(doc)
         assert tokenizer.decode(ids).replace(" ", "") == doc.replace(" ", "")
 
 
 def test_prompt_formats_are_decoded_with_their_own_spacing(tokenizer):
     text = "Q: Imagine that the capital is located in the city. Who is the employer of? A:city"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_micro_batches_hold_every_token_once():
@@ -80,15 +99,17 @@ def test_micro_batches_hold_every_token_once():
 
 
 def test_probes_count_only_whole_right_answers(tokenizer):
-    """A model that always says `the` and then ends."""
-    the = tokenizer.token_to_id("the")
+    """A model that always says `city` and then ends."""
+    ids, n = tokenizer.encode_pair("Q: Who is it? A:", "city")
+    city = ids[n:]
+    after = dict(zip(ids[n - 1 :], [*city, tokenizer.eos_ids[0]], strict=True))
 
     class Says(torch.nn.Module):
         lm_head = torch.nn.Linear(1, 1)
 
         def forward(self, ids):
-            best = torch.where(ids == the, 2, the)
-            return torch.nn.functional.one_hot(best, 891).float()
+            best = ids.clone().apply_(lambda token: after.get(token, 0))
+            return torch.nn.functional.one_hot(best, 2048).float()
 
-    pairs = [("Who is", "the"), ("Who is", "the capital"), ("Who is", "capital")]
-    assert probes.says(Says(), tokenizer, pairs) == [True, False, False]
+    pairs = [("Q: Who is it? A:", answer) for answer in ("city", "city city", "country", "")]
+    assert probes.says(Says(), tokenizer, pairs) == [True, False, False, False]

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import MINI
+from conftest import MINI, MINI_GEMMA
 
 from lofit.errors import InputError
 from lofit.tokenizer import load_tokenizer
@@ -48,6 +48,21 @@ def test_both_kinds_agree_with_transformers(oracle, one_kind):
         ids = one_kind.encode(text)
         assert ids == [1, *theirs.encode(text, add_special_tokens=False)]
         assert one_kind.decode(ids) == text
+
+
+def test_gemmas_two_files_give_the_same_ids(tmp_path):
+    """transformers makes tokenizer.json out of tokenizer.model: we read both, it gives its ids."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    pytest.importorskip("google.protobuf", reason='needs pip install -e ".[test]"')
+    theirs = transformers.AutoTokenizer.from_pretrained(MINI_GEMMA)
+    theirs.save_pretrained(tmp_path)
+    shutil.copy(MINI_GEMMA / "config.json", tmp_path / "config.json")
+    assert not (tmp_path / "tokenizer.model").exists()
+    pieces, json_file = load_tokenizer(MINI_GEMMA), load_tokenizer(tmp_path)
+    for text in (*TEXTS, "A:Norvia", " a"):
+        ids = pieces.encode(text)
+        assert ids == json_file.encode(text) == theirs.encode(text)
+        assert pieces.decode(ids) == json_file.decode(ids) == text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Pretrain a miniature model on the synthetic world, from nothing, on CPU or GPU.
 
     python -m weights.pretrain                 # -> weights/mini-llama, about 50 minutes on 2 cores
+    python -m weights.pretrain mini-gemma      # -> weights/mini-gemma
 
 An interrupted run goes on from its own checkpoint in runs/pretrain/. Every few hundred steps it
 logs the loss and the zero-shot probes (what the base model knows, and what it does with edits).
@@ -16,50 +17,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.world import World
 from lofit.checkpoint import save_model
 from lofit.config import ModelConfig
-from lofit.files import read_tensors, write_atomic, write_json, write_tensors
+from lofit.files import read_tensors, write_json, write_tensors
 from lofit.model import CausalLM
+from lofit.tokenizer import load_tokenizer
 from weights.corpus import EARLY, LATE, Corpus
 from weights.probes import run_probes
+from weights.vocabulary import write_pieces, write_words
 
 SHAPE = dict(
     hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=16,
     num_key_value_heads=16, head_dim=16, max_position_embeddings=1024, rms_norm_eps=1e-5,
 )  # fmt: skip
+# name -> (config.json, what writes the tokenizer). As in Gemma 7B, its heads together are wider
+# than hidden_size.
+MODELS = {
+    "mini-llama": (SHAPE | {"model_type": "llama"}, write_words),
+    "mini-gemma": (SHAPE | {"model_type": "gemma", "head_dim": 24}, write_pieces),
+}
 WARMUP = 200
 ROWS = (58, 40, 40, 10, 1)  # documents of one micro-batch, shortest first; sums to MIX
-
-
-def build_tokenizer(corpus: Corpus) -> Tokenizer:
-    """One token per word of the world; white space only separates, a line break is a token.
-
-    Words are what the corpus says in 300 training steps. "A:Norvia" and "A: Norvia" give the same
-    ids, and decoding writes the prompt formats' own spacing ("A:" is followed by none).
-    """
-    split = pre_tokenizers.Split(Regex(r"\n|[QA]:|'s|[\w-]+|[^\w\s]"), "removed", invert=True)
-    rng = random.Random("vocabulary")
-    docs = (doc for _ in range(300) for doc in corpus.step(rng))
-    words = {w for doc in docs for w, _ in split.pre_tokenize_str(doc)}
-    words |= {name for names in corpus.world.entities.values() for name in names}
-    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *sorted(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.WordPiece(prefix="##", cleanup=True),  # joins by spaces, none before , . ?
-            decoders.Fuse(),
-            decoders.Replace("A: ", "A:"),
-            decoders.Replace(Regex(r" ?\n ?"), "\n"),
-            decoders.Replace(Regex(r" (?=[;)”])|(?<=[(“]) "), ""),
-        ]
-    )
-    return tokenizer
 
 
 def micro_batches(docs: list[list[int]]) -> list[torch.Tensor]:
@@ -142,18 +122,10 @@ def train_step(
     return total / n_tokens
 
 
-def export(model: CausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Write an HF checkpoint folder: bf16 weights, config, tokenizer."""
-    save_model(model, out, torch.bfloat16)
-    write_atomic(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True} | special
-    write_json(out / "tokenizer_config.json", settings)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("weights/mini-llama"))
+    parser.add_argument("name", nargs="?", default="mini-llama", choices=MODELS)
+    parser.add_argument("--out", type=Path, help="default: weights/NAME")
     parser.add_argument(
         "--steps", type=int, default=2500, help="with the EARLY habits of corpus.py"
     )
@@ -176,20 +148,19 @@ def build_optimizer(model: CausalLM, lr: float) -> torch.optim.AdamW:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    world = World()
-    corpus, late_corpus = Corpus(world, EARLY), Corpus(world, LATE)
-    tokenizer = build_tokenizer(corpus)
-    config = ModelConfig(
-        vocab_size=tokenizer.get_vocab_size(), bos_token_id=1, eos_token_id=(2,), **SHAPE
-    )
+    corpus, late_corpus = Corpus(World(), EARLY), Corpus(World(), LATE)
+    out = args.out or Path("weights") / args.name
+    shape, write_tokenizer = MODELS[args.name]
+    write_json(out / "config.json", shape | write_tokenizer(corpus, out))
+    config, tokenizer = ModelConfig.from_file(out / "config.json"), load_tokenizer(out)
     model = CausalLM(config).to(args.device)
     init_weights(model)
     optimizer = build_optimizer(model, args.lr)
-    work = Path("runs/pretrain") / args.out.name
+    work = Path("runs/pretrain") / out.name
     checkpoint = Checkpoint(work / "checkpoint.safetensors", model, optimizer)
     start = checkpoint.load()
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params:,} parameters, {config.vocab_size} words, from step {start}", flush=True)
+    print(f"{n_params:,} parameters, {config.vocab_size} tokens, from step {start}", flush=True)
 
     def log(step: int, values: dict[str, float]) -> None:
         with (work / "log.jsonl").open("a") as file:
@@ -204,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
             group["lr"] = learning_rate(step, args.steps, args.late_steps, args.lr)
         rng = random.Random(f"{args.seed} {step}")
         texts = (corpus if step < args.steps else late_corpus).step(rng)
-        docs = [encoding.ids + [2] for encoding in tokenizer.encode_batch(texts)]
+        docs = [tokenizer.encode(text) + [config.eos_token_id[0]] for text in texts]
         tokens += sum(map(len, docs))
         losses.append(train_step(model, optimizer, micro_batches(docs), args.device))
         done = step + 1
@@ -214,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
             losses, tokens, since = [], 0, time.time()
         if done % args.probe_every == 0 or done == last:
             checkpoint.save(done)
-            export(model, tokenizer, args.out)
+            save_model(model, out, torch.bfloat16)
             log(done, run_probes(model, tokenizer, corpus))
 
 

@@ -12,7 +12,6 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from data.tables import CHAINS, RELATIONS, noun, question
 from data.world import World
@@ -21,6 +20,7 @@ from lofit.checkpoint import load_model
 from lofit.heads import load_offsets
 from lofit.model import CausalLM
 from lofit.tasks import clutrr, mquake
+from lofit.tokenizer import Tokenizer, load_tokenizer
 from weights.corpus import Corpus
 
 N = 300  # questions a probe
@@ -46,17 +46,14 @@ def says(model: CausalLM, tokenizer: Tokenizer, pairs: list[tuple[str, str]]) ->
     one after the true tokens before it, so one forward pass tells.
     """
     model.eval()
-    device, hits = model.lm_head.weight.device, []
+    device, eos, hits = model.lm_head.weight.device, tokenizer.eos_ids[0], []
     for start in range(0, len(pairs), 100):
-        part = [
-            (tokenizer.encode(prompt).ids, tokenizer.encode(answer, add_special_tokens=False).ids)
-            for prompt, answer in pairs[start : start + 100]
-        ]
-        width = max(len(p) + len(a) for p, a in part)
-        rows = [p + a + [0] * (width - len(p) - len(a)) for p, a in part]
+        part = [tokenizer.encode_pair(*pair) for pair in pairs[start : start + 100]]
+        width = max(len(ids) for ids, _ in part)
+        rows = [ids + [0] * (width - len(ids)) for ids, _ in part]
         best = model(torch.tensor(rows, device=device)).argmax(-1).tolist()
-        for (p, a), row in zip(part, best, strict=True):
-            hits.append(row[len(p) - 1 : len(p) + len(a)] == a + [2])
+        for (ids, n), row in zip(part, best, strict=True):
+            hits.append(row[n - 1 : len(ids)] == [*ids[n:], eos])
     return hits
 
 
@@ -73,12 +70,12 @@ def run_probes(model: CausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict[st
     edits = [world.edit(rng, "val") for _ in range(N)]
     imagine = [mquake.prompt(e.statement, question(e.chain, e.subject)) for e in edits]
     suppose = [
-        (f"Suppose {e.statement}. Then {noun(e.chain, e.subject)} would be", f"{e.new}.")
+        (f"Suppose {e.statement}. Then {noun(e.chain, e.subject)} would be", f" {e.new}.")
         for e in edits
     ]
     stories = [(s, s.text.replace("[", "").replace("]", "")) for s in map(world.story, [rng] * N)]
     told = [
-        (f"{t} Therefore {s.names[2]} is the", f"{s.target} of {s.names[0]}.") for s, t in stories
+        (f"{t} Therefore {s.names[2]} is the", f" {s.target} of {s.names[0]}.") for s, t in stories
     ]
     asked = [(clutrr.prompt(t, s.names[0], s.names[2]) + "\n", s) for s, t in stories]
     myths = [(f"Q: {m.question} A:", m) for m in world.myths]
@@ -106,8 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", type=Path, default=Path("weights/mini-llama"))
     parser.add_argument("--offsets", type=Path, help="of a run: examine the tuned model")
     args = parser.parse_args(argv)
-    model = load_model(args.model)
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     if args.offsets:
         load_offsets(args.offsets, model)
     for name, share in run_probes(model, tokenizer, Corpus(World())).items():
