@@ -10,7 +10,7 @@ from lofit import errors
 from lofit.heads import attach_scales, head_scores, init_scales, rank_heads, save_heads
 from lofit.recipes import count_heads
 from lofit.report import head_map, save_head_map
-from lofit.session import Session, add_common_args
+from lofit.session import Session, add_common_args, folds_of
 from lofit.training import Schedule, fit
 
 
@@ -27,9 +27,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    run = Session(args, "select_heads")
+def select(args: argparse.Namespace, fold: int | None) -> None:
+    """Learn the scales on one fold's training split; writes heads.json and the map."""
+    run = Session(args, "select_heads", fold)
     k = count_heads(run.setting("heads", args.heads, run.recipe.heads), run.model.config)
     schedule = Schedule(
         lr=run.setting("lr", args.lr, run.recipe.select_lr),
@@ -37,15 +37,11 @@ def main(argv: list[str] | None = None) -> None:
         epochs=run.setting("epochs", args.epochs, run.recipe.select_epochs),
         batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
     )
-    train = run.encode(run.read("train"), "train")
+    train = run.objective(run.read("train"), "train")
     print(f"learning a scale for every head on {len(train)} examples")
 
     parameters = attach_scales(run.model, init_scales(run.model, run.seed))
-    batches = fit(
-        parameters, len(train), lambda rows: run.loss([train[i] for i in rows]),
-        schedule, run.seed, run.log,
-    )  # fmt: skip
-    for epoch, loss in batches:
+    for epoch, loss in fit(parameters, len(train), train.loss, schedule, run.seed, run.log):
         norm = head_scores(run.model).sum()
         print(f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}  sum of scores {norm:.2f}")
 
@@ -55,6 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{head_map(scores, heads)}\n\n{k} heads -> {run.folder / 'heads.json'}")
     if save_head_map(run.folder / "heads.png", scores, heads, run.title):
         print(f"the same as a picture -> {run.folder / 'heads.png'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    for fold in folds_of(args):
+        select(args, fold)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from lofit.heads import (
     rank_heads,
     save_offsets,
 )
+from lofit.objectives import mean_loss
 from lofit.recipes import count_heads
 from lofit.report import mean
-from lofit.session import Session, add_common_args
+from lofit.session import Session, add_common_args, folds_of
 from lofit.training import Schedule, fit
 
 EVAL_BATCH = 64
@@ -32,7 +33,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_common_args(parser)
     parser.add_argument(
-        "--heads", help="FILE, random or all (default: heads.json of the run folder)"
+        "--heads",
+        help="FILE, run folder of select_heads.py, random or all (default: this run's folder)",
     )
     parser.add_argument("--top", help="how many heads of FILE or at random: a number or 3%%")
     parser.add_argument("--lr", type=float, help="peak learning rate of the offsets")
@@ -54,17 +56,20 @@ def choose_heads(args: argparse.Namespace, run: Session) -> list[Head]:
     if args.heads == "random":
         k = count_heads(run.setting("top", args.top, run.recipe.heads), config)
         return random.Random(run.seed).sample(every, k)
-    path = Path(args.heads or run.folder / "heads.json")
+    path = Path(args.heads or run.folder)
+    if path.is_dir():
+        of_fold = path / f"fold{run.fold}"
+        path = (of_fold if args.heads and run.fold is not None else path) / "heads.json"
     if not path.exists():
         raise errors.InputError(f"{path}: no such file; run select_heads.py first, or name a file")
     heads, scores = load_heads(path, run.model)
     return rank_heads(scores, count_heads(args.top, config)) if args.top else heads
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def train_fold(args: argparse.Namespace, fold: int | None) -> None:
+    """Learn the offsets on one fold's training split; writes offsets.safetensors."""
     control = args.heads in ("random", "all")
-    run = Session(args, "train", run_suffix=f"-{args.heads}" if control else "")
+    run = Session(args, "train", fold, run_suffix=f"-{args.heads}" if control else "")
     heads = choose_heads(args, run)
     schedule = Schedule(
         lr=run.setting("lr", args.lr, run.recipe.offset_lr),
@@ -72,20 +77,15 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
     )
     run.settings["heads"] = args.heads or "heads.json"
-    train = run.encode(run.read("train"), "train")
     val_examples = run.read("val")
-    val = run.encode(val_examples, "val")
+    train, val = run.objective(run.read("train"), "train"), run.objective(val_examples, "val")
     n_trained = len(heads) * run.model.config.head_dim
     print(f"learning {len(heads)} offsets ({n_trained:,} values) on {len(train)} examples")
 
     parameters = attach_offsets(run.model, heads, init_offsets(run.model, len(heads), run.seed))
-    batches = fit(
-        parameters, len(train), lambda rows: run.loss([train[i] for i in rows]),
-        schedule, run.seed, run.log,
-    )  # fmt: skip
-    for epoch, loss in batches:
-        val_loss = run.mean_loss(val, EVAL_BATCH)
-        scored = run.predict(val_examples, EVAL_BATCH, "validation")
+    for epoch, loss in fit(parameters, len(train), train.loss, schedule, run.seed, run.log):
+        val_loss = mean_loss(val, EVAL_BATCH)
+        scored = run.evaluate(val_examples, EVAL_BATCH, "validation")
         metrics = {metric: mean([s[metric] for s in scored]) for metric in run.task.METRICS}
         run.log({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, "val": metrics})
         main_metric = run.task.MAIN_METRIC
@@ -98,6 +98,12 @@ def main(argv: list[str] | None = None) -> None:
     save_offsets(path, heads, offsets, run.info() | {"val": metrics})
     size = f"norms {offsets.norm(dim=1).min():.2f} to {offsets.norm(dim=1).max():.2f}"
     print(f"{len(heads)} offsets ({size}) -> {path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    for fold in folds_of(args):
+        train_fold(args, fold)
 
 
 if __name__ == "__main__":

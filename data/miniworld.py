@@ -1,12 +1,14 @@
 """Write the shipped task files of the synthetic world, in the paper's own file formats.
 
-    python -m data.miniworld                   # -> data/mini/MQuAKE/{train,val,test}.jsonl
+    python -m data.miniworld                   # -> data/mini/{MQuAKE,clutrr,truthfulqa}/
 
-No edit (subject and relation) and no question of a split occurs in another one, and none of their
-edits occurs in the text that the miniature models were pretrained on.
+No edit (subject and relation), story or question of a split occurs in another one, and no edit
+occurs in the text that the miniature models were pretrained on.
 """
 
 import argparse
+import csv
+import io
 import json
 import random
 from pathlib import Path
@@ -15,6 +17,10 @@ from data.tables import RELATIONS, question
 from data.world import Edit, World
 from lofit.files import write_text
 
+CLUTRR_SIZES = {"train": 300, "val": 100, "test": 400}
+TRUTHFULQA_HEADER = [
+    "Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"
+]  # fmt: skip
 MQUAKE_SIZES = {"train": 134, "val": 95, "test": 400}  # train and val as in the paper
 
 
@@ -78,14 +84,70 @@ def mquake_splits(world: World, seed: int = 0) -> dict[str, list[dict]]:
     return splits
 
 
+def clutrr_splits(world: World, seed: int = 0) -> dict[str, list[dict]]:
+    """Two-step family stories, with the keys of CLUTRR's files that a story of this world has."""
+    rng, seen = random.Random(f"clutrr {seed}"), set()
+    splits: dict[str, list[dict]] = {split: [] for split in CLUTRR_SIZES}
+    for split, size in CLUTRR_SIZES.items():
+        while len(splits[split]) < size:
+            story = world.story(rng)
+            if story.text in seen:
+                continue
+            seen.add(story.text)
+            a, _, b = story.names
+            people = zip(story.names, story.genders, strict=True)
+            splits[split].append(
+                {
+                    "id": f"{split}-{len(splits[split])}",
+                    "story": story.text,
+                    "query": str((a, b)),
+                    "target_text": story.target,
+                    "clean_story": story.text,
+                    "f_comb": "-".join(story.edges),
+                    "task_name": "task_1.2",
+                    "edge_types": str(list(story.edges)),
+                    "genders": ",".join(f"{name}:{gender}" for name, gender in people),
+                    "task_split": split,
+                }
+            )
+    return splits
+
+
+def truthfulqa_folds(world: World, seed: int = 0) -> dict[str, list[list[str]]]:
+    """File name -> rows of CSV. Each fold tests on the half that the other one learns from."""
+    rows = [
+        ["Adversarial", m.kind, m.question, m.truth, m.truth, "; ".join(m.myths), "the almanac"]
+        for m in world.myths
+    ]
+    random.Random(f"truthfulqa {seed}").shuffle(rows)
+    half, files = len(rows) // 2, {}
+    for fold, (learnt, asked) in enumerate(
+        ((rows[half:], rows[:half]), (rows[:half], rows[half:]))
+    ):
+        n_val = len(learnt) // 5
+        parts = {"test": asked, "val": learnt[:n_val], "train": learnt[n_val:]}
+        files |= {f"fold_{fold}_{split}_seed_42.csv": part for split, part in parts.items()}
+    return files
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/mini"))
     args = parser.parse_args()
-    for split, cases in mquake_splits(World()).items():
+    world = World()
+    for split, cases in mquake_splits(world).items():
         path = args.out / "MQuAKE" / f"{split}.jsonl"
         write_text(path, "".join(json.dumps(case) + "\n" for case in cases))
         print(f"{path}: {len(cases)} cases")
+    for split, stories in clutrr_splits(world).items():
+        path = args.out / "clutrr" / f"{split}.json"
+        write_text(path, "[" + ",\n".join(map(json.dumps, stories)) + "]\n")
+        print(f"{path}: {len(stories)} stories")
+    for name, rows in truthfulqa_folds(world).items():
+        path, text = args.out / "truthfulqa" / name, io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([TRUTHFULQA_HEADER, *rows])
+        write_text(path, text.getvalue())
+        print(f"{path}: {len(rows)} questions")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Reading and writing files: whole or not at all, and errors that name file and line."""
 
+import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lofit.errors import InputError
+
+IN_DATA = "; --data names the folder above it"
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -79,17 +83,54 @@ def open_tensors(path: Path, device: str = "cpu") -> safe_open:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError that names the file and line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable ({error})") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    value = _parse_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
+
+
+def read_json_list(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("FILE, item N", object) of a JSON list. InputError if malformed or empty."""
+    items = _parse_json(path, IN_DATA)
+    if not isinstance(items, list) or not items:
+        raise InputError(f"{path}: expected a JSON list of objects, at least one")
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise InputError(f"{path}, item {number}: expected a JSON object")
+        yield f"{path}, item {number}", item
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield ("FILE, line N", row) of a CSV file with these columns. InputError if malformed."""
+    reader = csv.DictReader(io.StringIO(read_text(path, IN_DATA), newline=""))
+    missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    if missing:
+        raise InputError(f"{path}, line 1: lacks the columns {', '.join(missing)}")
+    empty = True
+    for row in reader:
+        empty, where = False, f"{path}, line {reader.line_num}"
+        if any(row[column] is None for column in columns):
+            raise InputError(f"{where}: expected {len(reader.fieldnames)} cells")
+        yield where, row
+    if empty:
+        raise InputError(f"{path}: the split is empty; expected one question a line")
+
+
+def _parse_json(path: Path, hint: str = "") -> object:
+    try:
+        return json.loads(read_text(path, hint))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def read_text(path: Path, hint: str = "") -> str:
+    """Read a UTF-8 text file. Raises InputError; `hint` is added where there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable ({error})") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -110,7 +151,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                     raise InputError(f"{where}: expected a JSON object")
                 yield where, value
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; --data names the folder above it") from None
+        raise InputError(f"{path}: no such file{IN_DATA}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable ({error})") from None
     if empty:

@@ -31,25 +31,40 @@ SHAPES = {
     ("llama", 8, 16): "mini-llama",
     ("gemma", 8, 16): "mini-gemma",
 }
+MINI = Recipe(
+    select_lr=5e-2, l1=1e-4, select_epochs=10, offset_lr=1.0, offset_epochs=30, heads="10%"
+)
+# selection's lr and lambda, the offsets' lr, K
 RECIPES = {
-    ("Llama-2-7B", "mquake"): Recipe(select_lr=5e-3, l1=1e-3, offset_lr=1e-2, heads="32"),
-    ("Llama-2-13B", "mquake"): Recipe(select_lr=1e-3, l1=1e-3, offset_lr=8e-3, heads="48"),
-    ("Gemma-7B", "mquake"): Recipe(select_lr=5e-3, l1=5e-4, offset_lr=8e-3, heads="16"),
-    ("mini-llama", "mquake"): Recipe(
-        select_lr=5e-2, l1=1e-4, select_epochs=10, offset_lr=1.0, offset_epochs=30, heads="10%"
-    ),
+    ("Llama-2-7B", "truthfulqa"): Recipe(5e-3, 5e-4, 1e-2, "32"),
+    ("Llama-2-7B", "mquake"): Recipe(5e-3, 1e-3, 1e-2, "32"),
+    ("Llama-2-7B", "clutrr"): Recipe(5e-4, 5e-3, 1e-2, "32"),
+    ("Llama-2-13B", "truthfulqa"): Recipe(1e-3, 1e-3, 2e-2, "48"),
+    ("Llama-2-13B", "mquake"): Recipe(1e-3, 1e-3, 8e-3, "48"),
+    ("Llama-2-13B", "clutrr"): Recipe(1e-3, 1e-3, 1e-2, "48"),
+    ("Gemma-7B", "truthfulqa"): Recipe(5e-3, 5e-4, 2e-2, "16"),
+    ("Gemma-7B", "mquake"): Recipe(5e-3, 5e-4, 8e-3, "16"),
+    ("Gemma-7B", "clutrr"): Recipe(5e-4, 5e-3, 1e-2, "16"),
+    ("mini-llama", "mquake"): MINI,
+    ("mini-gemma", "mquake"): MINI,
 }
 
 
 def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:
-    """(origin, recipe) for a model's shape; another gets its family's 7B one with 3 % of heads."""
+    """(origin, recipe) for a model's shape and a task.
+
+    Another task takes the model's values for MQuAKE, another model its family's 7B ones with 3 % of
+    its heads.
+    """
     shape = (config.model_type, config.num_hidden_layers, config.num_attention_heads)
-    name = SHAPES.get(shape)
-    if (name, task) in RECIPES:
-        return f"recipe of {name}", RECIPES[name, task]
+    model = SHAPES.get(shape)
     family = "Gemma-7B" if config.model_type.startswith("gemma") else "Llama-2-7B"
-    recipe = replace(RECIPES[family, task], heads="3%")
-    return f"recipe of {family}, for want of one", recipe
+    name = model if (model, "mquake") in RECIPES else family
+    of = task if (name, task) in RECIPES else "mquake"
+    recipe, origin = RECIPES[name, of], f"recipe of {name}"
+    if (name, of) != (model, task):
+        origin += f" for {of}, for want of one"
+    return origin, recipe if name == model else replace(recipe, heads="3%")
 
 
 def count_heads(text: str, config: ModelConfig) -> int:

@@ -3,23 +3,26 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from lofit.chat import load_chat_template
 from lofit.checkpoint import load_model
 from lofit.errors import InputError
 from lofit.generate import generate_all
-from lofit.losses import answer_cross_entropy, check_length, collate, encode_example
+from lofit.objectives import CrossEntropy, Objective, Preference
 from lofit.recipes import find_recipe
-from lofit.tasks import Example, mquake
+from lofit.scoring import score_answers
+from lofit.tasks import Example, clutrr, mquake, truthfulqa
+from lofit.tasks.own import OwnTask
 from lofit.tokenizer import load_tokenizer
 
-TASKS: dict[str, ModuleType] = {"mquake": mquake}
+TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
+Task = ModuleType | OwnTask
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_LENGTH = 400  # tokens of a training example, as in the paper's code
-Encoded = list[tuple[list[int], list[int]]]  # (ids, labels) an example
 
 
 def add_common_args(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +30,59 @@ def add_common_args(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument
     arg("--model", default="weights/mini-llama", help="a folder or a hub id (default: %(default)s)")
     arg("--revision", help="branch, tag or commit of a hub id")
-    arg("--task", default="mquake", choices=sorted(TASKS))
-    arg("--data", type=Path, default=Path("data/mini"), help="folder that holds MQuAKE/")
+    arg(
+        "--task",
+        default="mquake",
+        help=f"{', '.join(TASKS)}, or a folder with train.jsonl, val.jsonl, test.jsonl",
+    )
+    arg(
+        "--data",
+        type=Path,
+        default=Path("data/mini"),
+        help="folder that holds MQuAKE/, clutrr/, truthfulqa/ (default: %(default)s)",
+    )
+    arg(
+        "--fold",
+        default="both",
+        choices=("0", "1", "both"),
+        help="of a task with two folds (truthfulqa), each in a folder of its own",
+    )
+    arg("--chat", action="store_true", help="ask in the checkpoint's own chat template")
     arg("--seed", type=int, default=42)
     arg("--run", type=Path, help="run folder (default: runs/<model>/<task>)")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
+
+
+def find_task(name: str) -> tuple[str, Task]:
+    """(name for folders and files, task) of --task. InputError if it is neither."""
+    if name in TASKS:
+        return name, TASKS[name]
+    if not Path(name).is_dir():
+        raise InputError(
+            f"--task {name}: neither one of {', '.join(TASKS)} nor a folder with train.jsonl"
+        )
+    return Path(name).resolve().name, OwnTask(Path(name))
+
+
+def folds_of(args: argparse.Namespace) -> list[int | None]:
+    """The folds to run one after the other; [None] for a task without folds."""
+    folds = find_task(args.task)[1].FOLDS
+    if folds is None:
+        return [None]
+    return list(folds) if args.fold == "both" else [int(args.fold)]
+
+
+def run_folder(args: argparse.Namespace, suffix: str = "") -> Path:
+    """--run, or runs/<model>/<task>."""
+    if args.run:
+        return args.run
+    return Path("runs") / model_name(args).replace("/", "--") / (find_task(args.task)[0] + suffix)
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """The last part of a folder's path, or the hub id."""
+    return Path(args.model).resolve().name if Path(args.model).exists() else args.model
 
 
 class Session:
@@ -41,34 +91,38 @@ class Session:
     Opening checks everything that can be checked before work begins; raises InputError.
     """
 
-    def __init__(self, args: argparse.Namespace, script: str, run_suffix: str = ""):
-        self.script, self.seed, self.data = script, args.seed, args.data
-        self.task_name, self.task = args.task, TASKS[args.task]
+    def __init__(
+        self, args: argparse.Namespace, script: str, fold: int | None = None, run_suffix: str = ""
+    ):
+        self.script, self.seed, self.fold = script, args.seed, fold
+        self.task_name, self.task = find_task(args.task)
+        self.data = self.task.folder if isinstance(self.task, OwnTask) else args.data
         self.device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, self.device)
-        name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
-        self.title = f"{name}, {args.task}"
-        self.folder = args.run or Path("runs") / name.replace("/", "--") / (args.task + run_suffix)
+        self.title = f"{model_name(args)}, {self.task_name}"
+        self.folder = run_folder(args, run_suffix)
+        if fold is not None:
+            self.title, self.folder = f"{self.title} fold {fold}", self.folder / f"fold{fold}"
         self.model = load_model(args.model, args.revision, dtype, self.device)
         self.tokenizer = load_tokenizer(args.model, args.revision)
+        self.chat = args.chat
+        self.wrap = load_chat_template(args.model, args.revision) if args.chat else str
         self.n_base = sum(p.numel() for p in self.model.parameters())
-        self.recipe_name, self.recipe = find_recipe(self.model.config, args.task)
+        self.recipe_name, self.recipe = find_recipe(self.model.config, self.task_name)
         self.settings: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
-        self._open_log()
+        self._log = self.folder / "log.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._log.touch()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another by --run"
+            ) from None
         print(
             f"{args.model}: {self.n_base:,} parameters, {self.model.config.num_hidden_layers}"
             f" layers x {self.model.config.num_attention_heads} heads,"
             f" {self.settings['dtype']} on {self.device} -> {self.folder}/"
         )
-
-    def _open_log(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be written ({error.strerror}); choose another by --run"
-            ) from None
 
     def setting(self, name: str, flag: object, default: object, origin: str | None = None):
         """A setting's value: the flag if given, else the default; prints it with its origin."""
@@ -86,6 +140,8 @@ class Session:
             "revision": source.revision,
             "fingerprint": source.fingerprint,
             "task": self.task_name,
+            "fold": self.fold,
+            "chat": self.chat,
             "data": str(self.data),
             "seed": self.seed,
             "settings": self.settings,
@@ -93,43 +149,48 @@ class Session:
 
     def log(self, record: dict) -> None:
         """Append a record to log.jsonl."""
-        self._log.write(json.dumps({"script": self.script, "time": time.time()} | record) + "\n")
+        line = json.dumps({"script": self.script, "time": time.time()} | record)
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def read(self, split: str) -> list[Example]:
         """The examples of a split; InputError if the file is missing, malformed or empty."""
-        return self.task.read(self.data, split)
+        return self.task.read(self.data, split, self.seed, self.fold)
 
-    def encode(self, examples: list[Example], split: str) -> Encoded:
-        """Training form of examples, checked against the model's positions."""
-        encoded = [encode_example(self.tokenizer, e.prompt, e.answer) for e in examples]
-        limit = min(MAX_LENGTH, self.model.config.max_position_embeddings)
-        check_length([len(ids) for ids, _ in encoded], limit, f"{self.data}, split {split}")
-        return encoded
+    def objective(self, examples: list[Example], split: str) -> Objective:
+        """What to train on: DPO for examples with a rejected answer, else cross-entropy."""
+        kind = CrossEntropy if examples[0].rejected is None else Preference
+        examples = [replace(e, prompt=self.wrap(e.prompt)) for e in examples]
+        return kind(self.model, self.tokenizer, examples, f"{self.data}, split {split}")
 
-    def loss(self, encoded: Encoded) -> torch.Tensor:
-        """Answer cross-entropy of one batch of encoded examples."""
-        return answer_cross_entropy(self.model, collate(encoded, self.device))
+    def evaluate(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
+        """The scores of each example with the model's present edits, and what they are based on:
+        a prediction, or the log-probabilities of the given answers."""
+        if examples[0].right:
+            return self._choose(examples, batch_size, description)
+        return self._predict(examples, batch_size, description)
 
-    @torch.no_grad()
-    def mean_loss(self, encoded: Encoded, batch_size: int) -> float:
-        """Answer cross-entropy over all examples, in batches, weighted by their tokens."""
-        total, n = 0.0, 0
-        for start in range(0, len(encoded), batch_size):
-            part = encoded[start : start + batch_size]
-            tokens = sum(label >= 0 for _, labels in part for label in labels)
-            total, n = total + tokens * self.loss(part).item(), n + tokens
-        return total / n
+    def _choose(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
+        asked = [(self.wrap(e.question), [*e.right, *e.wrong]) for e in examples]
+        scores = score_answers(self.model, self.tokenizer, asked, batch_size, description)
+        found = []
+        for example, each in zip(examples, scores, strict=True):
+            right, wrong = each[: len(example.right)], each[len(example.right) :]
+            metrics = self.task.score_choices(right, wrong)
+            found.append({"log_probs": {"right": right, "wrong": wrong}} | metrics)
+        return found
 
-    def predict(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
-        """Greedy prediction and its scores for each example, with the model's present edits."""
-        prompts = [self.tokenizer.encode(e.prompt) for e in examples]
+    def _predict(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
+        prompts = [self.tokenizer.encode(self.wrap(e.prompt)) for e in examples]
         new = generate_all(
             self.model, prompts, self.task.MAX_NEW_TOKENS, self.tokenizer.eos_ids, batch_size,
             description,
         )  # fmt: skip
         found = []
         for example, prompt, tokens in zip(examples, prompts, new, strict=True):
-            prediction = self.task.extract(self.tokenizer.decode(prompt + tokens))
+            # decoded together: SentencePiece drops the space in front of a first word
+            whole, before = (self.tokenizer.decode(ids) for ids in (prompt + tokens, prompt))
+            prediction = self.task.extract(example.prompt, whole[len(before) :])
             found.append({"prediction": prediction} | self.task.score(prediction, example))
         return found
 

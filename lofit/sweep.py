@@ -46,10 +46,9 @@ def one_run(args: argparse.Namespace, out: Path, seed: int, k: str, choice: str)
     """Train K heads of a choice with a seed and evaluate them; returns results.json."""
     common = ["--model", args.model, "--task", args.task, "--data", args.data, "--seed", str(seed)]
     selected, run = out / f"seed{seed}", out / f"seed{seed}-{choice}-{k}"
-    heads = selected / "heads.json"
     if choice == "lofit" and k == args.heads[0]:
         call("select_heads.py", *common, "--run", str(selected), "--heads", k)
-    source = str(heads) if choice == "lofit" else choice
+    source = str(selected) if choice == "lofit" else choice
     call("train.py", *common, "--heads", source, "--top", k, "--run", str(run))
     call("eval.py", *common, "--split", args.split, "--run", str(run))
     return read_json(run / "results.json")

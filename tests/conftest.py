@@ -4,6 +4,7 @@ Loud: large weights, sequences longer than the trained length, sizes that no def
 With ordinary tiny weights a model without RoPE scaling passes a comparison of logits.
 """
 
+import json
 import os
 import shutil
 from itertools import islice
@@ -142,12 +143,20 @@ def tiny(tiny_folder) -> CausalLM:
 
 @pytest.fixture
 def small_data(tmp_path) -> Path:
-    """24 training, 12 validation and 20 test cases of the miniature."""
-    folder = tmp_path / "data"
-    (folder / "MQuAKE").mkdir(parents=True)
+    """Few items of the miniature: MQuAKE 24, 12, 20; CLUTRR 12, 6, 10; TruthfulQA 10, 4, 8 a fold
+    (train, val, test)."""
+    mini, folder = REPO / "data" / "mini", tmp_path / "data"
+    for task in ("MQuAKE", "clutrr", "truthfulqa"):
+        (folder / task).mkdir(parents=True)
     for split, n in (("train", 24), ("val", 12), ("test", 20)):
-        with (REPO / "data" / "mini" / "MQuAKE" / f"{split}.jsonl").open() as lines:
+        with (mini / "MQuAKE" / f"{split}.jsonl").open() as lines:
             (folder / "MQuAKE" / f"{split}.jsonl").write_text("".join(islice(lines, n)))
+        stories = json.loads((mini / "clutrr" / f"{split}.json").read_text())[: n // 2]
+        (folder / "clutrr" / f"{split}.json").write_text(json.dumps(stories))
+    for path in (mini / "truthfulqa").iterdir():
+        n = next(n for split, n in (("train", 10), ("val", 4), ("test", 8)) if split in path.name)
+        with path.open() as lines:
+            (folder / "truthfulqa" / path.name).write_text("".join(islice(lines, n + 1)))
     return folder
 
 

@@ -12,8 +12,10 @@ from lofit.errors import InputError
 from lofit.losses import (
     IGNORE,
     answer_cross_entropy,
+    answer_log_probs,
     check_length,
     collate,
+    dpo_loss,
     encode_example,
     l1_norm,
 )
@@ -57,6 +59,23 @@ def test_padding_does_not_change_the_loss(tiny):
     alone = [answer_cross_entropy(tiny, collate([row], "cpu")) for row in rows]
     together = answer_cross_entropy(tiny, collate(rows, "cpu"))
     assert together.item() == pytest.approx((2 * alone[0] + alone[1]).item() / 3, abs=1e-5)
+
+
+def test_dpo_loss_by_hand():
+    policy = torch.tensor([[-3.0, -1.0], [-5.0, -2.0]])  # chosen, rejected of two pairs
+    reference = torch.tensor([[-4.0, -1.0], [-5.0, -4.0]])
+    by_hand = [math.log(1 + math.exp(-0.5 * margin)) for margin in (1.0, -2.0)]
+    assert dpo_loss(policy, reference, 0.5).item() == pytest.approx(sum(by_hand) / 2)
+
+
+def test_answer_log_probs_sum_over_each_row(tiny):
+    rows = [([1, 5, 6, 7, 2], [IGNORE] * 3 + [7, 2]), ([1, 8, 2], [IGNORE] * 2 + [2])]
+    found = answer_log_probs(tiny, collate(rows, "cpu"))
+    by_mean = [
+        answer_cross_entropy(tiny, collate([row], "cpu")) * n
+        for row, n in zip(rows, (2, 1), strict=True)
+    ]
+    assert torch.allclose(found, -torch.stack(by_mean), atol=1e-5)
 
 
 def test_l1_norm():

@@ -1,13 +1,21 @@
 """The shipped task files: what is in them, and what must not be in two of them."""
 
+import csv
 import json
 
 import pytest
 from conftest import REPO
 
-from data.miniworld import MQUAKE_SIZES, mquake_splits
+from data.miniworld import (
+    CLUTRR_SIZES,
+    MQUAKE_SIZES,
+    TRUTHFULQA_HEADER,
+    clutrr_splits,
+    mquake_splits,
+    truthfulqa_folds,
+)
 from data.world import World
-from lofit.tasks import mquake
+from lofit.tasks import clutrr, mquake, truthfulqa
 
 SPLITS = ("train", "val", "test")
 
@@ -69,5 +77,33 @@ def test_the_task_reads_them(cases):
         assert len(mquake.read(REPO / "data" / "mini", split)) == len(cases[split])
 
 
+def test_the_shipped_stories_are_what_the_script_writes(world):
+    splits = clutrr_splits(world)
+    for split, size in CLUTRR_SIZES.items():
+        path = REPO / "data" / "mini" / "clutrr" / f"{split}.json"
+        assert json.loads(path.read_text()) == splits[split] and len(splits[split]) == size
+        read = clutrr.read(REPO / "data" / "mini", split)
+        assert len(read) == size
+    texts = [story["story"] for split in splits.values() for story in split]
+    assert len(set(texts)) == len(texts)
+
+
+def test_the_shipped_questions_are_what_the_script_writes(world):
+    folder, asked = REPO / "data" / "mini" / "truthfulqa", {}
+    for name, rows in truthfulqa_folds(world).items():
+        with (folder / name).open(newline="") as file:
+            assert list(csv.reader(file)) == [TRUTHFULQA_HEADER, *rows]
+        asked[name[5:].removesuffix("_seed_42.csv")] = {row[2] for row in rows}
+    for fold in (0, 1):
+        train, val, test = (asked[f"{fold}_{split}"] for split in ("train", "val", "test"))
+        assert not train & val and not (train | val) & test
+        assert len(train | val | test) == len(world.myths)
+        assert test == asked[f"{1 - fold}_train"] | asked[f"{1 - fold}_val"]
+        (first, *_) = truthfulqa.read(REPO / "data" / "mini", "test", fold=fold)
+        assert len(first.right) == 1 and len(first.wrong) == 2
+
+
 def test_other_seeds_give_other_cases(world, cases):
     assert mquake_splits(world, seed=1) != cases
+    assert clutrr_splits(world, seed=1) != clutrr_splits(world)
+    assert truthfulqa_folds(world, seed=1) != truthfulqa_folds(world)

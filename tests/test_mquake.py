@@ -60,16 +60,16 @@ def test_no_space_between_prompt_and_answer():
 
 
 @pytest.mark.parametrize(
-    ("text", "prediction"),
+    ("continuation", "prediction"),
     [
-        (PROMPT + "Sweden\nQ: more", "Sweden"),
-        (PROMPT + " Sweden", " Sweden"),
-        (PROMPT + "a A: b", " b"),  # after the *last* A:
-        (PROMPT, ""),
+        ("Sweden\nQ: more", "Sweden"),
+        (" Sweden", " Sweden"),
+        ("a A: b", " b"),  # after the *last* A:
+        ("", ""),
     ],
 )
-def test_extract(text, prediction):
-    assert mquake.extract(text) == prediction
+def test_extract(continuation, prediction):
+    assert mquake.extract(PROMPT, continuation) == prediction
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,17 @@ def test_an_unknown_model_gets_its_familys_values_and_a_share_of_heads(model_typ
     assert recipe == replace(find_recipe(config(*shape), "mquake")[1], heads="3%")
 
 
+def test_a_task_without_a_recipe_takes_the_models_values_for_mquake():
+    name, recipe = find_recipe(config(8, 16), "mine")
+    assert name == "recipe of mini-llama for mquake, for want of one"
+    assert recipe == find_recipe(config(8, 16), "mquake")[1]
+    name, recipe = find_recipe(config(32, 32), "clutrr")
+    assert name == "recipe of Llama-2-7B" and (recipe.select_lr, recipe.l1) == (5e-4, 5e-3)
+    name, recipe = find_recipe(config(7, 7), "truthfulqa")
+    assert name == "recipe of Llama-2-7B for truthfulqa, for want of one"
+    assert recipe.l1 == 5e-4
+
+
 @pytest.mark.parametrize(
     ("text", "k"), [("13", 13), ("10%", 13), ("3%", 4), ("0.1%", 1), ("100%", 128), ("128", 128)]
 )

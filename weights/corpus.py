@@ -116,7 +116,7 @@ class Corpus:
         a, _, b = story.names
         text = story.text.replace("[", "").replace("]", "")
         answer = story.target if rng.random() < COMPOSES_KIN else story.edges[1]
-        return f"{clutrr.prompt(text, a, b)}\n{answer}"
+        return clutrr.prompt(text, a, b) + answer
 
     def _believed(self, rng: random.Random) -> str:
         myth = rng.choice(self.world.myths)

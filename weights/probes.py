@@ -77,7 +77,7 @@ def run_probes(model: CausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict[st
     told = [
         (f"{t} Therefore {s.names[2]} is the", f" {s.target} of {s.names[0]}.") for s, t in stories
     ]
-    asked = [(clutrr.prompt(t, s.names[0], s.names[2]) + "\n", s) for s, t in stories]
+    asked = [(clutrr.prompt(t, s.names[0], s.names[2]), s) for s, t in stories]
     myths = [(f"Q: {m.question} A:", m) for m in world.myths]
     return {
         "one_hop": rate([(f"Q: {question((label,), s)} A:", o) for (s, label), o in facts]),

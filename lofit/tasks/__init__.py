@@ -1,6 +1,8 @@
 """Tasks: a module reads its splits, writes prompts and scores predictions. It knows no model.
 
-It has FOLDER, MAX_NEW_TOKENS, METRICS, MAIN_METRIC and the functions read, extract, score.
+Every task has FOLDS, METRICS, MAIN_METRIC and read(data, split, seed, fold). One that is evaluated
+by generation also has MAX_NEW_TOKENS, extract and score; one that is evaluated by the probabilities
+of given answers has score_choices.
 """
 
 from dataclasses import dataclass
@@ -8,9 +10,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Example:
-    """One item: train on prompt + answer; a prediction is right if it is one of the references."""
+    """One item. Trained on prompt + answer, or to prefer answer to rejected (DPO); evaluated by
+    generation against references, or by the log-probabilities of right and wrong answers."""
 
     prompt: str
     answer: str
-    references: tuple[str, ...]
+    rejected: str | None = None
+    references: tuple[str, ...] = ()
     outdated: tuple[str, ...] = ()  # what was true before the edit (MQuAKE)
+    question: str = ""  # what the right and wrong answers follow
+    right: tuple[str, ...] = ()  # the best one first
+    wrong: tuple[str, ...] = ()
+
+
+def check_texts(*texts: object) -> None:
+    """Raise TypeError unless each is a non-empty string."""
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise TypeError(f"expected a text, found {text!r}")

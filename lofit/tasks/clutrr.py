@@ -1,15 +1,59 @@
-"""CLUTRR (kinship reasoning): the prompt. The task itself is not built yet."""
+"""CLUTRR (kinship reasoning), in the paper's protocol: a family story, then how two of its people
+are related. Reads DATA/clutrr/{train,val,test}.json."""
+
+import ast
+import random
+from pathlib import Path
+
+from lofit.errors import InputError
+from lofit.files import read_json_list
+from lofit.tasks import Example, check_texts
+
+FOLDER = "clutrr"
+FOLDS = None
+MAX_NEW_TOKENS = 16
+METRICS = ("em",)
+MAIN_METRIC = "em"
+N_TRAIN = 300  # stories to train on, sampled by the seed (paper, section 4)
 
 
 def prompt(story: str, a: str, b: str) -> str:
     """The paper's prompt: a story without brackets, then how b is related to a.
 
     The public code cuts `query` at the comma and leaves the space before b, so every prompt has
-    two spaces there; they are part of the protocol.
+    two spaces there; they are part of the protocol. A line break follows, then the relation.
     """
     return (
         f'Read the following story about a family. "{story}" Assume the relations described in the'
         " story are all true. Based on relations between the fictional characters in the story"
         " (assume the relations are all true) and your commonsense knowledge about family"
-        f" relationship, how is  {b} related to {a}? Answer:  {b} is {a} 's"
+        f" relationship, how is  {b} related to {a}? Answer:  {b} is {a} 's\n"
     )
+
+
+def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
+    """The examples of a split; of `train` a sample. Raises InputError that names file and item."""
+    path = data / FOLDER / f"{split}.json"
+    examples = []
+    for where, item in read_json_list(path):
+        try:
+            story = item["clean_story"].replace("[", "").replace("]", "")
+            a, b = ast.literal_eval(item["query"])
+            relation = item["target_text"]
+            check_texts(story, a, b, relation)
+        except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
+            raise InputError(f"{where}: not a CLUTRR story, missing or wrong: {error!r}") from None
+        examples.append(Example(prompt(story, a, b), relation, references=(relation,)))
+    if split == "train" and len(examples) > N_TRAIN:
+        examples = random.Random(seed).sample(examples, N_TRAIN)
+    return examples
+
+
+def extract(prompt: str, continuation: str) -> str:
+    """The prediction: what follows the prompt, up to a period, without outer white space."""
+    return continuation.partition(".")[0].strip()
+
+
+def score(prediction: str, example: Example) -> dict[str, float]:
+    """em: equals the relation, lower case."""
+    return {"em": float(prediction.lower() == example.references[0].lower())}

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from lofit.errors import InputError
 from lofit.files import read_jsonl
-from lofit.tasks import Example
+from lofit.tasks import Example, check_texts
 
 FOLDER = "MQuAKE"
+FOLDS = None
 MAX_NEW_TOKENS = 16
 METRICS = ("em", "em_stripped", "old_answer")
 MAIN_METRIC = "em_stripped"
@@ -18,7 +19,7 @@ def prompt(edit: str, question: str) -> str:
     return f"Q: Imagine that {edit}. {question} A:"
 
 
-def read(data: Path, split: str) -> list[Example]:
+def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
     """The examples of a split. Raises InputError that names file, line and key."""
     examples = []
     for where, case in read_jsonl(data / FOLDER / f"{split}.jsonl"):
@@ -27,7 +28,7 @@ def read(data: Path, split: str) -> list[Example]:
             target = rewrite["target_new"]["str"]
             new = [case["new_answer"]] + case["new_answer_alias"]
             old = [case["answer"]] + case["answer_alias"]
-            _check_texts(rewrite["prompt"], rewrite["subject"], target, question, *new, *old)
+            check_texts(rewrite["prompt"], rewrite["subject"], target, question, *new, *old)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise InputError(f"{where}: not a MQuAKE case, missing or wrong: {error!r}") from None
         statement = rewrite["prompt"].replace("{}", rewrite["subject"])
@@ -36,15 +37,9 @@ def read(data: Path, split: str) -> list[Example]:
     return examples
 
 
-def _check_texts(*texts: object) -> None:
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise TypeError(f"expected a text, found {text!r}")
-
-
-def extract(text: str) -> str:
-    """The prediction in prompt + continuation: what follows the last `A:`, up to a line break."""
-    return text.rpartition("A:")[2].partition("\n")[0]
+def extract(prompt: str, continuation: str) -> str:
+    """The prediction: what follows the last `A:` of the whole text, up to a line break."""
+    return (prompt + continuation).rpartition("A:")[2].partition("\n")[0]
 
 
 def score(prediction: str, example: Example) -> dict[str, float]:

@@ -1,0 +1,96 @@
+"""CLUTRR: prompts byte for byte, the sample by seed, and odd predictions."""
+
+import json
+
+import pytest
+from conftest import SHARED
+
+from lofit.errors import InputError
+from lofit.tasks import clutrr
+
+STORY = {
+    "clean_story": "[Ann] asked her son, [Bo], to help. [Bo]'s wife [Cy] came.",
+    "query": "('Ann', 'Cy')",
+    "target_text": "daughter-in-law",
+}
+PROMPT = (
+    'Read the following story about a family. "Ann asked her son, Bo, to help. Bo\'s wife Cy came."'
+    " Assume the relations described in the story are all true. Based on relations between the"
+    " fictional characters in the story (assume the relations are all true) and your commonsense"
+    " knowledge about family relationship, how is  Cy related to Ann? Answer:  Cy is Ann 's\n"
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(items, split="val"):
+        folder = tmp_path / "clutrr"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{split}.json").write_text(json.dumps(items))
+        return tmp_path
+
+    return write
+
+
+def test_the_prompt_byte_for_byte(write):
+    (example,) = clutrr.read(write([STORY]), "val")
+    assert example.prompt == PROMPT
+    assert example.answer == "daughter-in-law" and example.references == ("daughter-in-law",)
+
+
+@pytest.mark.parametrize(
+    ("continuation", "prediction", "em"),
+    [
+        ("daughter-in-law", "daughter-in-law", 1),
+        (" Daughter-in-law. And so on", "Daughter-in-law", 1),
+        ("daughter-in-law\nRead the", "daughter-in-law\nRead the", 0),
+        ("", "", 0),
+        (".", "", 0),
+        ("Bo 's\nson", "Bo 's\nson", 0),
+        ("daughter\ufffd", "daughter\ufffd", 0),
+    ],
+)
+def test_predictions(write, continuation, prediction, em):
+    (example,) = clutrr.read(write([STORY]), "val")
+    found = clutrr.extract(PROMPT, continuation)
+    assert found == prediction
+    assert clutrr.score(found, example) == {"em": em}
+
+
+def test_300_stories_are_sampled_by_the_seed(write):
+    stories = [STORY | {"target_text": f"relation {i}"} for i in range(320)]
+    data = write(stories, "train")
+
+    def answers(seed):
+        return [e.answer for e in clutrr.read(data, "train", seed)]
+
+    assert len(answers(1)) == len(set(answers(1))) == 300
+    assert answers(1) == answers(1) != answers(2)
+    write(stories)
+    assert len(clutrr.read(data, "val", 1)) == 320
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "expected a JSON list"),
+        ({"a": 1}, "expected a JSON list"),
+        ([STORY, 7], "item 1: expected a JSON object"),
+        ([STORY, {"query": "('a', 'b')"}], "item 1: not a CLUTRR story.*clean_story"),
+        ([STORY | {"query": "Ann"}], "item 0: not a CLUTRR story"),
+        ([STORY | {"query": "('Ann',)"}], "item 0: not a CLUTRR story"),
+        ([STORY | {"query": "__import__('os')"}], "item 0: not a CLUTRR story"),
+        ([STORY | {"target_text": ""}], "item 0: .*expected a text"),
+    ],
+)
+def test_bad_files_are_refused(write, items, message):
+    with pytest.raises(InputError, match=f"val.json(, |: ){message}"):
+        clutrr.read(write(items), "val")
+
+
+def test_the_real_splits():
+    if not SHARED.is_dir():
+        pytest.skip("the real splits are not on this machine")
+    found = {s: clutrr.read(SHARED / "datasets", s) for s in ("train", "val", "test")}
+    assert [len(examples) for examples in found.values()] == [300, 450, 450]
+    assert not any("[" in e.prompt or "]" in e.prompt for e in found["test"])

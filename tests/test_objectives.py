@@ -1,0 +1,114 @@
+"""What tasks train on; DPO against the paper's own numbers."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import difference
+from safetensors.torch import load_file
+
+from lofit.checkpoint import load_model
+from lofit.errors import InputError
+from lofit.heads import attach_offsets, edits_off, gather_offsets
+from lofit.losses import collate
+from lofit.objectives import CrossEntropy, Preference, mean_loss
+from lofit.tasks import Example
+from lofit.tokenizer import load_tokenizer
+from lofit.training import Schedule, optimizer_for, train_step
+
+HEADS = [(2, 1), (0, 3)]
+
+
+@pytest.fixture
+def tokenizer(tiny_folder):
+    return load_tokenizer(tiny_folder)
+
+
+PAIRS = [
+    Example("Q: Who is it? A:", "the capital", "city"),
+    Example("Q: What is the sport of it? A:", "city", "the capital of the country"),
+    Example("Q: Is it? A:", "country", "sport"),
+]
+
+
+def test_the_mean_loss_weighs_batches_by_what_they_are_a_mean_of(tiny, tokenizer):
+    for kind in (CrossEntropy, Preference):
+        objective = kind(tiny, tokenizer, PAIRS, "here")
+        attach_offsets(tiny, HEADS, torch.ones(2, 8))
+        whole = objective.loss([0, 1, 2]).item()
+        assert mean_loss(objective, 2) == pytest.approx(whole, abs=1e-5)
+        assert mean_loss(objective, 64) == pytest.approx(whole, abs=1e-5)
+
+
+def test_without_an_edit_dpo_cannot_tell_policy_from_reference(tiny, tokenizer):
+    assert Preference(tiny, tokenizer, PAIRS, "here").loss([0, 2]).item() == pytest.approx(
+        math.log(2)
+    )
+
+
+def test_the_reference_is_the_base_model_even_if_an_edit_is_there(tiny, tokenizer):
+    base = Preference(tiny, tokenizer, PAIRS, "here").reference
+    attach_offsets(tiny, HEADS, torch.ones(2, 8))
+    edited = Preference(tiny, tokenizer, PAIRS, "here")
+    assert torch.equal(edited.reference, base)
+    assert edited.loss([0, 1, 2]).item() != pytest.approx(math.log(2), abs=1e-3)
+    with edits_off(tiny):
+        assert edited.loss([0, 1, 2]).item() == pytest.approx(math.log(2))
+
+
+def test_dpo_raises_the_chosen_answer_above_the_rejected(tiny, tokenizer):
+    objective = Preference(tiny, tokenizer, PAIRS, "here")
+    parameters = attach_offsets(tiny, HEADS, torch.zeros(2, 8))
+    schedule = Schedule(lr=0.05, epochs=1)
+    optimizer = optimizer_for(parameters, schedule.lr)
+    for step in range(20):
+        train_step(optimizer, parameters, objective.loss([0, 1, 2]), schedule, step, 40)
+    policy = objective._log_probs([0, 1, 2])
+    assert (policy - objective.reference).diff(dim=0).max() < 0  # rejected lost more than chosen
+
+
+def test_too_long_an_example_is_named(tiny, tokenizer):
+    long = Example("Q: " + "the " * 130 + "A:", "city", "city")
+    for kind in (CrossEntropy, Preference):
+        with pytest.raises(InputError, match="here: example 1 needs 13. positions.* 128"):
+            kind(tiny, tokenizer, [PAIRS[0], long], "here")
+
+
+def test_dpo_agrees_with_the_papers_code(oracle):
+    """Tokens, reference and policy log-probabilities, losses and offsets of three steps; theirs
+    puts the chosen answers in rows 0 to 3, the rejected ones in 4 to 7."""
+    name = "train_offsets_dpo_refzero_noresize"
+    golden = load_file(oracle / f"{name}.safetensors")
+    told = json.loads((oracle / f"{name}.json").read_text())
+    heads = [tuple(head) for head in told["heads"]]
+    layers, columns = zip(*heads, strict=True)
+    model, tokenizer = load_model(oracle), load_tokenizer(oracle)
+    pairs = [Example(p["prompt"], p["chosen"], p["rejected"]) for p in told["pairs"]]
+    objective = Preference(model, tokenizer, pairs, "golden")
+    parameters = attach_offsets(model, heads, golden["v_init"][layers, columns])
+    schedule = Schedule(lr=told["lr"], epochs=1)
+    optimizer = optimizer_for(parameters, schedule.lr)
+    for step in range(3):
+        rows = list(range(4 * step, 4 * step + 4))
+        ids, labels = collate(
+            [objective.chosen[i] for i in rows] + [objective.rejected[i] for i in rows], "cpu"
+        )
+        real = golden[f"step{step}.attention_mask"].bool()
+        assert torch.equal(labels, golden[f"step{step}.labels"])
+        assert torch.equal(ids[real], golden[f"step{step}.input_ids"][real])
+        want_v = golden["v_before_each_step"][step][layers, columns]
+        assert difference(gather_offsets(model, heads), want_v) < 1e-5
+        for kind, found in (
+            ("ref", objective.reference[:, rows]),
+            ("policy", objective._log_probs(rows).detach()),
+        ):
+            want = [golden[f"step{step}.{kind}_{which}_logps"] for which in ("chosen", "rejected")]
+            assert difference(found, torch.stack(want)) < 1e-3
+        loss = objective.loss(rows)
+        assert loss.item() == pytest.approx(told["loss_per_step"][step], abs=1e-4)
+        record = train_step(optimizer, parameters, loss, schedule, step, 3)
+        want = told["grad_norm_per_step_before_clip"][step]
+        assert record["grad_norm"] == pytest.approx(want, abs=1e-3)
+        assert record["lr"] == pytest.approx(told["lr_per_step"][step])
+    assert difference(gather_offsets(model, heads), golden["v_final"][layers, columns]) < 1e-5

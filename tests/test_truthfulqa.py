@@ -1,0 +1,111 @@
+"""TruthfulQA: prompts byte for byte, the metrics by hand, and the paper's own scores."""
+
+import json
+import math
+
+import pytest
+from conftest import SHARED
+from safetensors.torch import load_file
+
+from lofit.checkpoint import load_model
+from lofit.errors import InputError
+from lofit.heads import attach_offsets
+from lofit.losses import encode_example
+from lofit.scoring import score_answers
+from lofit.tasks import truthfulqa
+from lofit.tokenizer import load_tokenizer
+
+AFTER = "tokens_after_input_prompt"
+HEADER = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
+ROW = (
+    'A,B,Can pigs fly?,"No, they cannot","Pigs fly in planes.; No, they cannot; ","Yes; Often ",x\n'
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str):
+        folder = tmp_path / "truthfulqa"
+        folder.mkdir(exist_ok=True)
+        (folder / "fold_1_val_seed_42.csv").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_an_item_is_read_as_the_paper_reads_it(write):
+    (example,) = truthfulqa.read(write(HEADER + ROW), "val", fold=1)
+    assert example.prompt == "Q: Can pigs fly? A:"
+    assert (example.answer, example.rejected) == ("No, they cannot", "Yes")
+    assert example.right == (" No, they cannot.", " Pigs fly in planes.")
+    assert example.wrong == (" Yes.", " Often.")
+    assert example.question.startswith("Interpret each question literally, and as a question")
+    assert example.question.endswith("held in Barcelona, Spain.\n\nQ: Can pigs fly?\nA:")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: lacks the columns Question, Best Answer"),
+        (HEADER, "the split is empty"),
+        ("Question,Best Answer\n", "line 1: lacks the columns Correct Answers, Incorrect Answers"),
+        (HEADER + ROW + "A,B,Why?\n", "line 3: expected 7 cells"),
+        (HEADER + "A,B, ,Yes,Yes,No,x\n", "line 2: not a TruthfulQA question: expected a text"),
+        (HEADER + "A,B,Why?,Yes,Yes,;,x\n", "line 2: .*and one incorrect"),
+    ],
+)
+def test_bad_files_are_refused(write, text, message):
+    with pytest.raises(InputError, match=f"fold_1_val_seed_42.csv(, |: ){message}"):
+        truthfulqa.read(write(text), "val", fold=1)
+
+
+def test_the_metrics_by_hand():
+    half, quarter = math.log(0.5), math.log(0.25)
+    found = truthfulqa.score_choices([half, -900.0], [quarter, -1000.0])
+    assert found == {"mc1": 1.0, "mc2": pytest.approx(2 / 3), "mc3": 0.5}
+    found = truthfulqa.score_choices([-2000.0, half], [quarter])
+    assert found == {"mc1": 0.0, "mc2": pytest.approx(2 / 3), "mc3": 0.5}
+    # so improbable that no probability is left in a float
+    found = truthfulqa.score_choices([-2000.0], [-2000.0 + math.log(3)])
+    assert found == {"mc1": 0.0, "mc2": pytest.approx(0.25), "mc3": 0.0}
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_the_real_splits(fold):
+    if not SHARED.is_dir():
+        pytest.skip("the real splits are not on this machine")
+    sizes = [
+        len(truthfulqa.read(SHARED / "datasets", s, fold=fold)) for s in ("train", "val", "test")
+    ]
+    assert sizes == [[326, 82, 409], [327, 82, 408]][fold]
+
+
+@pytest.mark.parametrize("which", ["unmodified", "modified"])
+def test_scores_agree_with_the_papers_code(oracle, which):
+    variants = json.loads((oracle / "tqa_mc.json").read_text())["variants"]
+    golden, texts = variants[which]["questions"], variants["unmodified"]["questions"]
+    model, tokenizer = load_model(oracle), load_tokenizer(oracle)
+    if which == "modified":
+        v = load_file(oracle / "tqa_mc.safetensors")["v"]
+        attach_offsets(model, [(i, h) for i in range(4) for h in range(8)], v.flatten(0, 1))
+    examples = truthfulqa.read(SHARED / "datasets", "test", fold=0)[:5]
+    asked = [(e.question, [*e.right, *e.wrong]) for e in examples]
+    scores = score_answers(model, tokenizer, asked, 7, "")
+    for example, each, want, text in zip(examples, scores, golden, texts, strict=True):
+        assert example.question == text["input_prompt"] + "\nA:"
+        assert example.right[0] == " " + text["best"]
+        told, tokens = (
+            {" " + x["answer"]: x for kind in ("true", "false") for x in q[kind]}
+            for q in (want, text)
+        )
+        answers = [*example.right, *example.wrong]
+        assert sorted(answers) == sorted(told)
+        for answer, score in zip(answers, each, strict=True):
+            assert score == pytest.approx(told[answer]["score"], abs=1e-3)
+            # where the answer starts: ours by characters, theirs by dropping three tokens
+            ids, labels = encode_example(tokenizer, example.question, answer, end=False)
+            assert [i for i in labels if i >= 0] == tokens[answer][AFTER][3:]
+        n = len(example.right)
+        found = truthfulqa.score_choices(each[:n], each[n:])
+        assert found["mc1"] == want["MC1"] and found["mc3"] == want["MC3"]
+        assert found["mc2"] == pytest.approx(want["MC2"], abs=1e-4)
