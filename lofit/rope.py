@@ -1,7 +1,7 @@
 """Rotary position embeddings: the five RoPE types that Llama and Gemma checkpoints come with.
 
 Angles are computed in fp32 from the positions at every forward pass. There is no table that a
-`.to(bfloat16)` could round or that loading could leave stale, and it costs a few microseconds.
+`.to(bfloat16)` could round or that loading could leave stale.
 Formulas: RoFormer (arXiv 2104.09864), YaRN (2309.00071), Llama 3.1's model code.
 """
 

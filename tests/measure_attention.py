@@ -76,9 +76,9 @@ def forward_backward(way: Way, inputs: list[torch.Tensor]) -> tuple[torch.Tensor
     return torch.autograd.grad(way(*inputs).sum(), inputs)
 
 
-def measure(T: int, batch: int, rounds: int, device: str, dtype: torch.dtype) -> None:
+def measure(shape: tuple[int, ...], rounds: int, device: str, dtype: torch.dtype) -> None:
     """Check that ways to the same result agree, time them in turn, print ratios of medians."""
-    shape = (batch, 8, T, 64)
+    T = shape[2]
     inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
     found, want, times = ways(T, T // 4, 50.0, device), {}, {}
     for name, (kind, way) in found.items():
@@ -104,14 +104,17 @@ def measure(T: int, batch: int, rounds: int, device: str, dtype: torch.dtype) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for T in args.lengths:
-        print(f"T {T}, window {T // 4}, {args.batch} x 8 heads x 64, {dtype} on {device}")
-        measure(T, args.batch, args.rounds, device, dtype)
+        shape = (args.batch, args.heads, T, args.head_dim)
+        print(f"T {T}, window {T // 4}, batch x heads x T x head_dim {shape}, {dtype} on {device}")
+        measure(shape, args.rounds, device, dtype)
 
 
 if __name__ == "__main__":
