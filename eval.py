@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from lofit import errors
 from lofit.files import write_json, write_text
+from lofit.generate import compiled_step
 from lofit.heads import Head, edits_off, load_offsets
 from lofit.report import mean, paired_bootstrap, results_table
 from lofit.session import Session, add_common_args, folds_of, run_folder
@@ -23,6 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--base-only", action="store_true", help="no offsets, the base model alone")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--compile", action="store_true", help="the decoding step (for GPUs)")
     return parser.parse_args(argv)
 
 
@@ -46,6 +48,8 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
     run = Session(args, "eval", fold)
     examples = run.read(args.split)
     heads, trained = ([], {}) if args.base_only else attach_trained(run)
+    if args.compile:
+        run.decode_step = compiled_step()
     with edits_off(run.model):
         scored = {"base": run.evaluate(examples, args.batch_size, "base model")}
     if heads:

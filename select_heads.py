@@ -36,12 +36,13 @@ def select(args: argparse.Namespace, fold: int | None) -> None:
         l1=run.setting("l1", args.l1, run.recipe.l1),
         epochs=run.setting("epochs", args.epochs, run.recipe.select_epochs),
         batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
+        by_length=not args.plain,
     )
     train = run.objective(run.read("train"), "train")
     print(f"learning a scale for every head on {len(train)} examples")
 
     parameters = attach_scales(run.model, init_scales(run.model, run.seed))
-    for epoch, loss in fit(parameters, len(train), train.loss, schedule, run.seed, run.log):
+    for epoch, loss in fit(parameters, train.lengths, train.loss, schedule, run.seed, run.log):
         norm = head_scores(run.model).sum()
         print(f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}  sum of scores {norm:.2f}")
 

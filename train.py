@@ -75,6 +75,7 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
         lr=run.setting("lr", args.lr, run.recipe.offset_lr),
         epochs=run.setting("epochs", args.epochs, run.recipe.offset_epochs),
         batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
+        by_length=not args.plain,
     )
     run.settings["heads"] = args.heads or "heads.json"
     val_examples = run.read("val")
@@ -83,7 +84,7 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
     print(f"learning {len(heads)} offsets ({n_trained:,} values) on {len(train)} examples")
 
     parameters = attach_offsets(run.model, heads, init_offsets(run.model, len(heads), run.seed))
-    for epoch, loss in fit(parameters, len(train), train.loss, schedule, run.seed, run.log):
+    for epoch, loss in fit(parameters, train.lengths, train.loss, schedule, run.seed, run.log):
         val_loss = mean_loss(val, EVAL_BATCH)
         scored = run.evaluate(val_examples, EVAL_BATCH, "validation")
         metrics = {metric: mean([s[metric] for s in scored]) for metric in run.task.METRICS}

@@ -1,13 +1,18 @@
 """Greedy decoding with a key-value cache: prefill, one step, and the loop around them."""
 
+from collections.abc import Callable
+
 import torch
 from tqdm import tqdm
 
 from lofit.errors import InputError
-from lofit.model import CausalLM, KVCache
+from lofit.model import CausalLM
+from lofit.step import KVCache
+
+Step = Callable[[CausalLM, torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(
     model: CausalLM, ids: torch.Tensor, lengths: torch.Tensor, cache: KVCache
 ) -> torch.Tensor:
@@ -15,11 +20,11 @@ def prefill(
 
     Returns the logits after each prompt's last token: [B, V].
     """
-    hidden = model.model(ids, cache=cache)
-    return model.logits(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+    last = (torch.arange(len(ids), device=ids.device), lengths - 1)
+    return model.logits(model.model(ids, cache=cache, keep=last))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_step(
     model: CausalLM, token: torch.Tensor, position: torch.Tensor, cache: KVCache
 ) -> torch.Tensor:
@@ -31,28 +36,61 @@ def decode_step(
     return model(token[:, None], position[:, None], cache)[:, 0]
 
 
-@torch.inference_mode()
+def compiled_step() -> Step:
+    """`decode_step` compiled: on a GPU as a CUDA graph, for there launching its many small kernels
+    takes longer than running them. Compiles anew for each shape of the cache."""
+    compiled = torch.compile(decode_step, mode="reduce-overhead")
+
+    def step(
+        model: CausalLM, token: torch.Tensor, position: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
+        for tensor in (cache.k, cache.v):  # written in place, which a graph else refuses
+            torch._dynamo.mark_static_address(tensor)
+        return compiled(model, token, position, cache)
+
+    return step
+
+
+@torch.no_grad()
 def generate(
-    model: CausalLM, prompts: list[list[int]], max_new_tokens: int, eos_ids: tuple[int, ...]
+    model: CausalLM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    stop_ids: frozenset[int] = frozenset(),
+    step: Step = decode_step,
 ) -> list[list[int]]:
-    """Greedy continuation of one batch of prompts, each up to and without eos."""
+    """Greedy continuation of one batch of prompts, each up to and without eos, or up to and with
+    one of stop_ids. step: `decode_step`, or what a compiler made of it."""
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
     cache = KVCache(model.config, len(prompts), width + max_new_tokens, model.lm_head.weight)
-    eos = torch.tensor(eos_ids, device=device)
+    new: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
+    going = set(rows)
     token = prefill(model, ids, lengths, cache).argmax(-1)
-    new = [token]
-    done = torch.isin(token, eos)
-    for i in range(max_new_tokens - 1):
-        if done.all():
+    for i in range(max_new_tokens):
+        for row, t in zip(rows, token.tolist(), strict=True):
+            if row not in going:
+                continue
+            if t in eos_ids:
+                going.remove(row)
+                continue
+            new[row].append(t)
+            if t in stop_ids:
+                going.remove(row)
+        if not going or i == max_new_tokens - 1:
             break
-        token = decode_step(model, token, lengths + i, cache).argmax(-1)
-        new.append(token)
-        done |= torch.isin(token, eos)
-    rows = torch.stack(new, dim=1).tolist()
-    return [row[: next((i for i, t in enumerate(row) if t in eos_ids), len(row))] for row in rows]
+        # finished rows leave when half are: copies of the cache are few, and so are batch sizes
+        if 2 * len(going) <= len(rows):
+            stay = [j for j, row in enumerate(rows) if row in going]
+            rows = [rows[j] for j in stay]
+            token, lengths = token[stay], lengths[stay]
+            cache.keep(stay)
+        token = step(model, token, lengths + i, cache).argmax(-1)
+    return new
 
 
 def generate_all(
@@ -62,6 +100,8 @@ def generate_all(
     eos_ids: tuple[int, ...],
     batch_size: int,
     description: str,
+    stop_ids: frozenset[int] = frozenset(),
+    step: Step = decode_step,
 ) -> list[list[int]]:
     """`generate` for any number of prompts, in batches of like length; results in their order.
 
@@ -79,7 +119,8 @@ def generate_all(
     batches = range(0, len(order), batch_size)
     for start in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
         rows = order[start : start + batch_size]
-        new = generate(model, [prompts[i] for i in rows], max_new_tokens, eos_ids)
+        part = [prompts[i] for i in rows]
+        new = generate(model, part, max_new_tokens, eos_ids, stop_ids, step)
         for i, tokens in zip(rows, new, strict=True):
             results[i] = tokens
     return results

@@ -46,10 +46,14 @@ class HeadOffset(nn.Module):
         self.n_heads = n_heads
         self.register_buffer("heads", torch.tensor(heads, device=offset.device), persistent=False)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        # one broadcast addition, zero for the other heads, is faster than a loop over heads
+    def all_heads(self) -> torch.Tensor:
+        """v with zeros for the other heads: [n_heads, head_dim]. Adding all of it at once is faster
+        than a loop over the chosen heads."""
         v = self.offset.new_zeros(self.n_heads, self.offset.shape[1])
-        return (z + v.index_copy(0, self.heads, self.offset)).to(z.dtype)
+        return v.index_copy(0, self.heads, self.offset)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return (z + self.all_heads()).to(z.dtype)
 
 
 def attention_layers(model: CausalLM) -> list[Attention]:
@@ -106,6 +110,33 @@ def edits_off(model: CausalLM) -> Iterator[None]:
     finally:
         for attention, edit in zip(layers, edits, strict=True):
             attention.head_out = edit
+
+
+@contextmanager
+def folded_offsets(model: CausalLM) -> Iterator[None]:
+    """Inside, each HeadOffset is a bias of its layer's o_proj, for W (z + v) = W z + W v: the same
+    function without any work per head. The bias is computed in fp32 and cast once."""
+    folded = []
+    for attention in attention_layers(model):
+        edit, o_proj = attention.head_out, attention.o_proj
+        if isinstance(edit, HeadOffset):
+            folded.append((attention, edit, o_proj.bias))
+            bias = o_proj.weight.float() @ edit.all_heads().flatten()
+            bias = bias if o_proj.bias is None else bias + o_proj.bias.float()
+            o_proj.bias = nn.Parameter(bias.to(o_proj.weight.dtype), requires_grad=False)
+            attention.head_out = nn.Identity()
+    try:
+        yield
+    finally:
+        for attention, edit, bias in folded:
+            attention.head_out, attention.o_proj.bias = edit, bias
+
+
+def lowest_edit(model: CausalLM) -> int:
+    """The first layer with an edit; the number of layers if there is none."""
+    slots = [attention.head_out for attention in attention_layers(model)]
+    edited = (i for i, slot in enumerate(slots) if not isinstance(slot, nn.Identity))
+    return next(edited, len(slots))
 
 
 def head_scores(model: CausalLM) -> torch.Tensor:

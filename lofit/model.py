@@ -7,15 +7,16 @@ Module attributes carry HF's parameter names, so `CausalLM.state_dict()` *is* an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lofit import rope
-from lofit.config import SLIDING, ModelConfig
+from lofit.config import ModelConfig
+from lofit.step import KVCache, Step, Tree, make_step
 
+Where = tuple[torch.Tensor, torch.Tensor]  # rows and columns of N positions of a batch, [N] each
 ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -43,41 +44,6 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once and written at given positions."""
-
-    def __init__(self, config: ModelConfig, batch: int, length: int, like: torch.Tensor):
-        """`like` gives device and dtype. length: prompt plus new tokens."""
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length)
-        self.k = like.new_zeros(*shape, config.head_dim)
-        self.v = like.new_zeros(*shape, config.head_dim)
-
-    def write(
-        self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v: [B, n_kv_heads, T, head_dim] at positions: [B, T]; return all of the layer's
-        keys and values: [B, n_kv_heads, length, head_dim]."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        # advanced indices around a slice put [B, T] in front: hence the transposes
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer], self.v[layer]
-
-
-@dataclass
-class Step:
-    """What every layer needs beside the hidden states, computed once per forward pass.
-
-    cos_sin, mask: by layer type, for rope.rotate and for `attend`.
-    """
-
-    positions: torch.Tensor  # [B or 1, T]
-    cos_sin: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    mask: dict[str, torch.Tensor | None]
-    cache: KVCache | None
-    decoding: bool  # True: attend to the whole cache; False: to the T positions of this pass
-
-
 def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
     """Gemma 2's bound on scores and logits: cap * tanh(x / cap)."""
     return x if cap is None else cap * torch.tanh(x / cap)
@@ -100,7 +66,7 @@ def attend(
     if k.shape[1] != q.shape[1]:  # grouped-query: each key/value head serves a group of queries
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    if cap is not None or (q.device.type == "cpu" and torch.is_grad_enabled()):
+    if cap is not None:
         return plain_attention(q, k, v, mask, scale, cap)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
@@ -117,7 +83,7 @@ def plain_attention(
 ) -> torch.Tensor:
     """The formula that the fused kernels compute, all heads alike; arguments as in `attend`.
 
-    Training on CPU and soft caps take this one; tests/measure_attention.py compares the two.
+    Soft caps take this one; tests/measure_attention.py compares the two.
     """
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
@@ -144,7 +110,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norms else nn.Identity()
         self.head_out = nn.Identity()  # the slot: heads.py puts a HeadScale or HeadOffset here
 
-    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step, keep: Where | None = None) -> torch.Tensor:
+        """x: [B, T, D] -> [B, T, D], or [N, D] of positions to `keep`."""
+
         def split(y: torch.Tensor) -> torch.Tensor:  # [B, T, heads*head_dim] -> [B, heads, T, ..]
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -154,10 +122,13 @@ class Attention(nn.Module):
         if step.cache is not None:
             whole = step.cache.write(self.layer, step.positions, k, v)
             k, v = whole if step.decoding else (k, v)
+        if step.prefix is not None:
+            k, v = step.prefix.before(self.layer, k, v)
         z = attend(q, k, v, mask, self.scale, self.cap)
         z = z.transpose(1, 2)  # [B, T, n_heads, head_dim]
         z = self.head_out(z)  # LoFiT acts here and nowhere else (paper, section 3)
-        return self.o_proj(z.flatten(2))
+        z = z if keep is None else z[keep]
+        return self.o_proj(z.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -186,12 +157,15 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(D, config)
             self.post_feedforward_layernorm = RMSNorm(D, config)
 
-    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        attended = self.self_attn(self.input_layernorm(x), step)
+    def forward(self, x: torch.Tensor, step: Step, keep: Where | None = None) -> torch.Tensor:
+        """x: [B, T, D] -> [B, T, D], or [N, D] of positions to `keep`: the others are looked at by
+        attention and need no more."""
+        attended = self.self_attn(self.input_layernorm(x), step, keep)
+        x = x if keep is None else x[keep]
+        # HF's names say where a norm stands, not what it norms
+        x = x + (self.post_attention_layernorm(attended) if self.sandwich else attended)
         if self.sandwich:
-            x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = x + attended  # HF's name below says where the norm stands, not what it norms
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -208,47 +182,41 @@ class Transformer(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        tree: Tree | None = None,
+        keep: Where | None = None,
     ) -> torch.Tensor:
         """input_ids: [B, T] int64 -> final hidden states [B, T, D].
 
         Without `positions`, rows start at position 0 and attention is causal within them: training
         and the prompt. Right padding needs no mask, for no real token looks to its right. With
         `positions` [B, T] (and a cache), each token attends to every cached position up to its own.
+        With a `tree`, each token attends to its own text. With `keep`, (row, column) [N] each, the
+        result is [N, D].
         """
+        step = make_step(self.config, input_ids, positions, cache, tree)
+        return self.run(self.embed(input_ids), step, keep=keep)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] -> the hidden states that enter layer 0."""
         x = self.embed_tokens(input_ids)
         if self.config.scale_embeddings:  # the factor is rounded to the weights' dtype, as in HF
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
-        step = self._step(input_ids, positions, cache)
-        for layer in self.layers:
+        return x
+
+    def run(
+        self, x: torch.Tensor, step: Step, first: int = 0, keep: Where | None = None
+    ) -> torch.Tensor:
+        """Hidden states that enter layer `first` -> final ones, those to `keep` or all."""
+        for layer in self.layers[first:-1]:
             x = layer(x, step)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, step, keep))
 
-    def _step(
-        self, input_ids: torch.Tensor, positions: torch.Tensor | None, cache: KVCache | None
-    ) -> Step:
-        decoding = positions is not None
-        length = cache.k.shape[3] if decoding else input_ids.shape[1]
-        reach = torch.arange(length, device=input_ids.device)
-        positions = positions if decoding else reach[None]
-        kinds = self.config.rope_parameters
-        return Step(
-            positions,
-            {kind: rope.cos_sin(self.config, kind, positions) for kind in kinds},
-            {kind: self._mask(kind, positions, reach, decoding) for kind in kinds},
-            cache,
-            decoding,
-        )
-
-    def _mask(
-        self, kind: str, positions: torch.Tensor, reach: torch.Tensor, decoding: bool
-    ) -> torch.Tensor | None:
-        """Mask for `attend`, [B or 1, 1, T, len(reach)]: None where causality is all of it."""
-        window = self.config.sliding_window if kind == SLIDING else None
-        narrow = window is not None and len(reach) > window
-        if not (decoding or narrow):
-            return None
-        distance = positions[:, None, :, None] - reach
-        return (distance >= 0) & (distance < window) if narrow else distance >= 0
+    def before(self, layer: int, input_ids: torch.Tensor, step: Step) -> torch.Tensor:
+        """The hidden states that enter a layer."""
+        x = self.embed(input_ids)
+        for block in self.layers[:layer]:
+            x = block(x, step)
+        return x
 
 
 class CausalLM(nn.Module):

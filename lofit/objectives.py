@@ -1,41 +1,84 @@
-"""What a task trains on: its examples encoded once, and the loss of any of them."""
+"""What a task trains on: its examples encoded once, and the loss of any of them.
+
+With `plain`, every text has its own row and every layer is computed at every step, as in the
+paper's code. Without, the work that need not be done is left out; the loss is the same.
+"""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lofit.heads import edits_off
-from lofit.losses import (
-    Encoded,
-    answer_cross_entropy,
-    answer_log_probs,
-    check_length,
-    collate,
-    dpo_loss,
-    encode_example,
-)
+from lofit.batches import Batch, check_length, collate, encode_example, pack
+from lofit.heads import edits_off, lowest_edit
+from lofit.losses import dpo_loss, sum_by_text, target_losses
 from lofit.model import CausalLM
+from lofit.step import make_step
 from lofit.tasks import Example
 from lofit.tokenizer import Tokenizer
 
 BETA = 0.5  # of DPO (paper, appendix)
 MAX_LENGTH = {"cross_entropy": 400, "dpo": 512}  # tokens of an example, as in the paper's code
+MAX_BYTES = 4 * 2**30  # of hidden states that are kept
+
+
+class FrozenLayers:
+    """The hidden states that enter the lowest edited layer, computed once per row of examples.
+
+    Nothing below that layer is trained and the examples stay the same, so all epochs would compute
+    the same. They are kept in RAM up to `max_bytes`; what is beyond is computed each time.
+    """
+
+    def __init__(self, model: CausalLM, max_bytes: int = MAX_BYTES):
+        self.model, self.left, self.layer = model, max_bytes, 0
+        self.kept: dict[int, torch.Tensor] = {}  # example -> [its length, D]
+
+    def __call__(self, examples: list[int], batch: Batch) -> tuple[int, torch.Tensor | None]:
+        """(lowest edited layer, or the last, what enters it: [B, T, D]); None for the embedding."""
+        layer = min(lowest_edit(self.model), self.model.config.num_hidden_layers - 1)
+        if layer != self.layer:  # other heads are edited now
+            self.left += sum(x.nbytes for x in self.kept.values())
+            self.layer, self.kept = layer, {}
+        if layer == 0:
+            return 0, None
+        if all(i in self.kept for i in examples):
+            rows = [self.kept[i] for i in examples]
+            return layer, pad_sequence(rows, batch_first=True).to(batch.ids.device)
+        with torch.no_grad():
+            step = make_step(self.model.config, batch.ids, tree=batch.tree)
+            hidden = self.model.model.before(layer, batch.ids, step)
+        for i, row, length in zip(examples, hidden.cpu(), batch.lengths, strict=True):
+            if i not in self.kept and (kept := row[:length].clone()).nbytes <= self.left:
+                self.kept[i] = kept
+                self.left -= kept.nbytes
+        return layer, hidden
 
 
 class CrossEntropy:
     """Cross-entropy on the answers (and eos) of examples."""
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, examples: list[Example], where: str):
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        examples: list[Example],
+        where: str,
+        plain: bool = False,
+    ):
         """`where` names the examples in errors; InputError if one is too long for the model."""
         self.model, self.device = model, model.lm_head.weight.device
         self.rows = [encode_example(tokenizer, e.prompt, e.answer) for e in examples]
-        _check(self.rows, model, MAX_LENGTH["cross_entropy"], where)
+        self.lengths = [len(ids) for ids, _ in self.rows]
+        _check(self.lengths, model, MAX_LENGTH["cross_entropy"], where)
+        self.frozen = None if plain else FrozenLayers(model)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def loss(self, rows: list[int]) -> torch.Tensor:
         """Mean over the answer tokens of these examples."""
-        return answer_cross_entropy(self.model, collate([self.rows[i] for i in rows], self.device))
+        batch = collate([self.rows[i] for i in rows], self.device)
+        known = self.frozen(rows, batch) if self.frozen else ()
+        return target_losses(self.model, batch, *known).mean()
 
     def weight(self, rows: list[int]) -> int:
         """What `loss` is a mean over: answer tokens."""
@@ -46,23 +89,42 @@ class Preference:
     """DPO: prefer each example's answer to its rejected one. The reference is the model with its
     edits off; its log-probabilities are computed here, once."""
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, examples: list[Example], where: str):
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        examples: list[Example],
+        where: str,
+        plain: bool = False,
+    ):
         """`where` names the examples in errors; InputError if one is too long for the model."""
         self.model, self.device = model, model.lm_head.weight.device
         self.chosen = [encode_example(tokenizer, e.prompt, e.answer) for e in examples]
         self.rejected = [encode_example(tokenizer, e.prompt, e.rejected) for e in examples]
-        _check(self.chosen + self.rejected, model, MAX_LENGTH["dpo"], where)
+        pairs = list(zip(self.chosen, self.rejected, strict=True))
+        self.lengths = [len(c) + len(r) for (c, _), (r, _) in pairs]
+        longer = [max(len(c), len(r)) for (c, _), (r, _) in pairs]
+        _check(longer, model, MAX_LENGTH["dpo"], where)
+        self.plain, self.frozen = plain, FrozenLayers(model)
         with edits_off(model), torch.no_grad():
             batches = tqdm(range(0, len(self), 8), "reference", disable=None, leave=False)
-            found = [self._log_probs(list(range(i, min(i + 8, len(self))))) for i in batches]
+            found = [
+                self._log_probs(list(range(i, min(i + 8, len(self)))), keep=False) for i in batches
+            ]
         self.reference = torch.cat(found, dim=1)  # [2, examples]
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def _log_probs(self, rows: list[int]) -> torch.Tensor:
-        both = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
-        return answer_log_probs(self.model, collate(both, self.device)).view(2, len(rows))
+    def _log_probs(self, rows: list[int], keep: bool = True) -> torch.Tensor:
+        """[2, rows], of chosen and rejected answers. The prompt of a pair is computed once."""
+        chosen, rejected = [self.chosen[i] for i in rows], [self.rejected[i] for i in rows]
+        if self.plain:
+            batch = collate(chosen + rejected, self.device)
+            return sum_by_text(target_losses(self.model, batch), batch).view(2, -1)
+        batch = pack([list(pair) for pair in zip(chosen, rejected, strict=True)], self.device)
+        known = self.frozen(rows, batch) if keep else ()
+        return sum_by_text(target_losses(self.model, batch, *known), batch).view(-1, 2).T
 
     def loss(self, rows: list[int]) -> torch.Tensor:
         """Mean over these pairs."""
@@ -87,6 +149,5 @@ def mean_loss(objective: Objective, batch_size: int) -> float:
     return total / n
 
 
-def _check(rows: list[Encoded], model: CausalLM, longest: int, where: str) -> None:
-    limit = min(longest, model.config.max_position_embeddings)
-    check_length([len(ids) for ids, _ in rows], limit, where)
+def _check(lengths: list[int], model: CausalLM, longest: int, where: str) -> None:
+    check_length(lengths, min(longest, model.config.max_position_embeddings), where)

@@ -31,9 +31,11 @@ SHAPES = {
     ("llama", 8, 16): "mini-llama",
     ("gemma", 8, 16): "mini-gemma",
 }
-MINI = Recipe(
-    select_lr=5e-2, l1=1e-4, select_epochs=10, offset_lr=1.0, offset_epochs=30, heads="10%"
-)
+MINI = {
+    "mquake": Recipe(5e-2, 1e-4, 1.0, "10%", select_epochs=10, offset_epochs=30),
+    "clutrr": Recipe(5e-2, 1e-4, 0.3, "10%", select_epochs=10, offset_epochs=10),
+    "truthfulqa": Recipe(5e-3, 1e-4, 5e-2, "10%", select_epochs=10, offset_epochs=20),
+}
 # selection's lr and lambda, the offsets' lr, K
 RECIPES = {
     ("Llama-2-7B", "truthfulqa"): Recipe(5e-3, 5e-4, 1e-2, "32"),
@@ -45,9 +47,8 @@ RECIPES = {
     ("Gemma-7B", "truthfulqa"): Recipe(5e-3, 5e-4, 2e-2, "16"),
     ("Gemma-7B", "mquake"): Recipe(5e-3, 5e-4, 8e-3, "16"),
     ("Gemma-7B", "clutrr"): Recipe(5e-4, 5e-3, 1e-2, "16"),
-    ("mini-llama", "mquake"): MINI,
-    ("mini-gemma", "mquake"): MINI,
 }
+RECIPES |= {(model, task): MINI[task] for model in ("mini-llama", "mini-gemma") for task in MINI}
 
 
 def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:

@@ -3,7 +3,9 @@
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +14,8 @@ import torch
 from lofit.chat import load_chat_template
 from lofit.checkpoint import load_model
 from lofit.errors import InputError
-from lofit.generate import generate_all
+from lofit.generate import decode_step, generate_all
+from lofit.heads import folded_offsets
 from lofit.objectives import CrossEntropy, Objective, Preference
 from lofit.recipes import find_recipe
 from lofit.scoring import score_answers
@@ -52,6 +55,7 @@ def add_common_args(parser: argparse.ArgumentParser) -> None:
     arg("--run", type=Path, help="run folder (default: runs/<model>/<task>)")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
+    arg("--plain", action="store_true", help="leave out no work that could be, as the paper's code")
 
 
 def find_task(name: str) -> tuple[str, Task]:
@@ -105,10 +109,11 @@ class Session:
             self.title, self.folder = f"{self.title} fold {fold}", self.folder / f"fold{fold}"
         self.model = load_model(args.model, args.revision, dtype, self.device)
         self.tokenizer = load_tokenizer(args.model, args.revision)
-        self.chat = args.chat
+        self.chat, self.plain = args.chat, args.plain
         self.wrap = load_chat_template(args.model, args.revision) if args.chat else str
         self.n_base = sum(p.numel() for p in self.model.parameters())
         self.recipe_name, self.recipe = find_recipe(self.model.config, self.task_name)
+        self.decode_step = decode_step  # eval.py may put a compiled one here
         self.settings: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
         self._log = self.folder / "log.jsonl"
         try:
@@ -142,6 +147,7 @@ class Session:
             "task": self.task_name,
             "fold": self.fold,
             "chat": self.chat,
+            "plain": self.plain,
             "data": str(self.data),
             "seed": self.seed,
             "settings": self.settings,
@@ -161,18 +167,26 @@ class Session:
         """What to train on: DPO for examples with a rejected answer, else cross-entropy."""
         kind = CrossEntropy if examples[0].rejected is None else Preference
         examples = [replace(e, prompt=self.wrap(e.prompt)) for e in examples]
-        return kind(self.model, self.tokenizer, examples, f"{self.data}, split {split}")
+        where = f"{self.data}, split {split}"
+        return kind(self.model, self.tokenizer, examples, where, self.plain)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens behind which nothing counts."""
+        return frozenset() if self.task.STOP is None else self.tokenizer.ids_with(self.task.STOP)
 
     def evaluate(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
         """The scores of each example with the model's present edits, and what they are based on:
         a prediction, or the log-probabilities of the given answers."""
-        if examples[0].right:
-            return self._choose(examples, batch_size, description)
-        return self._predict(examples, batch_size, description)
+        way = self._choose if examples[0].right else self._predict
+        with nullcontext() if self.plain else folded_offsets(self.model):
+            return way(examples, batch_size, description)
 
     def _choose(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
         asked = [(self.wrap(e.question), [*e.right, *e.wrong]) for e in examples]
-        scores = score_answers(self.model, self.tokenizer, asked, batch_size, description)
+        scores = score_answers(
+            self.model, self.tokenizer, asked, batch_size, description, self.plain
+        )
         found = []
         for example, each in zip(examples, scores, strict=True):
             right, wrong = each[: len(example.right)], each[len(example.right) :]
@@ -182,9 +196,10 @@ class Session:
 
     def _predict(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
         prompts = [self.tokenizer.encode(self.wrap(e.prompt)) for e in examples]
+        stop = frozenset() if self.plain else self.stop_ids
         new = generate_all(
             self.model, prompts, self.task.MAX_NEW_TOKENS, self.tokenizer.eos_ids, batch_size,
-            description,
+            description, stop, self.decode_step,
         )  # fmt: skip
         found = []
         for example, prompt, tokens in zip(examples, prompts, new, strict=True):
@@ -209,8 +224,11 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """auto -> bfloat16 on a GPU that has it, else float32."""
+    """auto -> bfloat16 where matrix units compute it (a GPU, a CPU with AMX), else float32."""
     if name != "auto":
         return DTYPES[name]
-    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    if device == "cpu":
+        fast = torch.cpu._is_amx_tile_supported()
+    else:
+        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if fast else torch.float32

@@ -38,6 +38,10 @@ class Tokenizer:
         a SentencePiece tokenizer drops the space in front of the first word."""
         return self._backend.decode(ids)
 
+    def ids_with(self, text: str) -> frozenset[int]:
+        """The ids whose own text has `text` in it, a single character."""
+        return frozenset(i for i in range(self._backend.size) if text in self.decode([i]))
+
 
 class _Json:
     def __init__(self, path: Path):

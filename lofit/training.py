@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from lofit.batches import draw_batches
 from lofit.errors import InputError
 from lofit.losses import l1_norm
 
@@ -20,6 +21,7 @@ class Schedule:
     batch_size: int = 8
     l1: float = 0.0  # weight of sum |parameters| in the loss (head selection only)
     max_grad_norm: float = 1.0
+    by_length: bool = True  # see `draw_batches`
 
 
 def optimizer_for(parameters: list[torch.Tensor], lr: float) -> torch.optim.AdamW:
@@ -60,7 +62,7 @@ def train_step(
 
 def fit(
     parameters: list[torch.Tensor],
-    n_examples: int,
+    lengths: list[int],
     loss_of: Callable[[list[int]], torch.Tensor],
     schedule: Schedule,
     seed: int,
@@ -68,22 +70,22 @@ def fit(
 ) -> Iterator[tuple[int, float]]:
     """Train `parameters` in place; yields (epoch from 1, mean training loss) after each epoch.
 
-    loss_of: indices of examples -> scalar task loss. The order of examples is drawn anew each epoch
-    from the seed; a last, smaller batch is used too. log gets one record a step.
+    lengths: of the examples, in tokens; loss_of: indices of examples -> scalar task loss. Batches
+    are drawn anew each epoch from the seed; a last, smaller one is used too. log gets one record a
+    step.
     """
     optimizer = optimizer_for(parameters, schedule.lr)
     generator = torch.Generator().manual_seed(seed)
-    per_epoch = math.ceil(n_examples / schedule.batch_size)
-    total = per_epoch * schedule.epochs
+    total = math.ceil(len(lengths) / schedule.batch_size) * schedule.epochs
+    step = 0
     with tqdm(total=total, unit="step", disable=None, leave=False) as bar:
         for epoch in range(schedule.epochs):
-            order = torch.randperm(n_examples, generator=generator).tolist()
             losses = []
-            for i in range(per_epoch):
-                rows = order[i * schedule.batch_size : (i + 1) * schedule.batch_size]
-                step = epoch * per_epoch + i
+            size, by_length = schedule.batch_size, schedule.by_length
+            for rows in draw_batches(lengths, size, generator, by_length):
                 record = train_step(optimizer, parameters, loss_of(rows), schedule, step, total)
-                log({"epoch": epoch + 1, "step": step + 1} | record)
+                step += 1
+                log({"epoch": epoch + 1, "step": step} | record)
                 losses.append(record["task_loss"])
                 bar.update()
             yield epoch + 1, sum(losses) / len(losses)

@@ -15,6 +15,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 
+from lofit.batches import IGNORE, Batch  # noqa: E402
 from lofit.checkpoint import load_model, save_model  # noqa: E402
 from lofit.config import ModelConfig  # noqa: E402
 from lofit.model import CausalLM  # noqa: E402
@@ -112,7 +113,7 @@ def tiny_config() -> ModelConfig:
     """3 layers x 4 heads (2 key/value heads) x 8; the vocabulary is the miniature's."""
     return ModelConfig(
         vocab_size=891, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
         rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,),
     )  # fmt: skip
 
@@ -173,3 +174,13 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference: a mean would hide a wrong position."""
     assert a.shape == b.shape
     return (a.double() - b.double()).abs().max().item()
+
+
+def check_batch(batch: Batch, golden: dict[str, torch.Tensor], step: int) -> None:
+    """The ids and labels of a batch are the ones recorded from the paper's code."""
+    labels = torch.full_like(batch.ids, IGNORE)
+    row, column = batch.source
+    labels[row, column + 1] = batch.target
+    real = golden[f"step{step}.attention_mask"].bool()
+    assert torch.equal(labels, golden[f"step{step}.labels"])
+    assert torch.equal(batch.ids[real], golden[f"step{step}.input_ids"][real])

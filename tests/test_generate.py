@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from lofit.checkpoint import load_model
 from lofit.errors import InputError
-from lofit.generate import generate, generate_all
+from lofit.generate import compiled_step, decode_step, generate, generate_all
 from lofit.heads import attach_offsets
 from lofit.tokenizer import load_tokenizer
 
@@ -50,11 +50,36 @@ def test_each_row_stops_at_any_of_its_eos_ids(tiny):
     assert len(want[0]) <= 3 and want[1] == []
 
 
+def test_a_row_stops_behind_a_stop_token_and_leaves_the_batch(tiny):
+    """The others decode on as they would alone."""
+    whole = generate(tiny, PROMPTS, 8, eos_ids=(-1,))
+    stops = frozenset({whole[0][1], whole[1][0]})
+    sizes = []
+
+    def step(model, token, position, cache):
+        sizes.append(len(token))
+        return decode_step(model, token, position, cache)
+
+    got = generate(tiny, PROMPTS, 8, (-1,), stops, step)
+    for row, every in zip(got, whole, strict=True):
+        n = next((i + 1 for i, t in enumerate(every) if t in stops), 8)
+        assert row == every[:n]
+    longest = max(map(len, got))
+    assert min(map(len, got)) < longest and len(sizes) == longest - 1
+    assert sizes[0] > sizes[-1] == 1
+
+
+def test_the_compiled_step_gives_the_same_tokens(tiny):
+    attach_offsets(tiny, [(1, 2)], torch.ones(1, 8))
+    want = generate(tiny, PROMPTS, 8, eos_ids=(-1,))
+    assert generate(tiny, PROMPTS, 8, (-1,), step=compiled_step()) == want
+
+
 def test_a_prompt_longer_than_the_model_is_refused(tiny):
-    fits = [[1] * 112]
+    fits = [[1] * 240]
     assert len(generate_all(tiny, fits, 16, (-1,), 1, "")[0]) == 16
-    with pytest.raises(InputError, match="prompt 1 has 113 tokens.* 128 positions"):
-        generate_all(tiny, [[1], [1] * 113], 16, (2,), 1, "")
+    with pytest.raises(InputError, match="prompt 1 has 241 tokens.* 256 positions"):
+        generate_all(tiny, [[1], [1] * 241], 16, (2,), 1, "")
 
 
 @pytest.mark.parametrize("which", ["unmodified", "modified", "trained"])

@@ -14,12 +14,14 @@ from lofit.heads import (
     attach_scales,
     attention_layers,
     edits_off,
+    folded_offsets,
     gather_offsets,
     head_scores,
     init_offsets,
     init_scales,
     load_heads,
     load_offsets,
+    lowest_edit,
     rank_heads,
     save_heads,
     save_offsets,
@@ -134,6 +136,32 @@ def test_an_offset_equals_a_bias_behind_o_proj(tiny, tiny_config, ids):
         bias = o_proj.weight[:, head * 8 : (head + 1) * 8] @ v
         o_proj.register_forward_hook(lambda _, args, out, bias=bias: out + bias)
     assert difference(folded(ids), live) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gqa", "biases", *LOUD_GEMMAS])
+def test_folded_offsets_equal_live_ones(loud, ids, name):
+    """And the edits come back, even after an error. A bias of o_proj that is there stays in."""
+    model, ids = load_model(loud(name)[1]), ids % 101
+    heads = [(0, 1), (2, 3), (2, 0)]
+    attach_offsets(model, heads, torch.randn(3, model.config.head_dim))
+    live = model(ids)
+    with pytest.raises(ZeroDivisionError), folded_offsets(model):
+        assert lowest_edit(model) == model.config.num_hidden_layers
+        assert difference(model(ids), live) < TOLERANCE
+        with edits_off(model):  # nothing left to switch off: the bias is part of the weights now
+            assert difference(model(ids), live) < TOLERANCE
+        raise ZeroDivisionError
+    assert torch.equal(model(ids), live)
+    with edits_off(model), folded_offsets(model):
+        assert not torch.allclose(model(ids), live)
+
+
+def test_the_lowest_edit(tiny):
+    assert lowest_edit(tiny) == 3
+    attach_offsets(tiny, [(2, 0), (1, 3)], torch.ones(2, 8))
+    assert lowest_edit(tiny) == 1
+    attach_scales(tiny, init_scales(tiny, 0))
+    assert lowest_edit(tiny) == 0
 
 
 def test_edits_off_is_the_base_model_even_after_an_error(tiny, ids):

@@ -16,11 +16,13 @@ from conftest import (
     random_model,
 )
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lofit.checkpoint import load_model
 from lofit.config import ALWAYS, FULL, ROPE_TYPES, ModelConfig
 from lofit.errors import InputError
-from lofit.model import KVCache, attend, plain_attention
+from lofit.model import attend, plain_attention
+from lofit.step import KVCache
 
 T = 40  # longer than the 16 positions that the scaled RoPE configs were "trained" on
 
@@ -188,14 +190,12 @@ def test_a_changed_rope_key_breaks_parity(loud, ids, tmp_path, name, key, value)
     assert breaks(theirs, changed(folder, tmp_path, rope_parameters=rope), ids)
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["llama2", "gqa", "llama3-tied", "biases", *LOUD_GEMMAS])
-def test_bfloat16_is_as_close_to_float32_as_transformers(loud, ids, name, training):
+def test_bfloat16_is_as_close_to_float32_as_transformers(loud, ids, name):
     """By the root of the mean square: the largest of 12,000 rounding errors is chance."""
     theirs, folder = loud(name)
     exact = hf_logits(theirs, ids)
-    with torch.set_grad_enabled(training):  # the plain or the fused attention
-        ours = load_model(folder, dtype=torch.bfloat16)(ids)
+    ours = load_model(folder, dtype=torch.bfloat16)(ids)
     half = type(theirs).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     assert ours.dtype == torch.bfloat16
     ours, half = (x.float().sub(exact).square().mean().sqrt() for x in (ours, hf_logits(half, ids)))
@@ -231,20 +231,32 @@ def test_plain_attention_agrees_with_the_fused_kernel(masked):
     if masked:
         mask |= torch.eye(9, dtype=torch.bool)  # no row without a key
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    with_grad = attend(*inputs, mask, 0.3)  # on CPU: the plain formula
+    fused = attend(*inputs, mask, 0.3)
     many = [x.repeat_interleave(2, dim=1) for x in (k, v)]
-    assert torch.equal(with_grad, plain_attention(q, *many, mask, 0.3))
-    with torch.no_grad():
-        assert difference(attend(*inputs, mask, 0.3), with_grad) < 1e-6  # the fused one
-    fused = torch.nn.functional.scaled_dot_product_attention(
-        q, *many, attn_mask=mask, is_causal=mask is None, scale=0.3
-    )
+    plain = plain_attention(q, *many, mask, 0.3)
+    assert difference(fused, plain) < 1e-6
     for one, other in zip(
-        torch.autograd.grad(with_grad.square().sum(), inputs, retain_graph=True),
-        torch.autograd.grad(fused.square().sum(), inputs),
+        torch.autograd.grad(fused.square().sum(), inputs, retain_graph=True),
+        torch.autograd.grad(plain.square().sum(), inputs),
         strict=True,
     ):
         assert difference(one, other) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_gpu_takes_a_fused_kernel(dtype, masked):
+    """Forward and backward, grouped queries: SDPA raises where it would fall back to the formula.
+    Plain causal attention in bf16, which training is, gets the flash kernel."""
+    fused = [SDPBackend.FLASH_ATTENTION]
+    if masked or dtype == torch.float32:
+        fused += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    q, k, v = (torch.randn(2, n, 37, 64, device="cuda", dtype=dtype) for n in (4, 2, 2))
+    mask = torch.ones(2, 1, 37, 37, dtype=torch.bool, device="cuda").tril() if masked else None
+    with sdpa_kernel(fused):
+        attend(q.requires_grad_(), k, v, mask, 0.125).sum().backward()
+    assert q.grad.isfinite().all()
 
 
 def test_positions_stay_fp32_in_bfloat16(tiny_config):

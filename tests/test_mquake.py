@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import MINI, SHARED
 
+from lofit.batches import encode_example
 from lofit.errors import InputError
-from lofit.losses import encode_example
 from lofit.tasks import mquake
 from lofit.tokenizer import load_tokenizer
 

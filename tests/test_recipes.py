@@ -7,6 +7,7 @@ import pytest
 from lofit.config import ModelConfig
 from lofit.errors import InputError
 from lofit.recipes import count_heads, find_recipe
+from lofit.session import TASKS
 
 
 def config(layers, heads, model_type="llama"):
@@ -39,6 +40,13 @@ def test_an_unknown_model_gets_its_familys_values_and_a_share_of_heads(model_typ
     name, recipe = find_recipe(config(26, 4, model_type), "mquake")
     assert family in name and "want of one" in name
     assert recipe == replace(find_recipe(config(*shape), "mquake")[1], heads="3%")
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (8, 16, "gemma")])
+def test_the_miniatures_have_a_recipe_for_each_task(shape):
+    found = {task: find_recipe(config(*shape), task) for task in TASKS}
+    assert all("want" not in origin and recipe.heads == "10%" for origin, recipe in found.values())
+    assert len({recipe for _, recipe in found.values()}) == len(TASKS)
 
 
 def test_a_task_without_a_recipe_takes_the_models_values_for_mquake():

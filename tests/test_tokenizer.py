@@ -77,6 +77,15 @@ def test_a_token_across_the_border_counts_as_answer(one_kind, prompt, answer):
     assert n == max(inside)
 
 
+@pytest.mark.parametrize("character", [".", "e"])
+def test_ids_with_a_character_in_them(one_kind, character):
+    """Every id whose text has it and no other: in long tokens too."""
+    ids = one_kind.ids_with(character)
+    assert ids and all(character in one_kind.decode([i]) for i in ids)
+    text = "One. Two... three, 3.5 and the rest of `here.md`."
+    assert character not in one_kind.decode([i for i in one_kind.encode(text) if i not in ids])
+
+
 def test_bos_and_eos_follow_the_config(tiny_folder):
     """The two fields that the mutation test of test_model.py leaves to this one."""
     config = json.loads((tiny_folder / "config.json").read_text())

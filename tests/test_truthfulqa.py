@@ -7,10 +7,10 @@ import pytest
 from conftest import SHARED
 from safetensors.torch import load_file
 
+from lofit.batches import encode_example
 from lofit.checkpoint import load_model
 from lofit.errors import InputError
 from lofit.heads import attach_offsets
-from lofit.losses import encode_example
 from lofit.scoring import score_answers
 from lofit.tasks import truthfulqa
 from lofit.tokenizer import load_tokenizer
@@ -80,8 +80,9 @@ def test_the_real_splits(fold):
     assert sizes == [[326, 82, 409], [327, 82, 408]][fold]
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("which", ["unmodified", "modified"])
-def test_scores_agree_with_the_papers_code(oracle, which):
+def test_scores_agree_with_the_papers_code(oracle, which, plain):
     variants = json.loads((oracle / "tqa_mc.json").read_text())["variants"]
     golden, texts = variants[which]["questions"], variants["unmodified"]["questions"]
     model, tokenizer = load_model(oracle), load_tokenizer(oracle)
@@ -90,7 +91,7 @@ def test_scores_agree_with_the_papers_code(oracle, which):
         attach_offsets(model, [(i, h) for i in range(4) for h in range(8)], v.flatten(0, 1))
     examples = truthfulqa.read(SHARED / "datasets", "test", fold=0)[:5]
     asked = [(e.question, [*e.right, *e.wrong]) for e in examples]
-    scores = score_answers(model, tokenizer, asked, 7, "")
+    scores = score_answers(model, tokenizer, asked, 7, "", plain)
     for example, each, want, text in zip(examples, scores, golden, texts, strict=True):
         assert example.question == text["input_prompt"] + "\nA:"
         assert example.right[0] == " " + text["best"]

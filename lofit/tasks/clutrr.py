@@ -12,6 +12,7 @@ from lofit.tasks import Example, check_texts
 FOLDER = "clutrr"
 FOLDS = None
 MAX_NEW_TOKENS = 16
+STOP = "."  # the prediction ends there, see `extract`
 METRICS = ("em",)
 MAIN_METRIC = "em"
 N_TRAIN = 300  # stories to train on, sampled by the seed (paper, section 4)

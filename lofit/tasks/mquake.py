@@ -10,6 +10,7 @@ from lofit.tasks import Example, check_texts
 FOLDER = "MQuAKE"
 FOLDS = None
 MAX_NEW_TOKENS = 16
+STOP = None  # a later `A:` would count, see `extract`
 METRICS = ("em", "em_stripped", "old_answer")
 MAIN_METRIC = "em_stripped"
 

@@ -27,6 +27,7 @@ class OwnTask:
 
     FOLDS = None
     MAX_NEW_TOKENS = 32
+    STOP = None  # the prediction may stand behind empty lines, see `extract`
 
     def __init__(self, folder: Path):
         """Tells the form by the first line of train.jsonl. Raises InputError."""

@@ -1,0 +1,180 @@
+"""The pieces of work that the benchmark times, and how each side does them."""
+
+import random
+from collections.abc import Callable
+
+import torch
+from baselines import (
+    hf_batch,
+    hf_generate,
+    hf_score,
+    hf_twin,
+    hook_offsets,
+    hook_scales,
+    lora,
+    unhook,
+)
+
+from lofit.config import ModelConfig
+from lofit.generate import compiled_step, generate_all
+from lofit.heads import attach_offsets, attach_scales, folded_offsets, init_offsets, init_scales
+from lofit.model import CausalLM
+from lofit.objectives import CrossEntropy
+from lofit.scoring import score_answers
+from lofit.tasks import Example
+from lofit.training import Schedule, fit, optimizer_for, train_step
+
+COMMON = dict(max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,))
+SHAPES = {
+    "small": dict(
+        vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=8, head_dim=64,
+    ),
+    "7b": dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, head_dim=128,
+    ),
+}  # fmt: skip
+LR = 1e-3
+
+
+class Ids:
+    """A "tokenizer" whose text is the ids, with spaces between."""
+
+    eos_ids = (2,)
+
+    def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        before, after = ([int(i) for i in text.split()] for text in (prompt, answer))
+        return [1, *before, *after], 1 + len(before)
+
+
+def text(rng: random.Random, n: int) -> str:
+    return "".join(f" {rng.randrange(3, 32000)}" for _ in range(n))
+
+
+class Bench:
+    """The model, its twins and the data; each method is one side of one piece of work."""
+
+    def __init__(self, shape: str, device: str, dtype: torch.dtype, sides: str = "ours hf lora"):
+        torch.manual_seed(0)
+        self.config = ModelConfig(**SHAPES[shape], **COMMON)
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            self.model = CausalLM(self.config)
+        torch.set_default_dtype(torch.float32)
+        for p in self.model.parameters():
+            torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
+        self.model.eval().requires_grad_(False)
+        self.device, rng = device, random.Random(0)
+        # 8 texts of 128 tokens with 8 to predict; MQuAKE's number of examples and their lengths
+        self.step = [Example(text(rng, 119), text(rng, 7)) for _ in range(8)]
+        self.mquake = [
+            Example(text(rng, rng.randint(28, 60)), text(rng, rng.randint(2, 5)))
+            for _ in range(134)
+        ]
+        self.prompts = [[1, *map(int, e.prompt.split())] for e in self.mquake[:16]]
+        start = text(rng, 400)
+        self.asked = [
+            (start + text(rng, 15), [text(rng, rng.randint(5, 15)) for _ in range(8)])
+            for _ in range(50)
+        ]
+        layers, n = self.config.num_hidden_layers, self.config.num_attention_heads
+        self.heads = {
+            "upper": [(layer, 0) for layer in range(layers // 2, layers)],
+            "all": [(layer, layer % n) for layer in range(layers)],
+        }
+        if "hf" in sides:
+            self.twin = hf_twin(self.model)
+        if "lora" in sides:
+            self.lora, self.lora_parameters = lora(hf_twin(self.model))
+
+    def offsets(self, where: str) -> torch.Tensor:
+        return init_offsets(self.model, len(self.heads[where]), 0)
+
+    def selection(self, side: str) -> Callable[[], object]:
+        """A training step of the scales on 8 texts of 128 tokens."""
+        objective = CrossEntropy(self.model, Ids(), self.step, "step")
+        if side == "ours":
+            parameters = attach_scales(self.model, init_scales(self.model, 0))
+            return self.one_step(parameters, lambda: objective.loss(list(range(8))))
+        return self.one_step(*self.theirs(side, objective, lambda: range(8)))
+
+    def theirs(self, side: str, objective: CrossEntropy, rows: Callable, where: str | None = None):
+        """(parameters, loss) of transformers with hooks on scales or on the heads `where`, or of
+        LoRA."""
+
+        def loss_of(model):
+            batch = hf_batch([objective.rows[i] for i in rows()], self.device)
+            return model(**batch, use_cache=False).loss
+
+        if side == "lora":
+            return self.lora_parameters, lambda: loss_of(self.lora)
+        unhook(self.twin)
+        if where is None:
+            parameters = hook_scales(self.twin, init_scales(self.model, 0))
+        else:
+            parameters = hook_offsets(self.twin, self.heads[where], self.offsets(where))
+        return parameters, lambda: loss_of(self.twin)
+
+    def one_step(self, parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor]):
+        optimizer, schedule = optimizer_for(parameters, LR), Schedule(LR, 1, l1=1e-4)
+        return lambda: train_step(optimizer, parameters, loss(), schedule, 0, 1)["task_loss"]
+
+    def training(self, side: str, where: str, epochs: int = 5) -> Callable[[], object]:
+        """Offset training: 134 examples of 32 to 67 tokens in batches of 8."""
+        objective = CrossEntropy(self.model, Ids(), self.mquake, "mquake")
+
+        def run() -> float:
+            objective.frozen.layer, objective.frozen.kept = 0, {}
+            if side == "ours":
+                parameters = attach_offsets(self.model, self.heads[where], self.offsets(where))
+                loss_of = objective.loss
+            else:
+                chosen: list[int] = []
+                parameters, loss = self.theirs(side, objective, lambda: chosen, where)
+
+                def loss_of(rows: list[int]) -> torch.Tensor:
+                    chosen[:] = rows
+                    return loss()
+
+            schedule = Schedule(LR, epochs, by_length=side == "ours")
+            lengths, log = objective.lengths, lambda record: None
+            return [loss for _, loss in fit(parameters, lengths, loss_of, schedule, 0, log)][-1]
+
+        return run
+
+    def greedy(self, side: str) -> Callable[[], object]:
+        """16 tokens after each of 16 prompts of 29 to 61 tokens, offsets in the upper half."""
+        if side == "hf":
+            unhook(self.twin)
+            hook_offsets(self.twin, self.heads["upper"], self.offsets("upper"))
+            return lambda: hf_generate(self.twin, self.prompts, 16)
+        attach_offsets(self.model, self.heads["upper"], self.offsets("upper"))
+
+        def run() -> list[list[int]]:
+            with folded_offsets(self.model):
+                return generate_all(self.model, self.prompts, 16, (-1,), 16, "")
+
+        return run
+
+    def choices(self, side: str, questions: slice) -> Callable[[], object]:
+        """Scores of 8 answers of 5 to 15 tokens to each question behind 416 tokens, 401 shared."""
+        asked = self.asked[questions]
+        if side == "ours":
+            attach_offsets(self.model, self.heads["upper"], self.offsets("upper"))
+
+            def run() -> list[list[float]]:
+                with folded_offsets(self.model):
+                    return score_answers(self.model, Ids(), asked, 64, "")
+
+            return run
+        unhook(self.twin)
+        hook_offsets(self.twin, self.heads["upper"], self.offsets("upper"))
+        split = [([1, *map(int, q.split())], [list(map(int, a.split())) for a in answers])
+                 for q, answers in asked]  # fmt: skip
+        return lambda: [[hf_score(self.twin, q, a) for a in answers] for q, answers in split]
+
+    def decode(self) -> Callable[[], object]:
+        """129 tokens after one prompt, the step compiled; time / 128 is that of a step."""
+        step, prompts = compiled_step(), self.prompts[:1]
+        return lambda: generate_all(self.model, prompts, 129, (-1,), 1, "", step=step)

@@ -1,0 +1,131 @@
+"""Batches: against the paper's code; packed texts against texts in rows of their own."""
+
+import json
+
+import pytest
+import torch
+from conftest import MINI, check_batch, difference
+from safetensors.torch import load_file
+
+from lofit.batches import (
+    IGNORE,
+    check_length,
+    collate,
+    draw_batches,
+    encode_example,
+    n_shared,
+    pack,
+)
+from lofit.checkpoint import load_model
+from lofit.errors import InputError
+from lofit.losses import sum_by_text, target_losses
+from lofit.step import KVCache
+from lofit.tokenizer import load_tokenizer
+
+
+def test_labels_are_answer_and_eos_only():
+    tokenizer = load_tokenizer(MINI)
+    ids, labels = encode_example(tokenizer, "Q: Who? A:", "Norvia")
+    n_prompt = len(tokenizer.encode("Q: Who? A:"))
+    assert ids == [*tokenizer.encode("Q: Who? A:Norvia"), 2]
+    assert labels == [IGNORE] * n_prompt + ids[n_prompt:]
+    assert len(ids) - n_prompt == 2
+
+
+def test_batches_agree_with_the_papers_code(oracle):
+    """From raw texts to the very ids and labels; `A:` ends the prompt, as METHOD has it."""
+    tokenizer = load_tokenizer(oracle)
+    golden = load_file(oracle / "select_heads_sft_noresize.safetensors")
+    texts = json.loads((oracle / "select_heads_sft_noresize.json").read_text())["texts"]
+    assert len(texts) == 48
+    for step in range(6):
+        pairs = (text.rpartition("A:") for text in texts[8 * step : 8 * step + 8])
+        encoded = [
+            encode_example(tokenizer, before + colon, answer.removesuffix("</s>"))
+            for before, colon, answer in pairs
+        ]
+        check_batch(collate(encoded, "cpu"), golden, step)
+
+
+def text(n_prompt, *ids):
+    return list(ids), [IGNORE] * n_prompt + list(ids[n_prompt:])
+
+
+# answers that begin alike (the shared token is labelled in both), one that is the start of another,
+# one alone in its row
+GROUPS = [
+    [text(3, 1, 5, 6, 7, 8, 2), text(3, 1, 5, 6, 7, 9, 11, 12, 2), text(3, 1, 5, 6, 10)],
+    [text(2, 1, 5, 4, 4), text(2, 1, 5, 4, 4, 4)],
+    [text(2, 1, 5, 9, 9, 2)],
+]
+
+
+def log_probs(model, batch):
+    return sum_by_text(target_losses(model, batch), batch)
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_packed_texts_score_like_texts_in_rows_of_their_own(tiny, with_prefix):
+    want = log_probs(tiny, collate([t for group in GROUPS for t in group], "cpu"))
+    prefix = None
+    if with_prefix:
+        prefix = KVCache(tiny.config, 1, 1, tiny.lm_head.weight)
+        tiny.model(torch.tensor([[1]]), cache=prefix)
+    batch = pack(GROUPS, "cpu", prefix)
+    assert batch.ids[0].tolist()[: 7 - with_prefix] == [1, 5, 6, 7, 8, 2, 7][with_prefix:]
+    assert difference(log_probs(tiny, batch), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gqa", "yarn"])
+def test_packed_texts_under_windows_and_other_positions(loud, name):
+    """Texts longer than the window of 10, the shared beginning in the cache too."""
+    model = load_model(loud(name)[1])
+    start = [5 + (7 * i) % 90 for i in range(9)]
+    groups = [
+        [text(12, *start, *middle, *rest) for rest in ([9, 8, 7], [3] * 5, [4])]
+        for middle in ([20, 21, 22], [30, 31, 32, 33])
+    ]
+    want = log_probs(model, collate([t for group in groups for t in group], "cpu"))
+    prefix = KVCache(model.config, 1, 9, model.lm_head.weight)
+    model.model(torch.tensor([start]), cache=prefix)
+    for packed in (pack(groups, "cpu"), pack(groups, "cpu", prefix)):
+        assert difference(log_probs(model, packed), want) < 1e-3  # sums of large losses
+        assert torch.allclose(log_probs(model, packed), want, rtol=1e-5)
+
+
+def test_what_texts_begin_with():
+    assert n_shared([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert n_shared([[1, 2], [1, 2, 3]]) == 2
+    assert n_shared([[1], [2]]) == 0
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_an_epoch_holds_every_example_once(by_length):
+    lengths = [10 + (37 * i) % 50 for i in range(301)]
+    epochs = [
+        draw_batches(lengths, 8, generator, by_length)
+        for generator in [torch.Generator().manual_seed(0)] * 2
+    ]
+    again = draw_batches(lengths, 8, torch.Generator().manual_seed(0), by_length)
+    assert epochs[0] == again != epochs[1]
+    for batches in epochs:
+        assert sorted(sum(batches, [])) == list(range(301))
+        assert sorted(map(len, batches)) == [5] + [8] * 37
+
+
+def test_batches_by_length_hold_little_padding_and_are_not_sorted():
+    lengths = [10 + (37 * i) % 50 for i in range(256)]
+
+    def padding(by_length):
+        batches = draw_batches(lengths, 8, torch.Generator().manual_seed(0), by_length)
+        widths = [max(lengths[i] for i in rows) for rows in batches]
+        assert widths != sorted(widths)
+        return sum(width * 8 for width in widths) / sum(lengths) - 1
+
+    assert padding(True) < 0.1 < 0.4 < padding(False)
+
+
+def test_too_long_an_example_is_named():
+    check_length([4, 9], 9, "here")
+    with pytest.raises(InputError, match="here: example 1 needs 9 positions, the model has 8"):
+        check_length([4, 9], 8, "here")
