@@ -66,7 +66,7 @@ class Bench:
             torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
         self.model.eval().requires_grad_(False)
         self.device, rng = device, random.Random(0)
-        # 8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, of a like length
+        # 8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, lengths drawn
         self.step = [Example(text(rng, 119), text(rng, 7)) for _ in range(8)]
         self.mquake = [
             Example(text(rng, rng.randint(28, 60)), text(rng, rng.randint(2, 5)))
