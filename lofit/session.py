@@ -17,6 +17,7 @@ from lofit.errors import InputError
 from lofit.generate import decode_step, generate_all
 from lofit.heads import folded_offsets
 from lofit.objectives import CrossEntropy, Objective, Preference
+from lofit.packed import packed_weights
 from lofit.recipes import find_recipe
 from lofit.scoring import score_answers
 from lofit.tasks import Example, clutrr, mquake, truthfulqa
@@ -179,7 +180,11 @@ class Session:
         """The scores of each example with the model's present edits, and what they are based on:
         a prediction, or the log-probabilities of the given answers."""
         way = self._choose if examples[0].right else self._predict
-        with nullcontext() if self.plain else folded_offsets(self.model):
+        if self.plain:
+            return way(examples, batch_size, description)
+        # a compiler sees no further than the packed products
+        packed = packed_weights if self.decode_step is decode_step else nullcontext
+        with folded_offsets(self.model), packed(self.model):
             return way(examples, batch_size, description)
 
     def _choose(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:

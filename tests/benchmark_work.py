@@ -20,6 +20,7 @@ from lofit.generate import compiled_step, generate_all
 from lofit.heads import attach_offsets, attach_scales, folded_offsets, init_offsets, init_scales
 from lofit.model import CausalLM
 from lofit.objectives import CrossEntropy
+from lofit.packed import packed_weights
 from lofit.scoring import score_answers
 from lofit.tasks import Example
 from lofit.training import Schedule, fit, optimizer_for, train_step
@@ -152,7 +153,7 @@ class Bench:
         attach_offsets(self.model, self.heads["upper"], self.offsets("upper"))
 
         def run() -> list[list[int]]:
-            with folded_offsets(self.model):
+            with folded_offsets(self.model), packed_weights(self.model):
                 return generate_all(self.model, self.prompts, 16, (-1,), 16, "")
 
         return run
@@ -164,7 +165,7 @@ class Bench:
             attach_offsets(self.model, self.heads["upper"], self.offsets("upper"))
 
             def run() -> list[list[float]]:
-                with folded_offsets(self.model):
+                with folded_offsets(self.model), packed_weights(self.model):
                     return score_answers(self.model, Ids(), asked, 64, "")
 
             return run
