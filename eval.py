@@ -1,17 +1,20 @@
 """Base model and tuned model side by side on a split.
 
 python eval.py                             # offsets of the run -> results.json, predictions.jsonl
+python eval.py --offsets runs/mini-llama/clutrr owner/adapter     # these, beside one another
 python eval.py --split val --base-only
 """
 
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from lofit import errors
+from lofit.adapters import RESULTS, find_offsets
 from lofit.files import write_json, write_text
 from lofit.generate import compiled_step
-from lofit.heads import Head, edits_off, load_offsets
+from lofit.heads import OFFSETS, Head, attached_heads, edits_off, load_offsets
 from lofit.report import mean, paired_bootstrap, results_table
 from lofit.session import Session, add_common_args, folds_of, run_folder
 
@@ -23,44 +26,68 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_common_args(parser)
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--base-only", action="store_true", help="no offsets, the base model alone")
+    parser.add_argument(
+        "--offsets", nargs="+", metavar="ADAPTER", default=[],
+        help="run folders, adapter folders or hub ids, of any task (default: the run's own)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--compile", action="store_true", help="the decoding step (for GPUs)")
     return parser.parse_args(argv)
 
 
-def attach_trained(run: Session) -> tuple[list[Head], dict]:
-    """Attach the offsets of the run folder; returns heads and `info`. InputError on a mismatch."""
-    path = run.folder / "offsets.safetensors"
-    if not path.exists():
-        raise errors.InputError(f"{path}: no such file; run train.py first, or use --base-only")
-    heads, trained = load_offsets(path, run.model)
+def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | None]:
+    """Label -> file of offsets, each attached once to see that it fits; None for offsets that came
+    with the model. InputError if there are none, or none that may be asked this."""
+    if args.base_only:
+        return {}
+    own = run.folder / OFFSETS
+    if not args.offsets and not own.exists():
+        if attached_heads(run.model):
+            return {"tuned": None}
+        raise errors.InputError(f"{own}: no such file; run train.py first, or use --base-only")
+    named = args.offsets or [str(own)]
+    files = {name: find_offsets(name, run.fold) for name in named}
     mine = run.info()
-    for key in ("task", "fold", "chat"):
-        if trained.get(key) != mine[key]:
-            raise errors.InputError(
-                f"{path}: trained with {key} {trained.get(key)}, asked for {key} {mine[key]}"
-            )
-    return heads, trained
+    for path in files.values():
+        trained = load_offsets(path, run.model)[1]
+        if args.offsets and trained.get("task") != mine["task"]:
+            continue  # asked for by name: what do these offsets do to another task?
+        for key in ("fold",) if args.offsets else ("task", "fold", "chat"):
+            if trained.get(key) != mine[key]:
+                raise errors.InputError(
+                    f"{path}: trained with {key} {trained.get(key)}, asked for {key} {mine[key]}"
+                )
+    return files if len(files) > 1 else {"tuned": files[named[0]]}
+
+
+def attach(run: Session, path: Path | None) -> dict:
+    """Attach a file's offsets, or keep the model's own; returns what is told of them."""
+    own = (attached_heads(run.model), {})
+    heads, trained = own if path is None else load_offsets(path, run.model)
+    told = describe(run, heads) | {"offsets": path and str(path)}
+    return told | {key: trained[key] for key in ("seed", "settings") if key in trained}
+
+
+def describe(run: Session, heads: list[Head]) -> dict:
+    n = len(heads) * run.model.config.head_dim
+    return {"heads": heads, "trained_values": n, "share_of_base": n / run.n_base}
 
 
 def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str, list[dict]]]:
     """Score one fold; writes and prints its results. Returns them and the scores of every item."""
     run = Session(args, "eval", fold)
     examples = run.read(args.split)
-    heads, trained = ([], {}) if args.base_only else attach_trained(run)
+    adapters, told = find_adapters(args, run), {}
     if args.compile:
         run.decode_step = compiled_step()
+    about = run.info() | {"split": args.split, "n": len(examples)} | describe(run, [])
     with edits_off(run.model):
         scored = {"base": run.evaluate(examples, args.batch_size, "base model")}
-    if heads:
-        scored["tuned"] = run.evaluate(examples, args.batch_size, "tuned model")
+    for label, path in adapters.items():
+        told[label] = attach(run, path)
+        scored[label] = run.evaluate(examples, args.batch_size, f"{label} model")
 
-    results = run.info() | {"split": args.split, "n": len(examples), "heads": heads}
-    if trained:
-        results |= {"seed": trained["seed"], "settings": trained["settings"]}
-    results["trained_values"] = len(heads) * run.model.config.head_dim
-    results["share_of_base"] = results["trained_values"] / run.n_base
-    results |= summary(scored, run.task.METRICS)
+    results = summary(about, told, scored, run.task.METRICS)
     lines = [
         {key: value for key, value in asdict(example).items() if value}
         | {who: rows[i] for who, rows in scored.items()}
@@ -68,46 +95,65 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text(run.folder / "predictions.jsonl", text)
-    write_json(run.folder / "results.json", results)
+    write_json(run.folder / RESULTS, results)
     run.log({"results": results})
-    print(
-        f"\n{run.title}, {args.split} split ({len(examples)} items), {len(heads)} heads,"
-        f" {results['trained_values']:,} trained values ({results['share_of_base']:.4%} of the base"
-        f" model), seed {results['seed']}\n{results_table(results)}"
-    )
-    print(f"-> {run.folder / 'results.json'}, predictions.jsonl")
+    print_results(f"{run.title}, {args.split} split ({len(examples)} items)", results)
+    print(f"-> {run.folder / RESULTS}, predictions.jsonl")
     return results, scored
 
 
-def summary(scored: dict[str, list[dict]], metrics: tuple[str, ...]) -> dict:
-    """Means of each model and their difference with its interval."""
-    found: dict = {
-        who: {metric: mean([row[metric] for row in rows]) for metric in metrics}
+def summary(
+    about: dict, told: dict[str, dict], scored: dict[str, list[dict]], metrics: tuple[str, ...]
+) -> dict:
+    """results.json: `about` and the means of the base model; of the tuned one what is told of it,
+    its means, differences and intervals. Several tuned ones stand by label under "adapters"."""
+    columns = {
+        who: {metric: [row[metric] for row in rows] for metric in metrics}
         for who, rows in scored.items()
     }
-    if "tuned" in scored:
-        found["difference"] = {
+    means = {who: {metric: mean(c[metric]) for metric in metrics} for who, c in columns.items()}
+    adapters = {}
+    for who in told:
+        difference = {
             metric: {
-                "value": found["tuned"][metric] - found["base"][metric],
-                "ci95": paired_bootstrap(*([row[metric] for row in scored[w]] for w in scored)),
+                "value": means[who][metric] - means["base"][metric],
+                "ci95": paired_bootstrap(columns["base"][metric], columns[who][metric]),
             }
             for metric in metrics
         }
-    return found
+        adapters[who] = told[who] | {"tuned": means[who], "difference": difference}
+    found = about | {"base": means["base"]}
+    return found | (adapters.get("tuned") or ({"adapters": adapters} if adapters else {}))
+
+
+def print_results(title: str, results: dict) -> None:
+    """The table of each set of offsets, or of the base model alone."""
+    for label, own in (results.get("adapters") or {"": {}}).items():
+        part = results | own
+        print(
+            f"\n{title}, {f'{label}, ' if label else ''}{len(part['heads'])} heads,"
+            f" {part['trained_values']:,} trained values ({part['share_of_base']:.4%} of the base"
+            f" model), seed {part['seed']}\n{results_table(part)}"
+        )
 
 
 def average(args: argparse.Namespace, folds: list[tuple[dict, dict[str, list[dict]]]]) -> None:
     """Results of both folds together, over all their items; writes and prints them."""
     (first, one), (second, other) = folds
     whole = {who: one[who] + other[who] for who in one}
-    results = {k: first[k] for k in first if k not in ("heads", "settings", "fold")} | {
-        "n": first["n"] + second["n"],
-        "heads": [first["heads"], second["heads"]],
-        "folds": [{k: r[k] for k in ("base", "tuned") if k in r} for r in (first, second)],
-    }
-    results |= summary(whole, tuple(first["base"]))
-    write_json(run_folder(args) / "results.json", results)
-    print(f"\nboth folds, {results['n']} items\n{results_table(results)}")
+    about = {k: first[k] for k in first if k not in ("settings", "fold", "offsets")}
+    parts = [{k: r[k] for k in ("base", "tuned", "adapters") if k in r} for r in (first, second)]
+    about |= {"n": first["n"] + second["n"], "folds": parts}
+    told = {}
+    for who in [who for who in whole if who != "base"]:
+        both = [r["adapters"][who] if "adapters" in r else r for r in (first, second)]
+        told[who] = {"heads": [r["heads"] for r in both]}
+        told[who] |= {key: both[0][key] for key in ("trained_values", "share_of_base")}
+    results = summary(about, told, whole, tuple(first["base"]))
+    write_json(run_folder(args) / RESULTS, results)
+    for label, own in (results.get("adapters") or {"": {}}).items():
+        title = f"both folds, {results['n']} items{f', {label}' if label else ''}"
+        print(f"\n{title}\n{results_table(results | own)}")
 
 
 def main(argv: list[str] | None = None) -> None:

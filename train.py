@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lofit import errors
 from lofit.heads import (
+    OFFSETS,
     Head,
     attach_offsets,
     gather_offsets,
@@ -94,7 +95,7 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
             f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}  val loss {val_loss:.4f}"
             f"  val {main_metric} {metrics[main_metric]:.1%}"
         )
-    path = run.folder / "offsets.safetensors"
+    path = run.folder / OFFSETS
     offsets = gather_offsets(run.model, heads)
     save_offsets(path, heads, offsets, run.info() | {"val": metrics})
     size = f"norms {offsets.norm(dim=1).min():.2f} to {offsets.norm(dim=1).max():.2f}"

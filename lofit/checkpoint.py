@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a model, and back. Nothing but safetensors is ever read.
+"""From a folder or a hub id to a model, and back. No weights but safetensors are ever read.
 
 The model is built on torch's meta device (no memory), then every tensor of the checkpoint is
 assigned to its place, strictly: a missing or an unknown tensor is an error.
@@ -6,28 +6,35 @@ assigned to its place, strictly: a missing or an unknown tensor is an error.
 
 import hashlib
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lofit.config import ModelConfig
 from lofit.errors import InputError
-from lofit.files import open_tensors, read_json, write_atomic, write_json
+from lofit.files import open_tensors, read_json, save_tensors, write_atomic, write_json
+from lofit.heads import Head, attach_offsets
 from lofit.model import CausalLM
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HF_METADATA = {"format": "pt"}  # without it transformers refuses a file
+DOWNLOADS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*")
+# Beside a model's own tensors in the paper's released checkpoints: A and v of each head.
+RELEASED = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
 # Names in multimodal Gemma 3 checkpoints as transformers 4 and 5 write them.
 VISION = tuple(
     f"{outer}{part}."
     for outer in ("", "model.")
     for part in ("vision_tower", "multi_modal_projector")
 )
+ROPE_TABLE = "rotary_emb.inv_freq"
 TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -68,45 +75,79 @@ def load_model(
     """Load a frozen model in eval mode; `.source` says where from.
 
     name: a folder with config.json and safetensors, or a hub id such as meta-llama/Llama-2-7b-hf.
+    A checkpoint that the paper released is loaded as its base model, with its offsets attached.
     Raises InputError for anything missing, damaged, unsupported or left over.
     """
     folder = find_folder(name, revision)
     config = ModelConfig.from_file(folder / "config.json")
-    with torch.device("meta"):
-        model = CausalLM(config)
+    paths = weight_files(folder)
+    released = read_released(paths)
     weights: dict[str, torch.Tensor] = {}
     digests: dict[str, bytes] = {}
-    stored = []
-    for path in weight_files(folder):
-        with open_tensors(path) as file:
-            stored += [(path, key) for key in file.keys() if text_name(key)]  # noqa: SIM118
-    for path, key in tqdm(stored, desc="loading", unit="tensor", disable=None, leave=False):
-        # opened anew each time: while a file is open, all that was read of it stays in memory
-        with open_tensors(path) as file:
-            tensor = file.get_tensor(key)
-        digests[text_name(key)] = _digest(tensor)
+    for key, tensor in stored_tensors(paths, text_name):
+        digests[text_name(key)] = digest(tensor)
         weights[text_name(key)] = tensor.to(device=device, dtype=dtype)
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    _check_tensors(weights, model, folder)
+    embedding = weights.get("model.embed_tokens.weight")
+    if released and embedding is not None:  # the paper's code adds a row for padding
+        config = replace(config, vocab_size=len(embedding))
+    if config.tie_word_embeddings and embedding is not None:
+        weights["lm_head.weight"] = embedding
+    with torch.device("meta"):
+        model = CausalLM(config)
+    check_tensors({key: w.shape for key, w in weights.items()}, model, folder)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
-    hashed = hashlib.sha256(b"".join(k.encode() + digests[k] for k in sorted(digests)))
     commit = folder.name if folder.parent.name == "snapshots" else revision
-    model.source = Source(str(name), commit, hashed.hexdigest()[:16])
+    model.source = Source(str(name), commit, fingerprint(digests))
+    if released:
+        attach_offsets(model, *released)
     return model.requires_grad_(False).eval()
 
 
-def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """A folder as it is; anything else is a hub id, fetched into the HF cache."""
+def stored_tensors(
+    paths: list[Path], wanted: Callable[[str], object] = bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of everything in checkpoint files that is wanted, read when its turn comes."""
+    stored = []
+    for path in paths:
+        with open_tensors(path) as file:
+            stored += [(path, key) for key in file.keys() if wanted(key)]  # noqa: SIM118
+    for path, key in tqdm(stored, desc="reading", unit="tensor", disable=None, leave=False):
+        # opened anew each time: while a file is open, all that was read of it stays in memory
+        with open_tensors(path) as file:
+            tensor = file.get_tensor(key)
+        yield key, tensor
+
+
+def read_released(paths: list[Path]) -> tuple[list[Head], torch.Tensor] | None:
+    """(heads, offsets [K, head_dim] fp32) of a checkpoint that the paper released: the heads whose
+    attn_v is not zero. None for any other. InputError if an attn_A, a scale, is not zero."""
+    offsets: dict[Head, torch.Tensor] = {}
+    for key, tensor in stored_tensors(paths, RELEASED.match):
+        layer, kind, head = RELEASED.match(key).groups()
+        if not tensor.any():
+            continue
+        if kind == "A":
+            raise InputError(
+                f"{paths[0].parent}: {key} is not zero; expected offsets (attn_v) alone: a scale"
+                " (step 1) is no part of a tuned model, nor can a bias express it"
+            )
+        offsets[int(layer), int(head)] = tensor.float()
+    heads = sorted(offsets)
+    return (heads, torch.stack([offsets[head] for head in heads])) if heads else None
+
+
+def find_folder(
+    name: str | Path, revision: str | None = None, wanted: tuple[str, ...] = DOWNLOADS
+) -> Path:
+    """A folder as it is; anything else is a hub id, whose wanted files go into the HF cache."""
     folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise InputError(f"{name}: no such model folder (nor a hub id like owner/name)")
-    wanted = ["*.json", "*.safetensors", "tokenizer.model"]
+        raise InputError(f"{name}: no such folder (nor a hub id like owner/name)")
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(wanted)))
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError, ValueError) as error:
         cures = (cure for kind, cure in HUB_CURES.items() if isinstance(error, kind))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -137,8 +178,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def text_name(key: str) -> str | None:
     """The name of a stored tensor in a text model; None for what a text model has no use for: the
-    RoPE tables of old Llama files, the image half of a multimodal Gemma 3."""
-    if key.endswith("rotary_emb.inv_freq") or key.startswith(VISION):
+    RoPE tables of old Llama files, the image half of a multimodal Gemma 3, the paper's A and v."""
+    if key.endswith(ROPE_TABLE) or key.startswith(VISION) or RELEASED.match(key):
         return None
     for prefix, ours in TEXT_PREFIXES.items():
         if key.startswith(prefix):
@@ -146,18 +187,25 @@ def text_name(key: str) -> str | None:
     return key
 
 
-def _digest(tensor: torch.Tensor) -> bytes:
+def digest(tensor: torch.Tensor) -> bytes:
     """Hash of a tensor's shape and of up to 64 of its values, evenly spread."""
     flat = tensor.flatten()
     sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float64)
     return hashlib.sha256(f"{tuple(tensor.shape)} {sample.tolist()}".encode()).digest()
 
 
-def _check_tensors(weights: dict[str, torch.Tensor], model: CausalLM, folder: Path) -> None:
+def fingerprint(digests: dict[str, bytes]) -> str:
+    """16 hex digits over the `digest` of each tensor by its `text_name`."""
+    hashed = hashlib.sha256(b"".join(key.encode() + digests[key] for key in sorted(digests)))
+    return hashed.hexdigest()[:16]
+
+
+def check_tensors(shapes: dict[str, torch.Size], model: CausalLM, folder: Path) -> None:
+    """Raise InputError unless a checkpoint has just the tensors that the model needs."""
     expected = model.state_dict()
     for what, names in (
-        ("lacks", sorted(expected.keys() - weights.keys())),
-        ("has unknown", sorted(weights.keys() - expected.keys())),
+        ("lacks", sorted(expected.keys() - shapes.keys())),
+        ("has unknown", sorted(shapes.keys() - expected.keys())),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -165,10 +213,10 @@ def _check_tensors(weights: dict[str, torch.Tensor], model: CausalLM, folder: Pa
                 f"{folder}: the checkpoint {what} tensors {', '.join(names[:3])}{more};"
                 " do config.json and the weights belong together?"
             )
-    for key, tensor in weights.items():
-        if tensor.shape != expected[key].shape:
+    for key, shape in shapes.items():
+        if shape != expected[key].shape:
             raise InputError(
-                f"{folder}: tensor {key} is {list(tensor.shape)}, config.json says"
+                f"{folder}: tensor {key} is {list(shape)}, config.json says"
                 f" {list(expected[key].shape)}"
             )
 
@@ -178,6 +226,6 @@ def save_model(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    write_atomic(folder / SINGLE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_atomic(folder / SINGLE, lambda path: save_tensors(path, weights, HF_METADATA))
     name = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})

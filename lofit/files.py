@@ -55,9 +55,17 @@ def _json(value: object, indent: str = "") -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
-    """Write safetensors atomically, with `info` as JSON under the header's key "lofit"."""
-    metadata = {"format": "pt", "lofit": json.dumps(info)}
-    write_atomic(path, lambda p: save_file(tensors, p, metadata=metadata))
+    """Write safetensors atomically, with `info` as JSON under the header's key "lofit"; its only
+    key, for several come in any order and equal contents would not be equal bytes."""
+    write_atomic(path, lambda p: save_tensors(p, tensors, {"lofit": json.dumps(info)}))
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """`save_file` with the permissions that any new file has; its own are for the owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

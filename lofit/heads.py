@@ -18,6 +18,7 @@ from lofit.model import Attention, CausalLM
 
 INIT_STD = 1e-3  # of A and v (paper's code; METHOD: N(0, 1e-3) is the standard deviation)
 Head = tuple[int, int]  # (layer, head)
+OFFSETS, ADAPTER_CONFIG = "offsets.safetensors", "lofit_config.json"  # an adapter's two files
 
 
 class HeadScale(nn.Module):
@@ -132,6 +133,12 @@ def folded_offsets(model: CausalLM) -> Iterator[None]:
             attention.head_out, attention.o_proj.bias = edit, bias
 
 
+def attached_heads(model: CausalLM) -> list[Head]:
+    """The heads that have offsets now, by layer."""
+    slots = [(i, a.head_out) for i, a in enumerate(attention_layers(model))]
+    return [(i, h) for i, s in slots if isinstance(s, HeadOffset) for h in s.heads.tolist()]
+
+
 def lowest_edit(model: CausalLM) -> int:
     """The first layer with an edit; the number of layers if there is none."""
     slots = [attention.head_out for attention in attention_layers(model)]
@@ -194,19 +201,30 @@ def load_heads(path: Path, model: CausalLM) -> tuple[list[Head], torch.Tensor]:
 
 
 def save_offsets(path: Path, heads: list[Head], offsets: torch.Tensor, info: dict) -> None:
-    """Write offsets.safetensors: heads [K, 2] int64, offsets [K, head_dim] fp32, and `info`."""
+    """Write offsets.safetensors: heads [K, 2] int64, offsets [K, head_dim] fp32, and `info`; the
+    latter also as lofit_config.json beside it, for whoever reads no safetensors headers."""
+    write_json(path.with_name(ADAPTER_CONFIG), {"method": "LoFiT"} | info | {"heads": heads})
     write_tensors(path, {"heads": torch.tensor(heads), "offsets": offsets.contiguous()}, info)
+
+
+def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
+    """Inverse of `save_offsets`, from the safetensors file alone. InputError if malformed."""
+    tensors, info = read_tensors(path)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    heads, offsets = tensors.get("heads"), tensors.get("offsets")
+    if len(tensors) != 2 or heads is None or offsets is None or offsets.dim() != 2:
+        raise InputError(f"{path}: expected heads [K, 2] and offsets [K, head_dim], found {shapes}")
+    if heads.shape != (len(offsets), 2):
+        raise InputError(f"{path}: expected one (layer, head) for each offset, found {shapes}")
+    return [(layer, head) for layer, head in heads.tolist()], offsets, info
 
 
 def load_offsets(path: Path, model: CausalLM) -> tuple[list[Head], dict]:
     """Attach the offsets of a file to the model; returns its heads and `info`. InputError on a
     mismatch, with the model untouched."""
-    tensors, info = read_tensors(path)
+    heads, offsets, info = read_offsets(Path(path))
     check_base(model, info, path)
-    if tensors.keys() != {"heads", "offsets"}:
-        raise InputError(f"{path}: expected the tensors heads and offsets, found {sorted(tensors)}")
-    heads = [tuple(head) for head in tensors["heads"].tolist()]
-    attach_offsets(model, heads, tensors["offsets"])
+    attach_offsets(model, heads, offsets)
     return heads, info
 
 
@@ -215,7 +233,8 @@ def check_base(model: CausalLM, info: dict, path: Path) -> None:
     if info.get("fingerprint") != model.source.fingerprint:
         raise InputError(
             f"{path}: made with {info.get('model')} (fingerprint {info.get('fingerprint')}), but"
-            f" this is {model.source.name} ({model.source.fingerprint}); run the step before again"
+            f" this is {model.source.name} ({model.source.fingerprint}); name that model with"
+            " --model, or run the step before again"
         )
 
 

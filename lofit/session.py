@@ -15,7 +15,7 @@ from lofit.chat import load_chat_template
 from lofit.checkpoint import load_model
 from lofit.errors import InputError
 from lofit.generate import decode_step, generate_all
-from lofit.heads import folded_offsets
+from lofit.heads import edits_off, folded_offsets
 from lofit.objectives import CrossEntropy, Objective, Preference
 from lofit.packed import packed_weights
 from lofit.recipes import find_recipe
@@ -112,7 +112,8 @@ class Session:
         self.tokenizer = load_tokenizer(args.model, args.revision)
         self.chat, self.plain = args.chat, args.plain
         self.wrap = load_chat_template(args.model, args.revision) if args.chat else str
-        self.n_base = sum(p.numel() for p in self.model.parameters())
+        with edits_off(self.model):  # a checkpoint that the paper released has offsets
+            self.n_base = sum(p.numel() for p in self.model.parameters())
         self.recipe_name, self.recipe = find_recipe(self.model.config, self.task_name)
         self.decode_step = decode_step  # eval.py may put a compiled one here
         self.settings: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}

@@ -246,7 +246,7 @@ def test_a_name_that_is_nothing_is_refused(name):
 
 
 def test_a_file_is_no_folder(tiny_folder):
-    with pytest.raises(InputError, match="no such model folder"):
+    with pytest.raises(InputError, match="no such folder"):
         find_folder(tiny_folder / "config.json")
 
 
