@@ -78,7 +78,7 @@ LOUD_MODELS = LOUD_LLAMAS | LOUD_GEMMAS
 HF_NAMES = {"gemma2": "Gemma2", "gemma3": "Gemma3Text"}
 
 
-def _hf_model(name: str):
+def hf_model(name: str):
     """The stock transformers model of a loud configuration, its weights not yet drawn."""
     transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     family = HF_NAMES.get(name, "Gemma" if name in LOUD_GEMMAS else "Llama")
@@ -95,7 +95,7 @@ def loud(tmp_path_factory):
     def make(name: str):
         if name not in made:
             torch.manual_seed(0)
-            model = _hf_model(name)
+            model = hf_model(name)
             norm = 1.0 if name in LOUD_LLAMAS else 0.0  # Gemma adds the one itself
             with torch.no_grad():
                 for key, p in model.named_parameters():

@@ -1,0 +1,121 @@
+"""The model card of an export: what it is, from which base, how well it does, how to use it."""
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
+
+from lofit.adapters import Adapter
+from lofit.folding import FoldedBase
+from lofit.report import results_table
+
+LIBRARY = {"hf": "transformers", "peft": "peft", "steered": "lm-eval", "lofit": "lofit"}
+LICENCE_KEYS = ("license", "license_name", "license_link")
+USE = {
+    "hf": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+```
+
+The offsets are biases of `o_proj`; the other biases that `attention_bias` creates are zero.
+""",
+    "peft": """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("BASE")
+model = PeftModel.from_pretrained(base, "DIR")  # peft >= 0.21.2
+```
+
+The adapter cannot be merged: the base has no bias to add it to.
+""",
+    "steered": """```
+lm_eval --model steered --model_args pretrained=BASE,steer_path=DIR/steering.pt --tasks ...
+```
+""",
+    "lofit": """```
+python eval.py --model BASE --offsets DIR
+```
+""",
+}
+GEMMA_1 = """
+**Not with vLLM's own Gemma 1**: it leaves biases of attention out without a word, so it
+would serve the base model. `vllm serve DIR --model-impl transformers` has them.
+"""
+
+
+def model_card(base: FoldedBase, adapter: Adapter, form: str, name: str) -> str:
+    """README.md of an export in one of the formats of export.py; name: its hub id or folder."""
+    info, licence = adapter.info, licence_of(base.folder)
+    data = huggingface_hub.ModelCardData(
+        base_model=base.name if _is_id(base.name) else None,
+        library_name=LIBRARY[form],
+        pipeline_tag="text-generation",
+        tags=["lofit", *([f"base_model:adapter:{base.name}"] if form != "hf" else [])],
+        **licence,
+    )
+    n = adapter.offsets.numel()
+    facts = {
+        "base model": f"{base.name}{f' at {base.revision}' if base.revision else ''}",
+        "fingerprint of its weights": base.fingerprint,
+        "method": "LoFiT, offset vectors on the outputs of chosen attention heads"
+        " (https://arxiv.org/abs/2406.01563)",
+        "task": _task(info),
+        "heads (layer, head)": f"{len(adapter.heads)}: "
+        + " ".join(f"({layer}, {head})" for layer, head in adapter.heads),
+        "trained values": f"{n:,}",
+        "seed": info.get("seed", "not recorded"),
+        "settings": ", ".join(f"{k} {v}" for k, v in info.get("settings", {}).items())
+        or "not recorded",
+        "licence": licence.get(
+            "license", f"not stated in the base model's folder; see {base.name}"
+        ),
+    }
+    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    use = USE[form] + (GEMMA_1 if form == "hf" and base.config.model_type == "gemma" else "")
+    use = use.replace("BASE", base.name).replace("DIR", name)
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {base.name} with LoFiT offsets\n\n| | |\n|---|---|\n"
+        f"{rows}\n## Scores\n\n{_scores(adapter)}\n## Use\n\n{use}"
+    )
+
+
+def _task(info: dict) -> str:
+    parts = [str(info.get("task", "not recorded"))]
+    if info.get("fold") is not None:
+        parts.append(f"fold {info['fold']}")
+    if info.get("chat"):
+        parts.append("asked in the chat template")
+    return ", ".join(parts)
+
+
+def _scores(adapter: Adapter) -> str:
+    results = adapter.results()
+    if results is None:
+        return "Not evaluated: no results.json of these offsets beside them.\n"
+    return (
+        f"{results['task']}, {results['split']} split, {results['n']} items:\n\n"
+        f"```\n{results_table(results)}\n```\n"
+    )
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the front matter of a model folder's README.md says of its licence."""
+    path = folder / "README.md"
+    if not path.exists():
+        return {}
+    try:
+        data = huggingface_hub.ModelCard.load(path).data.to_dict()
+    except (ValueError, OSError):
+        return {}
+    return {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}
+
+
+def _is_id(name: str) -> bool:
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
