@@ -58,14 +58,14 @@ def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys):
     assert read(both / "results.json")["tuned"] == alone[1]["tuned"]
 
 
-def test_several_adapters_over_two_folds(tiny_config, flags, tmp_path, monkeypatch):
-    folder = tmp_path / "tiny"
-    config = read(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+def test_several_adapters_over_two_folds(tiny_folder, flags, tmp_path):
+    config = read(tiny_folder / "config.json")
+    (tiny_folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    train.main([*flags, *TRAIN, "--run", str(tmp_path / "other")])  # another task, without folds
     flags += ["--task", "truthfulqa"]
     for name, seed in (("a", "1"), ("b", "2")):
         train.main([*flags, *TRAIN, "--run", str(tmp_path / name), "--seed", seed])
-    names = [str(tmp_path / "a"), str(tmp_path / "b")]
+    names = [str(tmp_path / name) for name in ("a", "b", "other")]
     eval_script.main([*flags, "--run", str(tmp_path / "both"), "--offsets", *names])
     whole = read(tmp_path / "both" / "results.json")
     parts = [read(tmp_path / "both" / f"fold{fold}" / "results.json") for fold in (0, 1)]

@@ -25,7 +25,7 @@ from lofit.checkpoint import load_model, save_model
 from lofit.config import ModelConfig
 from lofit.errors import InputError
 from lofit.generate import generate_all
-from lofit.heads import edits_off, gather_offsets, load_offsets, save_offsets
+from lofit.heads import edits_off, gather_offsets, load_offsets, read_offsets, save_offsets
 from lofit.tasks import mquake
 from lofit.tokenizer import load_tokenizer
 
@@ -240,6 +240,23 @@ def test_weights_stay_as_they_are_and_the_bias_is_rounded_once(tmp_path):
     assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_the_bias_is_that_of_the_weights_exported(tiny_folder, tmp_path):
+    """Weights rounded to bfloat16 multiply v in fp32, and the product is rounded once."""
+    make_run(tmp_path / "run", tiny_folder, n=12)
+    out = run_export(tmp_path / "run", "hf", tmp_path / "out", "--dtype", "bfloat16")
+    found, exact = (
+        load_file(out / "model.safetensors"),
+        load_file(tiny_folder / "model.safetensors"),
+    )
+    heads, v, _ = read_offsets(tmp_path / "run" / "offsets.safetensors")
+    for layer in range(3):
+        whole = torch.cat([v[heads.index((layer, head))] for head in range(4)])
+        stem = f"model.layers.{layer}.self_attn.o_proj."
+        want, other = (w.float() @ whole for w in (found[f"{stem}weight"], exact[f"{stem}weight"]))
+        assert torch.equal(found[f"{stem}bias"], want.bfloat16())
+        assert not torch.equal(want.bfloat16(), other.bfloat16())
+
+
 def test_our_own_adapter_comes_back_byte_for_byte(tiny_folder, tmp_path):
     make_run(tmp_path / "run", tiny_folder)
     out = run_export(tmp_path / "run", "lofit", tmp_path / "out")
@@ -398,9 +415,11 @@ def test_the_card_says_what_it_is(tiny_folder, tmp_path):
 
 
 def test_the_card_of_a_gemma_1_warns_of_vllm(tmp_path):
-    make_run(tmp_path / "run", MINI_GEMMA)
-    for form, warned in (("hf", True), ("peft", False)):
-        out = run_export(tmp_path / "run", form, tmp_path / form)
+    for base, form, warned in (
+        (MINI_GEMMA, "hf", True), (MINI_GEMMA, "peft", False), (MINI, "hf", False),
+    ):  # fmt: skip
+        make_run(tmp_path / "run", base)
+        out = run_export(tmp_path / "run", form, tmp_path / f"{base.name}-{form}")
         assert ("Not with vLLM" in (out / "README.md").read_text()) is warned
 
 

@@ -104,3 +104,13 @@ def test_tensors_that_are_not_ours(tmp_path):
     path.write_text(json.dumps({}))
     with pytest.raises(InputError, match="not a whole safetensors file"):
         read_tensors(path)
+
+
+def test_tensors_have_a_new_files_permissions_and_equal_contents_equal_bytes(tmp_path):
+    tensors, info = {"b": torch.ones(3), "a": torch.zeros(2)}, {"seed": 1, "model": "m"}
+    paths = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for path in paths:
+        write_tensors(path, tensors, info)
+    write_text(tmp_path / "other", "")
+    assert {path.stat().st_mode for path in paths} == {(tmp_path / "other").stat().st_mode}
+    assert len({path.read_bytes() for path in paths}) == 1
