@@ -58,6 +58,6 @@ def test_the_table_is_what_the_runs_wrote(tiny_folder, small_data, tmp_path, in_
 def test_a_run_that_fails_is_named_with_its_reason(monkeypatch):
     monkeypatch.chdir(REPO)
     with pytest.raises(
-        InputError, match=r"eval\.py --model nowhere failed: nowhere: no such model"
+        InputError, match=r"eval\.py --model nowhere failed: nowhere: no such folder"
     ):
         sweep.call("eval.py", "--model", "nowhere")
