@@ -35,6 +35,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def suffix(args: argparse.Namespace) -> str:
+    """Offsets from elsewhere have results of their own: the run keeps its."""
+    return "-offsets" if args.offsets else ""
+
+
 def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | None]:
     """Label -> file of offsets, each attached once to see that it fits; None for offsets that came
     with the model. InputError if there are none, or none that may be asked this."""
@@ -75,7 +80,7 @@ def describe(run: Session, heads: list[Head]) -> dict:
 
 def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str, list[dict]]]:
     """Score one fold; writes and prints its results. Returns them and the scores of every item."""
-    run = Session(args, "eval", fold)
+    run = Session(args, "eval", fold, run_suffix=suffix(args))
     examples = run.read(args.split)
     adapters, told = find_adapters(args, run), {}
     if args.compile:
@@ -150,7 +155,7 @@ def average(args: argparse.Namespace, folds: list[tuple[dict, dict[str, list[dic
         told[who] = {"heads": [r["heads"] for r in both]}
         told[who] |= {key: both[0][key] for key in ("trained_values", "share_of_base")}
     results = summary(about, told, whole, tuple(first["base"]))
-    write_json(run_folder(args) / RESULTS, results)
+    write_json(run_folder(args, suffix(args)) / RESULTS, results)
     for label, own in (results.get("adapters") or {"": {}}).items():
         title = f"both folds, {results['n']} items{f', {label}' if label else ''}"
         print(f"\n{title}\n{results_table(results | own)}")

@@ -58,6 +58,18 @@ def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys):
     assert read(both / "results.json")["tuned"] == alone[1]["tuned"]
 
 
+def test_offsets_from_elsewhere_leave_the_runs_own_results(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main([*flags, *TRAIN, "--run", "runs/tiny/mquake"])
+    eval_script.main(flags)
+    before = (tmp_path / "runs/tiny/mquake/results.json").read_bytes()
+    eval_script.main([*flags, "--offsets", "runs/tiny/mquake", "--task", "clutrr"])
+    eval_script.main([*flags, "--offsets", "runs/tiny/mquake"])
+    assert (tmp_path / "runs/tiny/mquake/results.json").read_bytes() == before
+    names = sorted(path.name for path in (tmp_path / "runs/tiny").iterdir())
+    assert names == ["clutrr-offsets", "mquake", "mquake-offsets"]
+
+
 def test_several_adapters_over_two_folds(tiny_folder, flags, tmp_path):
     config = read(tiny_folder / "config.json")
     (tiny_folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
