@@ -22,6 +22,7 @@ from lofit.files import open_tensors, read_json, save_tensors, write_atomic, wri
 from lofit.heads import Head, attach_offsets
 from lofit.model import CausalLM
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HF_METADATA = {"format": "pt"}  # without it transformers refuses a file

@@ -22,12 +22,11 @@ from huggingface_hub import errors as hub_errors
 from lofit import errors
 from lofit.adapters import Adapter, open_adapter
 from lofit.card import model_card
-from lofit.checkpoint import HF_METADATA, INDEX, stored_tensors, weight_files
+from lofit.checkpoint import DTYPES, HF_METADATA, INDEX, stored_tensors, weight_files
 from lofit.errors import InputError
 from lofit.files import save_tensors, write_json, write_text
 from lofit.folding import FoldedBase, fold
 from lofit.heads import OFFSETS, save_offsets
-from lofit.session import DTYPES
 
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",

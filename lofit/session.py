@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from lofit.chat import load_chat_template
-from lofit.checkpoint import load_model
+from lofit.checkpoint import DTYPES, load_model
 from lofit.errors import InputError
 from lofit.generate import decode_step, generate_all
 from lofit.heads import edits_off, folded_offsets
@@ -26,7 +26,6 @@ from lofit.tokenizer import load_tokenizer
 
 TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_common_args(parser: argparse.ArgumentParser) -> None:
