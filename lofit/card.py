@@ -49,11 +49,12 @@ would serve the base model. `vllm serve DIR --model-impl transformers` has them.
 def model_card(base: FoldedBase, adapter: Adapter, form: str, name: str) -> str:
     """README.md of an export in one of the formats of export.py; name: its hub id or folder."""
     info, licence = adapter.info, licence_of(base.folder)
+    hub_id = base.name if _is_id(base.name) else None  # the hub refuses other names
     data = huggingface_hub.ModelCardData(
-        base_model=base.name if _is_id(base.name) else None,
+        base_model=hub_id,
         library_name=LIBRARY[form],
         pipeline_tag="text-generation",
-        tags=["lofit", *([f"base_model:adapter:{base.name}"] if form != "hf" else [])],
+        tags=["lofit", *([f"base_model:adapter:{hub_id}"] if hub_id and form != "hf" else [])],
         **licence,
     )
     n = adapter.offsets.numel()
