@@ -15,9 +15,11 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 
+from lofit import export  # noqa: E402
 from lofit.batches import IGNORE, Batch  # noqa: E402
 from lofit.checkpoint import load_model, save_model  # noqa: E402
 from lofit.config import ModelConfig  # noqa: E402
+from lofit.heads import load_offsets, save_offsets  # noqa: E402
 from lofit.model import CausalLM  # noqa: E402
 
 REPO = Path(__file__).parent.parent
@@ -168,6 +170,28 @@ def oracle() -> Path:
     if not folder.is_dir():
         pytest.skip("golden data of the paper's code (../shared/oracle) are not on this machine")
     return folder
+
+
+def make_run(folder, base, scale=1.0, n=5, seed=0):
+    """A run folder with random offsets for n heads of a model; returns the model with them."""
+    model = load_model(base)
+    layers, per_layer = model.config.num_hidden_layers, model.config.num_attention_heads
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(layers * per_layer, generator=generator)[:n].tolist()
+    heads = [divmod(i, per_layer) for i in order]
+    offsets = torch.randn(n, model.config.head_dim, generator=generator) * scale
+    source = model.source
+    info = {"model": source.name, "revision": None, "fingerprint": source.fingerprint}
+    info |= {"task": "mquake", "fold": None, "chat": False, "seed": 7, "settings": {"lr": 0.5}}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_offsets(folder / "offsets.safetensors", heads, offsets, info)
+    load_offsets(folder / "offsets.safetensors", model)
+    return model
+
+
+def run_export(run, form, out, *extra):
+    export.main([str(run), "--format", form, "--out", str(out), *extra])
+    return out
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
