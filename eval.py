@@ -25,8 +25,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_common_args(parser)
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
-    parser.add_argument("--base-only", action="store_true", help="no offsets, the base model alone")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--base-only", action="store_true", help="no offsets, the base model alone")
+    which.add_argument(
         "--offsets", nargs="+", metavar="ADAPTER", default=[],
         help="run folders, adapter folders or hub ids, of any task (default: the run's own)",
     )  # fmt: skip

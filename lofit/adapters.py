@@ -8,10 +8,9 @@ import torch
 from lofit.checkpoint import find_folder, read_released, weight_files
 from lofit.errors import InputError
 from lofit.files import read_json
-from lofit.heads import ADAPTER_CONFIG, OFFSETS, Head, read_offsets
+from lofit.heads import OFFSETS, Head, read_offsets
 
 RESULTS = "results.json"
-WANTED = tuple(f"*{name}" for name in (OFFSETS, ADAPTER_CONFIG))  # in folders of folds too
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def find_offsets(name: str | Path, fold: int | None = None) -> Path:
     file as it is. InputError if there is none."""
     if Path(name).is_file():
         return Path(name)
-    folder = find_folder(name, wanted=WANTED)
+    folder = find_folder(name, wanted=(f"*{OFFSETS}",))  # in folders of folds too
     for path in (folder / f"fold{fold}" / OFFSETS, folder / OFFSETS):
         if path.exists():
             return path

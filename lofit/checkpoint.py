@@ -26,7 +26,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HF_METADATA = {"format": "pt"}  # without it transformers refuses a file
-DOWNLOADS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*")
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+DOWNLOADS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", *LICENCES)
 # Beside a model's own tensors in the paper's released checkpoints: A and v of each head.
 RELEASED = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
 # Names in multimodal Gemma 3 checkpoints as transformers 4 and 5 write them.
@@ -106,9 +107,9 @@ def load_model(
 
 
 def stored_tensors(
-    paths: list[Path], wanted: Callable[[str], object] = bool
+    paths: list[Path], wanted: Callable[[str], object]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of everything in checkpoint files that is wanted, read when its turn comes."""
+    """(name, tensor) of all in checkpoint files whose name is wanted, read when its turn comes."""
     stored = []
     for path in paths:
         with open_tensors(path) as file:

@@ -22,16 +22,15 @@ from huggingface_hub import errors as hub_errors
 from lofit import errors
 from lofit.adapters import Adapter, open_adapter
 from lofit.card import model_card
-from lofit.checkpoint import DTYPES, HF_METADATA, INDEX, stored_tensors, weight_files
+from lofit.checkpoint import DTYPES, HF_METADATA, INDEX, LICENCES, stored_tensors, weight_files
 from lofit.errors import InputError
 from lofit.files import save_tensors, write_json, write_text
 from lofit.folding import FoldedBase, fold
 from lofit.heads import OFFSETS, save_offsets
 
 COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "chat_template*", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", *LICENCES,
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Models by hub id: from the cache, and what the hub's refusals say to do."""
 
+import fnmatch
 import http.server
 import os
 import shutil
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 from conftest import REPO
 
-from lofit.checkpoint import load_model
+from lofit.checkpoint import find_folder, load_model
 
 
 def test_a_model_in_the_hubs_cache_loads_offline_and_records_its_commit(
@@ -28,6 +29,20 @@ def test_a_model_in_the_hubs_cache_loads_offline_and_records_its_commit(
     assert model.source.fingerprint == tiny.source.fingerprint
     assert load_model("owner/tiny", revision=commit).source.revision == commit
     assert load_model(tiny_folder, revision="mine").source.revision == "mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja",
+     "README.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"],
+)  # fmt: skip
+def test_what_is_read_and_copied_is_fetched(monkeypatch, tmp_path, name):
+    def snapshot(repo, revision, allow_patterns):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr("lofit.checkpoint.snapshot_download", snapshot)
+    assert find_folder("owner/name") == tmp_path
 
 
 REFUSALS = {
