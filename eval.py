@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lofit import errors
-from lofit.adapters import RESULTS, find_offsets
+from lofit.export.adapters import RESULTS, find_offsets
 from lofit.files import write_json, write_text
-from lofit.generate import compiled_step
 from lofit.heads import OFFSETS, Head, attached_heads, edits_off, load_offsets
+from lofit.llm.generate import compiled_step
 from lofit.report import mean, paired_bootstrap, results_table
 from lofit.session import Session, add_common_args, folds_of, run_folder
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lofit.errors import InputError
 from lofit.files import read_json, read_tensors, write_json, write_tensors
-from lofit.model import Attention, CausalLM
+from lofit.llm.model import Attention, CausalLM
 
 INIT_STD = 1e-3  # of A and v (paper's code; METHOD: N(0, 1e-3) is the standard deviation)
 Head = tuple[int, int]  # (layer, head)

@@ -1,4 +1,4 @@
-"""What a task trains on: its examples encoded once, and the loss of any of them.
+"""What a step trains on: texts encoded once, and the loss of any of them.
 
 With `plain`, every text has its own row and every layer is computed at every step, as in the
 paper's code. Without, the work that need not be done is left out; the loss is the same.
@@ -8,13 +8,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lofit.batches import Batch, check_length, collate, encode_example, pack
 from lofit.heads import edits_off, lowest_edit
-from lofit.losses import dpo_loss, sum_by_text, target_losses
-from lofit.model import CausalLM
-from lofit.step import make_step
-from lofit.tasks import Example
-from lofit.tokenizer import Tokenizer
+from lofit.llm.batches import Batch, check_length, collate, encode_example, pack
+from lofit.llm.model import CausalLM
+from lofit.llm.scoring import sum_by_text, target_losses
+from lofit.llm.step import make_step
+from lofit.llm.tokenizer import Tokenizer
+from lofit.losses import dpo_loss
 
 BETA = 0.5  # of DPO (paper, appendix)
 MAX_LENGTH = {"cross_entropy": 400, "dpo": 512}  # tokens of an example, as in the paper's code
@@ -54,19 +54,19 @@ class FrozenLayers:
 
 
 class CrossEntropy:
-    """Cross-entropy on the answers (and eos) of examples."""
+    """Cross-entropy on the answers (and eos)."""
 
     def __init__(
         self,
         model: CausalLM,
         tokenizer: Tokenizer,
-        examples: list[Example],
+        texts: list[tuple[str, str]],
         where: str,
         plain: bool = False,
     ):
-        """`where` names the examples in errors; InputError if one is too long for the model."""
+        """texts: (prompt, answer); `where` names them in errors. InputError if one is too long."""
         self.model, self.device = model, model.lm_head.weight.device
-        self.rows = [encode_example(tokenizer, e.prompt, e.answer) for e in examples]
+        self.rows = [encode_example(tokenizer, prompt, answer) for prompt, answer in texts]
         self.lengths = [len(ids) for ids, _ in self.rows]
         _check(self.lengths, model, MAX_LENGTH["cross_entropy"], where)
         self.frozen = None if plain else FrozenLayers(model)
@@ -86,21 +86,22 @@ class CrossEntropy:
 
 
 class Preference:
-    """DPO: prefer each example's answer to its rejected one. The reference is the model with its
+    """DPO: prefer each chosen answer to its rejected one. The reference is the model with its
     edits off; its log-probabilities are computed here, once."""
 
     def __init__(
         self,
         model: CausalLM,
         tokenizer: Tokenizer,
-        examples: list[Example],
+        texts: list[tuple[str, str, str]],
         where: str,
         plain: bool = False,
     ):
-        """`where` names the examples in errors; InputError if one is too long for the model."""
+        """texts: (prompt, chosen, rejected); `where` names them in errors. InputError if one is too
+        long."""
         self.model, self.device = model, model.lm_head.weight.device
-        self.chosen = [encode_example(tokenizer, e.prompt, e.answer) for e in examples]
-        self.rejected = [encode_example(tokenizer, e.prompt, e.rejected) for e in examples]
+        self.chosen = [encode_example(tokenizer, prompt, chosen) for prompt, chosen, _ in texts]
+        self.rejected = [encode_example(tokenizer, prompt, bad) for prompt, _, bad in texts]
         pairs = list(zip(self.chosen, self.rejected, strict=True))
         self.lengths = [len(c) + len(r) for (c, _), (r, _) in pairs]
         longer = [max(len(c), len(r)) for (c, _), (r, _) in pairs]

@@ -6,8 +6,8 @@ The paper's values: arXiv 2406.01563, appendix, as the public code's launch scri
 
 from dataclasses import dataclass, replace
 
-from lofit.config import ModelConfig
 from lofit.errors import InputError
+from lofit.llm.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,25 @@ import argparse
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from lofit.chat import load_chat_template
-from lofit.checkpoint import DTYPES, load_model
 from lofit.errors import InputError
-from lofit.generate import decode_step, generate_all
+from lofit.export.adapters import load_tuned
 from lofit.heads import edits_off, folded_offsets
+from lofit.llm.chat import load_chat_template
+from lofit.llm.checkpoint import DTYPES
+from lofit.llm.generate import decode_step, generate_all
+from lofit.llm.packed import packed_weights
+from lofit.llm.scoring import score_answers
+from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, Objective, Preference
-from lofit.packed import packed_weights
 from lofit.recipes import find_recipe
-from lofit.scoring import score_answers
 from lofit.tasks import Example, clutrr, mquake, truthfulqa
 from lofit.tasks.own import OwnTask
-from lofit.tokenizer import load_tokenizer
 
 TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
@@ -107,7 +107,7 @@ class Session:
         self.folder = run_folder(args, run_suffix)
         if fold is not None:
             self.title, self.folder = f"{self.title} fold {fold}", self.folder / f"fold{fold}"
-        self.model = load_model(args.model, args.revision, dtype, self.device)
+        self.model = load_tuned(args.model, args.revision, dtype, self.device)
         self.tokenizer = load_tokenizer(args.model, args.revision)
         self.chat, self.plain = args.chat, args.plain
         self.wrap = load_chat_template(args.model, args.revision) if args.chat else str
@@ -166,10 +166,12 @@ class Session:
 
     def objective(self, examples: list[Example], split: str) -> Objective:
         """What to train on: DPO for examples with a rejected answer, else cross-entropy."""
-        kind = CrossEntropy if examples[0].rejected is None else Preference
-        examples = [replace(e, prompt=self.wrap(e.prompt)) for e in examples]
         where = f"{self.data}, split {split}"
-        return kind(self.model, self.tokenizer, examples, where, self.plain)
+        if examples[0].rejected is None:
+            texts = [(self.wrap(e.prompt), e.answer) for e in examples]
+            return CrossEntropy(self.model, self.tokenizer, texts, where, self.plain)
+        texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
+        return Preference(self.model, self.tokenizer, texts, where, self.plain)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from lofit.batches import draw_batches
 from lofit.errors import InputError
+from lofit.llm.batches import draw_batches
 from lofit.losses import l1_norm
 
 

@@ -9,7 +9,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from lofit.heads import Head
-from lofit.model import CausalLM
+from lofit.llm.model import CausalLM
 
 
 def hf_twin(model: CausalLM) -> transformers.LlamaForCausalLM:

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from benchmark_work import SHAPES, Bench, Ids
 
-from lofit.checkpoint import DTYPES
-from lofit.config import ModelConfig
 from lofit.heads import attach_offsets, attach_scales, init_scales
+from lofit.llm.checkpoint import DTYPES
+from lofit.llm.config import ModelConfig
+from lofit.llm.packed import packed_weights
 from lofit.objectives import CrossEntropy
-from lofit.packed import packed_weights
 
 PEAKS = {"selection step": "step", "offsets, upper half": "upper", "offsets, all layers": "all"}
 Side = tuple[Callable[[], object], float]  # what is timed, and what its time is multiplied by

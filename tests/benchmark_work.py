@@ -15,14 +15,13 @@ from baselines import (
     unhook,
 )
 
-from lofit.config import ModelConfig
-from lofit.generate import compiled_step, generate_all
 from lofit.heads import attach_offsets, attach_scales, folded_offsets, init_offsets, init_scales
-from lofit.model import CausalLM
+from lofit.llm.config import ModelConfig
+from lofit.llm.generate import compiled_step, generate_all
+from lofit.llm.model import CausalLM
+from lofit.llm.packed import packed_weights
+from lofit.llm.scoring import score_answers
 from lofit.objectives import CrossEntropy
-from lofit.packed import packed_weights
-from lofit.scoring import score_answers
-from lofit.tasks import Example
 from lofit.training import Schedule, fit, optimizer_for, train_step
 
 COMMON = dict(max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,))
@@ -68,12 +67,11 @@ class Bench:
         self.model.eval().requires_grad_(False)
         self.device, rng = device, random.Random(0)
         # 8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, lengths drawn
-        self.step = [Example(text(rng, 119), text(rng, 7)) for _ in range(8)]
+        self.step = [(text(rng, 119), text(rng, 7)) for _ in range(8)]
         self.mquake = [
-            Example(text(rng, rng.randint(28, 60)), text(rng, rng.randint(2, 5)))
-            for _ in range(134)
+            (text(rng, rng.randint(28, 60)), text(rng, rng.randint(2, 5))) for _ in range(134)
         ]
-        self.prompts = [[1, *map(int, e.prompt.split())] for e in self.mquake[:16]]
+        self.prompts = [[1, *map(int, prompt.split())] for prompt, _ in self.mquake[:16]]
         start = text(rng, 400)
         self.asked = [
             (start + text(rng, 15), [text(rng, rng.randint(5, 15)) for _ in range(8)])

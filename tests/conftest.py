@@ -15,12 +15,12 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 
-from lofit import export  # noqa: E402
-from lofit.batches import IGNORE, Batch  # noqa: E402
-from lofit.checkpoint import load_model, save_model  # noqa: E402
-from lofit.config import ModelConfig  # noqa: E402
+from lofit.export import formats  # noqa: E402
 from lofit.heads import load_offsets, save_offsets  # noqa: E402
-from lofit.model import CausalLM  # noqa: E402
+from lofit.llm.batches import IGNORE, Batch  # noqa: E402
+from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
+from lofit.llm.config import ModelConfig  # noqa: E402
+from lofit.llm.model import CausalLM  # noqa: E402
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
@@ -190,7 +190,7 @@ def make_run(folder, base, scale=1.0, n=5, seed=0):
 
 
 def run_export(run, form, out, *extra):
-    export.main([str(run), "--format", form, "--out", str(out), *extra])
+    formats.main([str(run), "--format", form, "--out", str(out), *extra])
     return out
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from measure_loading import memory, write_checkpoint
 
-from lofit import export
-from lofit.checkpoint import load_model
+from lofit.export import formats
 from lofit.files import read_json
 from lofit.heads import save_offsets
+from lofit.llm.checkpoint import load_model
 
 
 def in_a_process(work, *args):
@@ -46,7 +46,7 @@ def make_run(results: multiprocessing.Queue, base: Path, run: Path) -> None:
 def run_export(results: multiprocessing.Queue, run: Path, out: Path) -> None:
     before, start = memory("VmRSS"), time.time()
     with contextlib.redirect_stdout(None):
-        export.main([str(run), "--format", "hf", "--out", str(out)])
+        formats.main([str(run), "--format", "hf", "--out", str(out)])
     results.put((before, memory("VmHWM"), time.time() - start))
 
 
@@ -75,7 +75,7 @@ def compare_predictions(run: Path) -> None:
     items = [json.loads(line) for line in lines]
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "out"
-        export.main([str(run), "--format", "hf", "--out", str(out)])
+        formats.main([str(run), "--format", "hf", "--out", str(out)])
         model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lofit.checkpoint import INDEX, load_model
-from lofit.config import ModelConfig
 from lofit.files import write_json
-from lofit.model import CausalLM
+from lofit.llm.checkpoint import INDEX, load_model
+from lofit.llm.config import ModelConfig
+from lofit.llm.model import CausalLM
 
 CONFIG = ModelConfig(
     vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=1,

@@ -11,13 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 import train
-from lofit import export
-from lofit.adapters import open_adapter
-from lofit.checkpoint import load_model
 from lofit.errors import InputError
-from lofit.generate import generate
+from lofit.export import formats
+from lofit.export.adapters import load_tuned, open_adapter
 from lofit.heads import attach_offsets, attached_heads, edits_off
-from lofit.tokenizer import load_tokenizer
+from lofit.llm.generate import generate
+from lofit.llm.tokenizer import load_tokenizer
 
 TRAIN = ["--epochs", "2", "--lr", "1", "--heads", "random", "--top", "3"]
 
@@ -100,7 +99,7 @@ def test_an_adapter_in_the_hubs_cache(flags, tmp_path, monkeypatch):
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     snapshot = repo / "snapshots" / commit
-    export.main([str(tmp_path / "run"), "--format", "lofit", "--out", str(snapshot)])
+    formats.main([str(tmp_path / "run"), "--format", "lofit", "--out", str(snapshot)])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     eval_script.main([*flags, "--run", str(tmp_path / "run")])
     own = read(tmp_path / "run" / "results.json")
@@ -163,7 +162,7 @@ def test_a_released_checkpoint_is_a_base_with_offsets(
     folder, v = released
     config = read(folder / "config.json") | {"vocab_size": rows_in_config}
     (folder / "config.json").write_text(json.dumps(config))
-    model = load_model(folder)
+    model = load_tuned(folder)
     assert attached_heads(model) == [(0, 1), (2, 0), (2, 3)]
     ids = torch.randint(0, 891, (2, 12), generator=torch.Generator().manual_seed(0))
     with edits_off(model):
@@ -180,10 +179,10 @@ def test_a_released_checkpoint_is_a_base_with_offsets(
     assert own["trained_values"] == 24 and own["heads"] == [[0, 1], [2, 0], [2, 3]]
     assert own["share_of_base"] == 24 / (sum(p.numel() for p in tiny.parameters()) - 24 + 2 * 32)
     for form in ("lofit", "hf"):
-        export.main([str(folder), "--format", form, "--out", str(tmp_path / form)])
+        formats.main([str(folder), "--format", form, "--out", str(tmp_path / form)])
     eval_script.main([*flags, "--run", str(tmp_path / "b"), "--offsets", str(tmp_path / "lofit")])
     assert read(tmp_path / "b" / "results.json")["tuned"] == own["tuned"]
-    plain = load_model(tmp_path / "hf")
+    plain = load_tuned(tmp_path / "hf")
     assert not attached_heads(plain) and difference(plain(ids), model(ids)) < 1e-5
     assert read(tmp_path / "hf" / "config.json")["vocab_size"] == 892
 
@@ -194,7 +193,7 @@ def test_scales_in_a_released_checkpoint_are_refused(released):
     tensors["model.layers.1.self_attn.attn_A.2"][3] = 0.5
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"layers\.1\.self_attn\.attn_A\.2 is not zero"):
-        load_model(folder)
+        load_tuned(folder)
 
 
 def test_training_on_a_released_checkpoint_starts_from_its_base(released, small_data, tmp_path):
@@ -212,11 +211,11 @@ def test_the_papers_own_numbers_from_a_released_checkpoint(oracle, tmp_path, v, 
     told = read(oracle / "generate.json")
     pad = (golden["pad_embed_row"], golden["pad_lm_head_row"])
     folder = release(oracle, tmp_path / "released", golden[v], pad)
-    export.main([str(folder), "--format", "hf", "--out", str(tmp_path / "plain")])
+    formats.main([str(folder), "--format", "hf", "--out", str(tmp_path / "plain")])
     tokenizer = load_tokenizer(folder)
     prompts = [tokenizer.encode(prompt) for prompt in told["prompts"]]
     for name in (folder, tmp_path / "plain"):
-        model = load_model(name)
+        model = load_tuned(name)
         assert model.config.vocab_size == 1001
         new = generate(model, prompts, told["max_new_tokens"], tokenizer.eos_ids)
         filled = [row + [told["eos_token_id"]] * (16 - len(row)) for row in new]

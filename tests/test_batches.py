@@ -7,7 +7,8 @@ import torch
 from conftest import MINI, check_batch, difference
 from safetensors.torch import load_file
 
-from lofit.batches import (
+from lofit.errors import InputError
+from lofit.llm.batches import (
     IGNORE,
     check_length,
     collate,
@@ -16,11 +17,10 @@ from lofit.batches import (
     n_shared,
     pack,
 )
-from lofit.checkpoint import load_model
-from lofit.errors import InputError
-from lofit.losses import sum_by_text, target_losses
-from lofit.step import KVCache
-from lofit.tokenizer import load_tokenizer
+from lofit.llm.checkpoint import load_model
+from lofit.llm.scoring import sum_by_text, target_losses
+from lofit.llm.step import KVCache
+from lofit.llm.tokenizer import load_tokenizer
 
 
 def test_labels_are_answer_and_eos_only():

@@ -9,10 +9,10 @@ from conftest import MINI
 import eval as eval_script
 import select_heads
 import train
-from lofit.batches import encode_example
-from lofit.chat import load_chat_template
 from lofit.errors import InputError
-from lofit.tokenizer import load_tokenizer
+from lofit.llm.batches import encode_example
+from lofit.llm.chat import load_chat_template
+from lofit.llm.tokenizer import load_tokenizer
 
 TEMPLATES = {  # in the manner of Llama 2, Llama 3 and Gemma; the words are the miniature's
     "llama 2": (

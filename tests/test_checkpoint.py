@@ -8,8 +8,8 @@ import torch
 from conftest import LOUD_GEMMAS, LOUD_MODELS, difference
 from safetensors.torch import load_file, save_file
 
-from lofit.checkpoint import find_folder, load_model, save_model
 from lofit.errors import InputError
+from lofit.llm.checkpoint import find_folder, load_model, save_model
 
 IDS = torch.tensor([[1, 5, 9, 33, 7]])
 

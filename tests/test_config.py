@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lofit.config import FULL, SLIDING, ModelConfig
 from lofit.errors import InputError
+from lofit.llm.config import FULL, SLIDING, ModelConfig
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128,

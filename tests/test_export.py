@@ -21,13 +21,13 @@ from conftest import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lofit import export
-from lofit.checkpoint import load_model
 from lofit.errors import InputError
-from lofit.generate import generate_all
+from lofit.export import formats
 from lofit.heads import edits_off, gather_offsets, load_offsets, save_offsets
+from lofit.llm.checkpoint import load_model
+from lofit.llm.generate import generate_all
+from lofit.llm.tokenizer import load_tokenizer
 from lofit.tasks import mquake
-from lofit.tokenizer import load_tokenizer
 
 IDS = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -247,7 +247,7 @@ def test_push_to_hub(tiny_folder, tmp_path, monkeypatch, capsys):
         def upload_folder(self, repo_id, folder_path):
             calls.append(sorted(path.name for path in folder_path.iterdir()))
 
-    monkeypatch.setattr(export.huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(formats.huggingface_hub, "HfApi", Api)
     out = run_export(tmp_path / "run", "peft", tmp_path / "out", "--push-to-hub", "me/tuned")
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert calls == ["whoami", "me/tuned", files]

@@ -9,10 +9,10 @@ from conftest import MINI, make_run, random_model, run_export
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lofit.checkpoint import save_model
-from lofit.config import ModelConfig
 from lofit.errors import InputError
 from lofit.heads import read_offsets
+from lofit.llm.checkpoint import save_model
+from lofit.llm.config import ModelConfig
 
 
 def test_weights_stay_as_they_are_and_the_bias_is_rounded_once(tmp_path):

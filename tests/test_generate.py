@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lofit.checkpoint import load_model
 from lofit.errors import InputError
-from lofit.generate import compiled_step, decode_step, generate, generate_all
 from lofit.heads import attach_offsets
-from lofit.tokenizer import load_tokenizer
+from lofit.llm.checkpoint import load_model
+from lofit.llm.generate import compiled_step, decode_step, generate, generate_all
+from lofit.llm.tokenizer import load_tokenizer
 
 PROMPTS = [[1, 50, 60, 70, 80, 90], [1, 33], [1, 200, 300, 400]]
 

@@ -7,7 +7,6 @@ import torch
 from conftest import LOUD_GEMMAS, TOLERANCE, difference, random_model
 from safetensors.torch import load_file
 
-from lofit.checkpoint import load_model
 from lofit.errors import InputError
 from lofit.heads import (
     attach_offsets,
@@ -26,6 +25,7 @@ from lofit.heads import (
     save_heads,
     save_offsets,
 )
+from lofit.llm.checkpoint import load_model
 
 HEADS = [(2, 1), (0, 3), (2, 0)]
 

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from conftest import REPO
 
-from lofit.checkpoint import find_folder, load_model
+from lofit.llm.checkpoint import find_folder, load_model
 
 
 def test_a_model_in_the_hubs_cache_loads_offline_and_records_its_commit(
@@ -41,7 +41,7 @@ def test_what_is_read_and_copied_is_fetched(monkeypatch, tmp_path, name):
         assert any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
         return tmp_path
 
-    monkeypatch.setattr("lofit.checkpoint.snapshot_download", snapshot)
+    monkeypatch.setattr("lofit.llm.checkpoint.snapshot_download", snapshot)
     assert find_folder("owner/name") == tmp_path
 
 

@@ -18,11 +18,11 @@ from conftest import (
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lofit.checkpoint import load_model
-from lofit.config import ALWAYS, FULL, ROPE_TYPES, ModelConfig
 from lofit.errors import InputError
-from lofit.model import attend, plain_attention
-from lofit.step import KVCache
+from lofit.llm.checkpoint import load_model
+from lofit.llm.config import ALWAYS, FULL, ROPE_TYPES, ModelConfig
+from lofit.llm.model import attend, plain_attention
+from lofit.llm.step import KVCache
 
 T = 40  # longer than the 16 positions that the scaled RoPE configs were "trained" on
 

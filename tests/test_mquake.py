@@ -5,10 +5,10 @@ import json
 import pytest
 from conftest import MINI, SHARED
 
-from lofit.batches import encode_example
 from lofit.errors import InputError
+from lofit.llm.batches import encode_example
+from lofit.llm.tokenizer import load_tokenizer
 from lofit.tasks import mquake
-from lofit.tokenizer import load_tokenizer
 
 CASE = {
     "requested_rewrite": [

@@ -8,13 +8,12 @@ import torch
 from conftest import check_batch, difference
 from safetensors.torch import load_file
 
-from lofit.batches import collate
-from lofit.checkpoint import load_model
 from lofit.errors import InputError
 from lofit.heads import attach_offsets, edits_off, gather_offsets
+from lofit.llm.batches import collate
+from lofit.llm.checkpoint import load_model
+from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, FrozenLayers, Preference, mean_loss
-from lofit.tasks import Example
-from lofit.tokenizer import load_tokenizer
 from lofit.training import Schedule, optimizer_for, train_step
 
 HEADS = [(2, 1), (0, 3)]
@@ -26,15 +25,17 @@ def tokenizer(tiny_folder):
 
 
 PAIRS = [
-    Example("Q: Who is it? A:", "the capital", "city"),
-    Example("Q: What is the sport of it? A:", "city", "the capital of the country"),
-    Example("Q: Is it? A:", "country", "sport"),
+    ("Q: Who is it? A:", "the capital", "city"),
+    ("Q: What is the sport of it? A:", "city", "the capital of the country"),
+    ("Q: Is it? A:", "country", "sport"),
 ]
+TEXTS = [pair[:2] for pair in PAIRS]
+TEXTS_OF = {CrossEntropy: TEXTS, Preference: PAIRS}
 
 
 def test_the_mean_loss_weighs_batches_by_what_they_are_a_mean_of(tiny, tokenizer):
     for kind in (CrossEntropy, Preference):
-        objective = kind(tiny, tokenizer, PAIRS, "here")
+        objective = kind(tiny, tokenizer, TEXTS_OF[kind], "here")
         attach_offsets(tiny, HEADS, torch.ones(2, 8))
         whole = objective.loss([0, 1, 2]).item()
         assert mean_loss(objective, 2) == pytest.approx(whole, abs=1e-5)
@@ -69,10 +70,10 @@ def test_dpo_raises_the_chosen_answer_above_the_rejected(tiny, tokenizer):
 
 
 def test_too_long_an_example_is_named(tiny, tokenizer):
-    long = Example("Q: " + "the " * 260 + "A:", "city", "city")
-    for kind in (CrossEntropy, Preference):
+    long = ("Q: " + "the " * 260 + "A:", "city", "city")
+    for kind, n in ((CrossEntropy, 2), (Preference, 3)):
         with pytest.raises(InputError, match="here: example 1 needs 26. positions.* 256"):
-            kind(tiny, tokenizer, [PAIRS[0], long], "here")
+            kind(tiny, tokenizer, [t[:n] for t in (PAIRS[0], long)], "here")
 
 
 def gradients(model, objective, heads, rows):
@@ -95,7 +96,7 @@ def gather_grad(parameters):
 @pytest.mark.parametrize("heads", [[(2, 1), (0, 3)], [(2, 1), (2, 3)], [(1, 0)]])
 def test_the_fast_way_agrees_with_the_plain_one(tiny, tokenizer, kind, heads):
     """Gradients too; after the first time the layers below the lowest head are not run again."""
-    fast, plain = (kind(tiny, tokenizer, PAIRS, "here", plain) for plain in (False, True))
+    fast, plain = (kind(tiny, tokenizer, TEXTS_OF[kind], "here", plain) for plain in (False, True))
     want, want_grad = gradients(tiny, plain, heads, [2, 0])
     loss, grad = gradients(tiny, fast, heads, [2, 0])
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
@@ -111,7 +112,7 @@ def test_the_fast_way_agrees_with_the_plain_one(tiny, tokenizer, kind, heads):
 
 
 def test_kept_states_are_bounded_and_follow_the_heads(tiny, tokenizer):
-    objective = CrossEntropy(tiny, tokenizer, PAIRS, "here")
+    objective = CrossEntropy(tiny, tokenizer, TEXTS, "here")
     attach_offsets(tiny, [(1, 0)], torch.ones(1, 8))
     n_bytes = [4 * 32 * length for length in objective.lengths]
     objective.frozen = FrozenLayers(tiny, max_bytes=n_bytes[0] + n_bytes[2])
@@ -121,7 +122,7 @@ def test_kept_states_are_bounded_and_follow_the_heads(tiny, tokenizer):
     assert sum(x.nbytes for x in objective.frozen.kept.values()) <= n_bytes[0] + n_bytes[2]
     # heads of another layer: nothing kept for the first ones may serve
     attach_offsets(tiny, [(2, 0)], torch.ones(1, 8))
-    plain = CrossEntropy(tiny, tokenizer, PAIRS, "here", plain=True)
+    plain = CrossEntropy(tiny, tokenizer, TEXTS, "here", plain=True)
     for _ in range(2):
         assert objective.loss([0]).item() == pytest.approx(plain.loss([0]).item(), rel=1e-5)
     assert objective.frozen.layer == 2
@@ -137,7 +138,7 @@ def test_dpo_agrees_with_the_papers_code(oracle, plain):
     heads = [tuple(head) for head in told["heads"]]
     layers, columns = zip(*heads, strict=True)
     model, tokenizer = load_model(oracle), load_tokenizer(oracle)
-    pairs = [Example(p["prompt"], p["chosen"], p["rejected"]) for p in told["pairs"]]
+    pairs = [(p["prompt"], p["chosen"], p["rejected"]) for p in told["pairs"]]
     objective = Preference(model, tokenizer, pairs, "golden", plain)
     parameters = attach_offsets(model, heads, golden["v_init"][layers, columns])
     schedule = Schedule(lr=told["lr"], epochs=1)

@@ -8,9 +8,9 @@ import torch
 from conftest import REPO
 
 from data.world import World
-from lofit.checkpoint import load_model
 from lofit.files import write_json
-from lofit.tokenizer import load_tokenizer
+from lofit.llm.checkpoint import load_model
+from lofit.llm.tokenizer import load_tokenizer
 from weights import pretrain, probes
 from weights.corpus import MIX, Corpus
 

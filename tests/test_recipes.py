@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from lofit.config import ModelConfig
 from lofit.errors import InputError
+from lofit.llm.config import ModelConfig
 from lofit.recipes import count_heads, find_recipe
 from lofit.session import TASKS
 

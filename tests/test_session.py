@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import eval as eval_script
 import select_heads
 import train
-from lofit.checkpoint import save_model
 from lofit.errors import InputError
+from lofit.llm.checkpoint import save_model
 from lofit.session import pick_device, pick_dtype
 
 FAST = ["--epochs", "2", "--lr", "0.05"]

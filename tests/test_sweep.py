@@ -8,8 +8,8 @@ import json
 import pytest
 from conftest import REPO
 
-from lofit import sweep
 from lofit.errors import InputError
+from lofit.studies import sweep
 
 
 @pytest.fixture

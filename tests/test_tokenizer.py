@@ -7,7 +7,7 @@ import pytest
 from conftest import MINI, MINI_GEMMA
 
 from lofit.errors import InputError
-from lofit.tokenizer import load_tokenizer
+from lofit.llm.tokenizer import load_tokenizer
 
 TEXTS = [
     "Q: Imagine that Bogusvia is a citizen of Sweden. What is it? A:",

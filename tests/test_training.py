@@ -7,11 +7,11 @@ import torch
 from conftest import difference
 from safetensors.torch import load_file
 
-from lofit.batches import collate
-from lofit.checkpoint import load_model
 from lofit.errors import InputError
 from lofit.heads import attach_offsets, attach_scales, gather_offsets, head_scores, rank_heads
-from lofit.losses import target_losses
+from lofit.llm.batches import collate
+from lofit.llm.checkpoint import load_model
+from lofit.llm.scoring import target_losses
 from lofit.training import Schedule, fit, optimizer_for, train_step
 
 

@@ -7,13 +7,13 @@ import pytest
 from conftest import SHARED
 from safetensors.torch import load_file
 
-from lofit.batches import encode_example
-from lofit.checkpoint import load_model
 from lofit.errors import InputError
 from lofit.heads import attach_offsets
-from lofit.scoring import score_answers
+from lofit.llm.batches import encode_example
+from lofit.llm.checkpoint import load_model
+from lofit.llm.scoring import score_answers
+from lofit.llm.tokenizer import load_tokenizer
 from lofit.tasks import truthfulqa
-from lofit.tokenizer import load_tokenizer
 
 AFTER = "tokens_after_input_prompt"
 HEADER = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"

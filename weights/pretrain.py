@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from data.world import World
-from lofit.checkpoint import save_model
-from lofit.config import ModelConfig
 from lofit.files import read_tensors, write_json, write_tensors
-from lofit.model import CausalLM
-from lofit.tokenizer import load_tokenizer
+from lofit.llm.checkpoint import save_model
+from lofit.llm.config import ModelConfig
+from lofit.llm.model import CausalLM
+from lofit.llm.tokenizer import load_tokenizer
 from weights.corpus import EARLY, LATE, Corpus
 from weights.probes import run_probes
 from weights.vocabulary import write_pieces, write_words

@@ -16,11 +16,11 @@ import torch
 from data.tables import CHAINS, RELATIONS, noun, question
 from data.world import World
 from lofit import errors
-from lofit.checkpoint import load_model
 from lofit.heads import load_offsets
-from lofit.model import CausalLM
+from lofit.llm.checkpoint import load_model
+from lofit.llm.model import CausalLM
+from lofit.llm.tokenizer import Tokenizer, load_tokenizer
 from lofit.tasks import clutrr, mquake
-from lofit.tokenizer import Tokenizer, load_tokenizer
 from weights.corpus import Corpus
 
 N = 300  # questions a probe

@@ -5,10 +5,10 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from lofit.checkpoint import find_folder
-from lofit.config import ModelConfig
 from lofit.errors import InputError
 from lofit.files import read_json
+from lofit.llm.checkpoint import find_folder
+from lofit.llm.config import ModelConfig
 
 
 class Tokenizer:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lofit import rope
-from lofit.config import ModelConfig
-from lofit.step import KVCache, Step, Tree, make_step
+from lofit.llm import rope
+from lofit.llm.config import ModelConfig
+from lofit.llm.step import KVCache, Step, Tree, make_step
 
 Where = tuple[torch.Tensor, torch.Tensor]  # rows and columns of N positions of a batch, [N] each
 ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -6,8 +6,8 @@ import torch
 from tqdm import tqdm
 
 from lofit.errors import InputError
-from lofit.model import CausalLM
-from lofit.step import KVCache
+from lofit.llm.model import CausalLM
+from lofit.llm.step import KVCache
 
 Step = Callable[[CausalLM, torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
 

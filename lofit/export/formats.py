@@ -19,14 +19,13 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
 
-from lofit import errors
-from lofit.adapters import Adapter, open_adapter
-from lofit.card import model_card
-from lofit.checkpoint import DTYPES, HF_METADATA, INDEX, LICENCES, stored_tensors, weight_files
 from lofit.errors import InputError
+from lofit.export.adapters import Adapter, open_adapter
+from lofit.export.card import model_card
+from lofit.export.folding import FoldedBase, fold
 from lofit.files import save_tensors, write_json, write_text
-from lofit.folding import FoldedBase, fold
 from lofit.heads import OFFSETS, save_offsets
+from lofit.llm.checkpoint import DTYPES, HF_METADATA, INDEX, LICENCES, stored_tensors, weight_files
 
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -179,7 +178,3 @@ def main(argv: list[str] | None = None) -> None:
     export(args)
     if args.push_to_hub:
         push(args.out, args.push_to_hub)
-
-
-if __name__ == "__main__":
-    errors.run(main)

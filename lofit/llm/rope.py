@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from lofit.config import ModelConfig
+from lofit.llm.config import ModelConfig
 
 
 def cos_sin(

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
-from lofit.adapters import Adapter
-from lofit.checkpoint import (
-    RELEASED,
+from lofit.errors import InputError
+from lofit.export.adapters import RELEASED, Adapter, base_name
+from lofit.files import read_json
+from lofit.heads import attach_offsets
+from lofit.llm.checkpoint import (
     ROPE_TABLE,
     check_tensors,
     digest,
@@ -23,11 +25,8 @@ from lofit.checkpoint import (
     text_name,
     weight_files,
 )
-from lofit.config import ModelConfig
-from lofit.errors import InputError
-from lofit.files import read_json
-from lofit.heads import attach_offsets
-from lofit.model import CausalLM
+from lofit.llm.config import ModelConfig
+from lofit.llm.model import CausalLM
 
 O_PROJ = re.compile(r"model\.layers\.(\d+)\.self_attn\.o_proj\.(weight|bias)$")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq")
@@ -182,8 +181,8 @@ class _Scan:
 def _scan(folder: Path, v: dict[int, torch.Tensor], dtype: torch.dtype | None) -> _Scan:
     """One pass over a model's tensors. v: [n_heads * head_dim] fp32 by layer."""
     found = _Scan({}, {}, {}, {})
-    for key, tensor in stored_tensors(weight_files(folder), text_name):
-        name = text_name(key)
+    for key, tensor in stored_tensors(weight_files(folder), base_name):
+        name = base_name(key)
         found.digests[name], found.shapes[name] = digest(tensor), tensor.shape
         o_proj = O_PROJ.match(name)
         if not o_proj or int(o_proj[1]) not in v:

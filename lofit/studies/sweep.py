@@ -1,7 +1,7 @@
 """The whole job for every model, task, number of heads and seed, beside as many random heads.
 
-    python -m lofit.sweep                      # both miniatures, all three tasks: runs/sweep/
-    python -m lofit.sweep --model weights/mini-llama --task mquake --heads 3% 10% 20%
+    python -m lofit.studies.sweep              # both miniatures, all three tasks: runs/sweep/
+    python -m lofit.studies.sweep --model weights/mini-llama --task mquake --heads 3% 10% 20%
 
 Prints a Markdown table. Each score is made by the three scripts, called as a person would call
 them; selection runs once per seed, and its scores serve every number of heads.

@@ -6,9 +6,8 @@ assigned to its place, strictly: a missing or an unknown tensor is an error.
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +15,10 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
-from lofit.config import ModelConfig
 from lofit.errors import InputError
 from lofit.files import open_tensors, read_json, save_tensors, write_atomic, write_json
-from lofit.heads import Head, attach_offsets
-from lofit.model import CausalLM
+from lofit.llm.config import ModelConfig
+from lofit.llm.model import CausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -28,8 +26,6 @@ SINGLE = "model.safetensors"
 HF_METADATA = {"format": "pt"}  # without it transformers refuses a file
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 DOWNLOADS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", *LICENCES)
-# Beside a model's own tensors in the paper's released checkpoints: A and v of each head.
-RELEASED = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
 # Names in multimodal Gemma 3 checkpoints as transformers 4 and 5 write them.
 VISION = tuple(
     f"{outer}{part}."
@@ -77,32 +73,38 @@ def load_model(
     """Load a frozen model in eval mode; `.source` says where from.
 
     name: a folder with config.json and safetensors, or a hub id such as meta-llama/Llama-2-7b-hf.
-    A checkpoint that the paper released is loaded as its base model, with its offsets attached.
     Raises InputError for anything missing, damaged, unsupported or left over.
     """
     folder = find_folder(name, revision)
     config = ModelConfig.from_file(folder / "config.json")
-    paths = weight_files(folder)
-    released = read_released(paths)
+    return assemble(str(name), revision, folder, config, text_name, dtype, device)
+
+
+def assemble(
+    name: str,
+    revision: str | None,
+    folder: Path,
+    config: ModelConfig,
+    name_of: Callable[[str], str | None],
+    dtype: torch.dtype,
+    device: str,
+) -> CausalLM:
+    """The model that `config` describes, with a folder's weights. name_of: a stored tensor's name
+    in the model, None to leave it out. InputError unless each tensor has its place."""
     weights: dict[str, torch.Tensor] = {}
     digests: dict[str, bytes] = {}
-    for key, tensor in stored_tensors(paths, text_name):
-        digests[text_name(key)] = digest(tensor)
-        weights[text_name(key)] = tensor.to(device=device, dtype=dtype)
-    embedding = weights.get("model.embed_tokens.weight")
-    if released and embedding is not None:  # the paper's code adds a row for padding
-        config = replace(config, vocab_size=len(embedding))
-    if config.tie_word_embeddings and embedding is not None:
-        weights["lm_head.weight"] = embedding
+    for key, tensor in stored_tensors(weight_files(folder), name_of):
+        digests[name_of(key)] = digest(tensor)
+        weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = CausalLM(config)
     check_tensors({key: w.shape for key, w in weights.items()}, model, folder)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     commit = folder.name if folder.parent.name == "snapshots" else revision
-    model.source = Source(str(name), commit, fingerprint(digests))
-    if released:
-        attach_offsets(model, *released)
+    model.source = Source(name, commit, fingerprint(digests))
     return model.requires_grad_(False).eval()
 
 
@@ -119,24 +121,6 @@ def stored_tensors(
         with open_tensors(path) as file:
             tensor = file.get_tensor(key)
         yield key, tensor
-
-
-def read_released(paths: list[Path]) -> tuple[list[Head], torch.Tensor] | None:
-    """(heads, offsets [K, head_dim] fp32) of a checkpoint that the paper released: the heads whose
-    attn_v is not zero. None for any other. InputError if an attn_A, a scale, is not zero."""
-    offsets: dict[Head, torch.Tensor] = {}
-    for key, tensor in stored_tensors(paths, RELEASED.match):
-        layer, kind, head = RELEASED.match(key).groups()
-        if not tensor.any():
-            continue
-        if kind == "A":
-            raise InputError(
-                f"{paths[0].parent}: {key} is not zero; expected offsets (attn_v) alone: a scale"
-                " (step 1) is no part of a tuned model, nor can a bias express it"
-            )
-        offsets[int(layer), int(head)] = tensor.float()
-    heads = sorted(offsets)
-    return (heads, torch.stack([offsets[head] for head in heads])) if heads else None
 
 
 def find_folder(
@@ -180,8 +164,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def text_name(key: str) -> str | None:
     """The name of a stored tensor in a text model; None for what a text model has no use for: the
-    RoPE tables of old Llama files, the image half of a multimodal Gemma 3, the paper's A and v."""
-    if key.endswith(ROPE_TABLE) or key.startswith(VISION) or RELEASED.match(key):
+    RoPE tables of old Llama files, the image half of a multimodal Gemma 3."""
+    if key.endswith(ROPE_TABLE) or key.startswith(VISION):
         return None
     for prefix, ours in TEXT_PREFIXES.items():
         if key.startswith(prefix):

@@ -1,13 +1,48 @@
-"""Log-probabilities of given answers: how multiple-choice tasks are evaluated."""
+"""Log-probabilities of given tokens: cross-entropy, and how multiple-choice tasks are evaluated."""
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from lofit.batches import Encoded, check_length, collate, encode_example, n_shared, pack
-from lofit.losses import sum_by_text, target_losses
-from lofit.model import CausalLM
-from lofit.step import KVCache
-from lofit.tokenizer import Tokenizer
+from lofit.llm.batches import Batch, Encoded, check_length, collate, encode_example, n_shared, pack
+from lofit.llm.model import CausalLM
+from lofit.llm.step import KVCache, make_step
+from lofit.llm.tokenizer import Tokenizer
+
+MAX_LOGITS = 2**24  # at once: 64 MB in fp32. Gemma has 256,000 for every token
+
+
+def target_losses(
+    model: CausalLM, batch: Batch, first: int = 0, hidden: torch.Tensor | None = None
+) -> torch.Tensor:
+    """-log p of every labelled token of the batch: [N] fp32. Logits are computed where a label is,
+    nowhere else.
+
+    hidden: [B, T, D] that enter layer `first`, where they are known already.
+    """
+    step = make_step(model.config, batch.ids, tree=batch.tree)
+    hidden = model.model.embed(batch.ids) if hidden is None else hidden
+    return cross_entropy(model, model.model.run(hidden, step, first, batch.source), batch.target)
+
+
+def cross_entropy(model: CausalLM, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """-log p(target) after final hidden states [N, D]: [N] fp32. Beyond MAX_LOGITS in parts, whose
+    logits the backward pass computes again."""
+
+    def part(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model.logits(h).float(), t, reduction="none")
+
+    rows = max(1, MAX_LOGITS // model.config.vocab_size)
+    if len(target) <= rows:
+        return part(hidden, target)
+    parts = zip(hidden.split(rows), target.split(rows), strict=True)
+    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in parts])
+
+
+def sum_by_text(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """-log p of each labelled token [N] -> log p of the labelled tokens of each text [n_texts]."""
+    return -losses.new_zeros(batch.n_texts).index_add(0, batch.text, losses)
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from pathlib import Path
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lofit.checkpoint import find_folder
 from lofit.errors import InputError
 from lofit.files import read_json, read_text
+from lofit.llm.checkpoint import find_folder
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from lofit.adapters import Adapter
-from lofit.folding import FoldedBase
+from lofit.export.adapters import Adapter
+from lofit.export.folding import FoldedBase
 from lofit.report import results_table
 
 LIBRARY = {"hf": "transformers", "peft": "peft", "steered": "lm-eval", "lofit": "lofit"}

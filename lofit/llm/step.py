@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lofit import rope
-from lofit.config import SLIDING, ModelConfig
+from lofit.llm import rope
+from lofit.llm.config import SLIDING, ModelConfig
 
 
 class KVCache:

@@ -6,9 +6,9 @@ from itertools import takewhile
 import torch
 
 from lofit.errors import InputError
-from lofit.model import Where
-from lofit.step import KVCache, Tree
-from lofit.tokenizer import Tokenizer
+from lofit.llm.model import Where
+from lofit.llm.step import KVCache, Tree
+from lofit.llm.tokenizer import Tokenizer
 
 IGNORE = -100  # label of a token that is not in the loss
 POOL = 16  # batches that are sorted by length together
