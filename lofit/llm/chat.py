@@ -17,7 +17,8 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 def load_chat_template(name: str | Path, revision: str | None = None) -> Callable[[str], str]:
     """The template of a model folder or hub id, as a function: what the user says -> the text up to
-    where the model answers. Without bos, which the tokenizer puts in front.
+    where the model answers, with all the special tokens there are to be: `load_tokenizer` with
+    add_special_tokens=False then adds none.
 
     Read from chat_template.jinja, or else from tokenizer_config.json. The template runs in a
     sandbox: it may come from anywhere. Raises InputError if there is none or it fails.
@@ -40,10 +41,9 @@ def load_chat_template(name: str | Path, revision: str | None = None) -> Callabl
     def render(text: str) -> str:
         messages = [{"role": "user", "content": text}]
         try:
-            prompt = template.render(messages=messages, add_generation_prompt=True, **tokens)
+            return template.render(messages=messages, add_generation_prompt=True, **tokens)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(f"{folder}: the chat template fails ({error})") from None
-        return prompt.removeprefix(tokens.get("bos_token", ""))
 
     return render
 

@@ -12,26 +12,36 @@ from lofit.llm.config import ModelConfig
 
 
 class Tokenizer:
-    """Text to ids and back. bos is put in front exactly once; eos is never added here.
+    """Text to ids and back, with the ids that every other program gives.
 
-    bos_id: int or None; eos_ids: the ids that end a generation, the first is the one to train on.
+    prefix, suffix: what the tokenizer file puts around a text: often a bos in front, sometimes
+    nothing (SmolLM2), whatever config.json names. eos_ids: the ids that end a generation, the first
+    is the one to train on. A special token's text inside a text ("<|im_end|>") is that token, as in
+    transformers and the servers: chat templates are written so, and a model that is trained here
+    must be asked the same question elsewhere.
     """
 
-    def __init__(self, backend: "_Json | _SentencePiece", bos_id: int | None, eos_ids: tuple):
-        self._backend, self.bos_id, self.eos_ids = backend, bos_id, eos_ids
+    def __init__(
+        self,
+        backend: "_Json | _SentencePiece",
+        prefix: list[int],
+        suffix: list[int],
+        eos_ids: tuple[int, ...],
+    ):
+        self._backend, self.prefix, self.suffix, self.eos_ids = backend, prefix, suffix, eos_ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, bos first where the model has one."""
-        return self.encode_pair(text, "")[0]
+        """Ids of a whole text."""
+        return self.prefix + self._backend.encode(text, "")[0] + self.suffix
 
     def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """Ids of prompt + answer tokenized jointly, and how many of them (bos too) are prompt.
+        """Ids of prompt + answer tokenized jointly, and how many of them (the prefix too) are
+        prompt. Without the suffix: the text goes on.
 
         A token that reaches into the answer counts as answer.
         """
         ids, n_prompt = self._backend.encode(prompt, answer)
-        bos = [] if self.bos_id is None else [self.bos_id]
-        return bos + ids, len(bos) + n_prompt
+        return self.prefix + ids, len(self.prefix) + n_prompt
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids without special tokens. Decode a prompt together with what follows it:
@@ -63,6 +73,13 @@ class _Json:
     def id_of(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
+    def around(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts in front of a text and behind it."""
+        encoding = self.backend.encode("a")
+        own = [i for i, of_text in enumerate(encoding.sequence_ids) if of_text is not None]
+        first, last = (own[0], own[-1]) if own else (len(encoding), len(encoding))
+        return encoding.ids[:first], encoding.ids[last + 1 :]
+
 
 class _SentencePiece:
     def __init__(self, path: Path):
@@ -73,6 +90,11 @@ class _SentencePiece:
         self.size = self.backend.get_piece_size()
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        # SentencePiece takes the text of control tokens apart; a chat prompt begins with one
+        i = self.backend.bos_id()
+        if i >= 0 and prompt.startswith(bos := self.backend.id_to_piece(i)):
+            ids, n = self.encode(prompt.removeprefix(bos), answer)
+            return [i, *ids], n + 1
         ids = self.backend.encode(prompt + answer)
         n = len(ids)  # character offsets would need the protobuf package
         while not prompt.startswith(self.backend.decode(ids[:n])):
@@ -88,12 +110,19 @@ class _SentencePiece:
         return None if found == self.backend.unk_id() else found
 
 
-def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    name: str | Path, revision: str | None = None, add_special_tokens: bool = True
+) -> Tokenizer:
     """Load the tokenizer of a model folder or hub id; tokenizer.json goes before tokenizer.model.
 
-    bos and eos come from config.json, or by name from tokenizer_config.json. Raises InputError.
+    What is put around a text is what tokenizer.json's post-processor says, and nothing else, for
+    transformers 5 does not heed add_bos_token beside it either; with a tokenizer.model it is a bos,
+    unless add_bos_token is false. add_special_tokens: False for texts that bring theirs, chat
+    prompts. eos comes from config.json, or by name from tokenizer_config.json. Raises InputError.
     """
     folder = find_folder(name, revision)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
     backend: _Json | _SentencePiece
     if (folder / "tokenizer.json").exists():
         backend = _Json(folder / "tokenizer.json")
@@ -107,15 +136,19 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
             f"{folder}: the tokenizer has {backend.size} tokens, config.json's vocab_size is"
             f" {config.vocab_size}; are both files of the same model?"
         )
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
-    bos = (
-        config.bos_token_id if config.bos_token_id is not None else _named(backend, settings, "bos")
-    )
     eos = config.eos_token_id or (_named(backend, settings, "eos"),)
     if eos == (None,):
         raise InputError(f"{folder / 'config.json'}: no eos_token_id, nor an eos_token by name")
-    return Tokenizer(backend, None if settings.get("add_bos_token") is False else bos, eos)
+    if not add_special_tokens:
+        prefix, suffix = [], []
+    elif isinstance(backend, _Json):
+        prefix, suffix = backend.around()
+    else:
+        bos = config.bos_token_id
+        bos = _named(backend, settings, "bos") if bos is None else bos
+        none = bos is None or settings.get("add_bos_token") is False
+        prefix, suffix = [] if none else [bos], []
+    return Tokenizer(backend, prefix, suffix, eos)
 
 
 def _named(backend: "_Json | _SentencePiece", settings: dict, kind: str) -> int | None:
