@@ -8,12 +8,15 @@ import argparse
 import random
 from pathlib import Path
 
+import torch
+
 from lofit import errors
 from lofit.heads import (
     OFFSETS,
     Head,
     attach_offsets,
     gather_offsets,
+    head_sigma,
     init_offsets,
     load_heads,
     rank_heads,
@@ -26,6 +29,7 @@ from lofit.session import Session, add_common_args, folds_of
 from lofit.training import Schedule, fit
 
 EVAL_BATCH = 64
+SIGMA_TEXTS = 64  # enough for a standard deviation
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +43,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--top", help="how many heads of FILE or at random: a number or 3%%")
     parser.add_argument("--lr", type=float, help="peak learning rate of the offsets")
+    parser.add_argument(
+        "--unit",
+        choices=("one", "sigma"),
+        help="what offsets and lr are measured in: see head_sigma",
+    )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     return parser.parse_args(argv)
@@ -78,13 +87,19 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
         batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
         by_length=not args.plain,
     )
+    unit = run.setting("unit", args.unit, run.recipe.unit)
     run.settings["heads"] = args.heads or "heads.json"
     val_examples = run.read("val")
     train, val = run.objective(run.read("train"), "train"), run.objective(val_examples, "val")
     n_trained = len(heads) * run.model.config.head_dim
     print(f"learning {len(heads)} offsets ({n_trained:,} values) on {len(train)} examples")
 
-    parameters = attach_offsets(run.model, heads, init_offsets(run.model, len(heads), run.seed))
+    units = None
+    if unit == "sigma":
+        sigma = head_sigma(run.model, train.texts()[:SIGMA_TEXTS])
+        units = torch.stack([sigma[head] for head in heads])
+    init = init_offsets(run.model, len(heads), run.seed)
+    parameters = attach_offsets(run.model, heads, init, units)
     for epoch, loss in fit(parameters, train.lengths, train.loss, schedule, run.seed, run.log):
         val_loss = mean_loss(val, EVAL_BATCH)
         scored = run.evaluate(val_examples, EVAL_BATCH, "validation")

@@ -38,20 +38,27 @@ class HeadScale(nn.Module):
 class HeadOffset(nn.Module):
     """Step 2: z <- z + v on the chosen heads of a layer (paper, section 3, "offset tuning").
 
-    heads: their indices, ascending or not; offset: v, [len(heads), head_dim] fp32.
+    heads: their indices, ascending or not; offset: v, [len(heads), head_dim] fp32; unit: what the
+    offset of each head is measured in, [len(heads)], so that v = unit * offset; None = 1.
     """
 
-    def __init__(self, heads: list[int], offset: torch.Tensor, n_heads: int):
+    def __init__(
+        self, heads: list[int], offset: torch.Tensor, n_heads: int, unit: torch.Tensor | None = None
+    ):
         super().__init__()
         self.offset = nn.Parameter(offset.float())
-        self.n_heads = n_heads
+        self.n_heads, self.unit = n_heads, unit
         self.register_buffer("heads", torch.tensor(heads, device=offset.device), persistent=False)
+
+    def v(self) -> torch.Tensor:
+        """What is added to each of the chosen heads: [len(heads), head_dim]."""
+        return self.offset if self.unit is None else self.unit[:, None] * self.offset
 
     def all_heads(self) -> torch.Tensor:
         """v with zeros for the other heads: [n_heads, head_dim]. Adding all of it at once is faster
         than a loop over the chosen heads."""
         v = self.offset.new_zeros(self.n_heads, self.offset.shape[1])
-        return v.index_copy(0, self.heads, self.offset)
+        return v.index_copy(0, self.heads, self.v())
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return (z + self.all_heads()).to(z.dtype)
@@ -70,20 +77,24 @@ def attach_scales(model: CausalLM, scales: torch.Tensor) -> list[nn.Parameter]:
     return [attention.head_out.scale for attention in attention_layers(model)]
 
 
-def attach_offsets(model: CausalLM, heads: list[Head], offsets: torch.Tensor) -> list[nn.Parameter]:
+def attach_offsets(
+    model: CausalLM, heads: list[Head], offsets: torch.Tensor, unit: torch.Tensor | None = None
+) -> list[nn.Parameter]:
     """Put a HeadOffset into each layer that holds a chosen head, and clear the other slots.
 
-    heads: K distinct (layer, head); offsets: [K, head_dim], row i belongs to heads[i].
-    Returns the parameters, one [k, head_dim] tensor for each layer with k of the heads.
+    heads: K distinct (layer, head); offsets: [K, head_dim], row i belongs to heads[i], in units of
+    unit[i] where [K] units are given. Returns the parameters, one [k, head_dim] tensor for each
+    layer with k of the heads.
     """
     check_heads(model, heads, "heads")
     _expect(offsets, (len(heads), model.config.head_dim), "offsets")
-    offsets = _on(model, offsets)
+    offsets, unit = _on(model, offsets), None if unit is None else _on(model, unit)
     for layer, attention in enumerate(attention_layers(model)):
         rows = [i for i, (in_layer, _) in enumerate(heads) if in_layer == layer]
         inside = [heads[i][1] for i in rows]
-        n_heads = model.config.num_attention_heads
-        attention.head_out = HeadOffset(inside, offsets[rows], n_heads) if rows else nn.Identity()
+        n_heads, units = model.config.num_attention_heads, None if unit is None else unit[rows]
+        edit = HeadOffset(inside, offsets[rows], n_heads, units) if rows else nn.Identity()
+        attention.head_out = edit
     return [a.head_out.offset for a in attention_layers(model) if list(a.head_out.parameters())]
 
 
@@ -97,6 +108,34 @@ def init_offsets(model: CausalLM, n: int, seed: int) -> torch.Tensor:
     """v ~ N(0, 1e-3) for n heads: [n, head_dim], the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, model.config.head_dim, generator=generator) * INIT_STD
+
+
+@torch.no_grad()
+def head_sigma(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
+    """The standard deviation of each head's z over all positions of these texts (ids), pooled over
+    head_dim: [layer, head] fp32 on CPU. A unit for offsets: heads of a model differ by far in size,
+    and so do models."""
+    layers, shape = attention_layers(model), (*_grid(model), model.config.head_dim)
+    device = model.lm_head.weight.device
+    total, square = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+
+    def reader(layer: int):
+        def read(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+            z = args[0][0].double()  # one text, so no padding: [position, n_heads, head_dim]
+            total[layer] += z.sum(0)
+            square[layer] += z.square().sum(0)
+
+        return read
+
+    hooks = [a.head_out.register_forward_pre_hook(reader(i)) for i, a in enumerate(layers)]
+    try:
+        for ids in texts:
+            model.model(torch.tensor([ids], device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    n = sum(map(len, texts))
+    return (square / n - (total / n).square()).clamp(min=0).mean(-1).sqrt().float().cpu()
 
 
 @contextmanager
@@ -163,7 +202,7 @@ def gather_offsets(model: CausalLM, heads: list[Head]) -> torch.Tensor:
     for layer, attention in enumerate(attention_layers(model)):
         if isinstance(attention.head_out, HeadOffset):
             inside = attention.head_out.heads.tolist()
-            rows |= {(layer, h): v for h, v in zip(inside, attention.head_out.offset, strict=True)}
+            rows |= {(layer, h): v for h, v in zip(inside, attention.head_out.v(), strict=True)}
     return torch.stack([rows[head] for head in heads]).detach().cpu()
 
 

@@ -74,6 +74,10 @@ class CrossEntropy:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def texts(self) -> list[list[int]]:
+        """The ids of every example."""
+        return [ids for ids, _ in self.rows]
+
     def loss(self, rows: list[int]) -> torch.Tensor:
         """Mean over the answer tokens of these examples."""
         batch = collate([self.rows[i] for i in rows], self.device)
@@ -126,6 +130,10 @@ class Preference:
         batch = pack([list(pair) for pair in zip(chosen, rejected, strict=True)], self.device)
         known = self.frozen(rows, batch) if keep else ()
         return sum_by_text(target_losses(self.model, batch, *known), batch).view(-1, 2).T
+
+    def texts(self) -> list[list[int]]:
+        """The ids of every prompt with its chosen answer."""
+        return [ids for ids, _ in self.chosen]
 
     def loss(self, rows: list[int]) -> torch.Tensor:
         """Mean over these pairs."""

@@ -21,6 +21,7 @@ class Recipe:
     select_epochs: int = 5
     offset_epochs: int = 5
     batch_size: int = 8
+    unit: str = "one"  # of the offsets and their lr: as they are, or each head's "sigma"
 
 
 # (layers, query heads) tell the paper's models apart from all others
