@@ -50,6 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument(
+        "--validate", default="every", choices=("every", "last"), help="after which epochs"
+    )
     return parser.parse_args(argv)
 
 
@@ -101,6 +104,9 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
     init = init_offsets(run.model, len(heads), run.seed)
     parameters = attach_offsets(run.model, heads, init, units)
     for epoch, loss in fit(parameters, train.lengths, train.loss, schedule, run.seed, run.log):
+        if args.validate == "last" and epoch < schedule.epochs:
+            print(f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}")
+            continue
         val_loss = mean_loss(val, EVAL_BATCH)
         scored = run.evaluate(val_examples, EVAL_BATCH, "validation")
         metrics = {metric: mean([s[metric] for s in scored]) for metric in run.task.METRICS}
