@@ -12,11 +12,13 @@ from pathlib import Path
 
 from lofit import errors
 from lofit.export.adapters import RESULTS, find_offsets
-from lofit.files import write_json, write_text
+from lofit.files import read_json, read_jsonl, write_json, write_text
 from lofit.heads import OFFSETS, Head, attached_heads, edits_off, load_offsets
 from lofit.llm.generate import compiled_step
 from lofit.report import mean, paired_bootstrap, results_table
 from lofit.session import Session, add_common_args, folds_of, run_folder
+
+PREDICTIONS = "predictions.jsonl"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,6 +32,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     which.add_argument(
         "--offsets", nargs="+", metavar="ADAPTER", default=[],
         help="run folders, adapter folders or hub ids, of any task (default: the run's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base-from", type=Path, metavar="RUN",
+        help="a run whose results hold the base model's answers to the same split",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--compile", action="store_true", help="the decoding step (for GPUs)")
@@ -87,8 +93,11 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
     if args.compile:
         run.decode_step = compiled_step()
     about = run.info() | {"split": args.split, "n": len(examples)} | describe(run, [])
-    with edits_off(run.model):
-        scored = {"base": run.evaluate(examples, args.batch_size, "base model")}
+    if args.base_from:
+        scored = {"base": read_base(args, run, [e.prompt for e in examples])}
+    else:
+        with edits_off(run.model):
+            scored = {"base": run.evaluate(examples, args.batch_size, "base model")}
     for label, path in adapters.items():
         told[label] = attach(run, path)
         scored[label] = run.evaluate(examples, args.batch_size, f"{label} model")
@@ -100,12 +109,32 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
         for i, example in enumerate(examples)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(run.folder / "predictions.jsonl", text)
+    write_text(run.folder / PREDICTIONS, text)
     write_json(run.folder / RESULTS, results)
     run.log({"results": results})
     print_results(f"{run.title}, {args.split} split ({len(examples)} items)", results)
     print(f"-> {run.folder / RESULTS}, predictions.jsonl")
     return results, scored
+
+
+def read_base(args: argparse.Namespace, run: Session, prompts: list[str]) -> list[dict]:
+    """The base model's scores out of another run's results: a study asks it once. InputError unless
+    the same weights were asked the same questions in the same way."""
+    folder = args.base_from if run.fold is None else args.base_from / f"fold{run.fold}"
+    found, mine = read_json(folder / RESULTS), run.info() | {"split": args.split}
+    for key in ("fingerprint", "task", "fold", "chat", "plain", "split"):
+        if found.get(key) != mine[key]:
+            raise errors.InputError(
+                f"{folder / RESULTS}: {key} {found.get(key)}, asked for {mine[key]};"
+                " leave --base-from out"
+            )
+    lines = [line for _, line in read_jsonl(folder / PREDICTIONS)]
+    asked, dtype = [line.get("prompt") for line in lines], found.get("settings", {}).get("dtype")
+    if asked != prompts or dtype != run.settings["dtype"] or not all("base" in x for x in lines):
+        raise errors.InputError(
+            f"{folder}: other questions, or another --dtype ({dtype}); leave --base-from out"
+        )
+    return [line["base"] for line in lines]
 
 
 def summary(

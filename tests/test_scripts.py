@@ -16,6 +16,7 @@ import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
+from lofit.session import Session
 
 FAST = ["--epochs", "2", "--lr", "0.05"]
 
@@ -128,6 +129,27 @@ def test_base_only_needs_no_offsets_and_is_the_base_of_a_full_run(flags, tmp_pat
     train.main([*flags, "--epochs", "2", "--lr", "1", "--heads", "all"])
     eval_script.main([*flags, "--split", "val"])
     assert predictions("base") == alone != predictions("tuned")
+
+
+def test_the_base_models_answers_can_come_from_another_run(flags, tmp_path, monkeypatch):
+    """They are the same; of another split, dtype or other questions they are refused."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main([*flags, "--run", str(first), "--heads", "all", "--epochs", "1"])
+    eval_script.main([*flags, "--run", str(first)])
+    train.main([*flags, "--run", str(second), "--heads", "random", "--epochs", "1"])
+    eval_script.main([*flags, "--run", str(second)])
+    want = json.loads((second / "results.json").read_text())
+    asked, evaluate = [], Session.evaluate
+    monkeypatch.setattr(
+        Session, "evaluate", lambda self, *args: asked.append(args[2]) or evaluate(self, *args)
+    )
+    again = [*flags, "--run", str(second), "--base-from", str(first)]
+    eval_script.main(again)
+    assert asked == ["tuned model"]
+    assert json.loads((second / "results.json").read_text()) == want
+    for extra in (["--split", "val"], ["--dtype", "bfloat16"], ["--plain"]):
+        with pytest.raises(InputError, match="leave --base-from out"):
+            eval_script.main([*again, *extra])
 
 
 def test_default_run_folder_is_named_by_model_and_task(flags, tmp_path, monkeypatch):
