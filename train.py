@@ -84,8 +84,9 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
     control = args.heads in ("random", "all")
     run = Session(args, "train", fold, run_suffix=f"-{args.heads}" if control else "")
     heads = choose_heads(args, run)
+    lr = (args.heads == "all" and run.recipe.all_lr) or run.recipe.offset_lr
     schedule = Schedule(
-        lr=run.setting("lr", args.lr, run.recipe.offset_lr),
+        lr=run.setting("lr", args.lr, lr),
         epochs=run.setting("epochs", args.epochs, run.recipe.offset_epochs),
         batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
         by_length=not args.plain,

@@ -4,6 +4,9 @@ Loud: large weights, sequences longer than the trained length, sizes that no def
 With ordinary tiny weights a model without RoPE scaling passes a comparison of logits.
 """
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
@@ -21,6 +24,7 @@ from lofit.llm.batches import IGNORE, Batch  # noqa: E402
 from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
 from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
+from lofit.studies import cells  # noqa: E402
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
@@ -161,6 +165,21 @@ def small_data(tmp_path) -> Path:
         with path.open() as lines:
             (folder / "truthfulqa" / path.name).write_text("".join(islice(lines, n + 1)))
     return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """A study's scripts called in this process, which spares many starts of torch; returns the
+    calls."""
+    calls = []
+
+    def call(self, step):
+        calls.append((step.script, *step.args))
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(step.script.removesuffix(".py")).main(list(step.args))
+
+    monkeypatch.setattr(cells._Runner, "call", call)
+    return calls
 
 
 @pytest.fixture(scope="session")

@@ -38,8 +38,9 @@ def test_the_papers_values(shape, values):
 )
 def test_an_unknown_model_gets_its_familys_values_and_a_share_of_heads(model_type, family, shape):
     name, recipe = find_recipe(config(26, 4, model_type), "mquake")
-    assert family in name and "want of one" in name
-    assert recipe == replace(find_recipe(config(*shape), "mquake")[1], heads="3%")
+    assert family in name and "want of one; offsets by rule" in name
+    paper = find_recipe(config(*shape), "mquake")[1]
+    assert recipe == replace(paper, heads="3%", unit="sigma", offset_lr=0.3, all_lr=0.03)
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (8, 16, "gemma")])
@@ -56,7 +57,7 @@ def test_a_task_without_a_recipe_takes_the_models_values_for_mquake():
     name, recipe = find_recipe(config(32, 32), "clutrr")
     assert name == "recipe of Llama-2-7B" and (recipe.select_lr, recipe.l1) == (5e-4, 5e-3)
     name, recipe = find_recipe(config(7, 7), "truthfulqa")
-    assert name == "recipe of Llama-2-7B for truthfulqa, for want of one"
+    assert name == "recipe of Llama-2-7B for truthfulqa, for want of one; offsets by rule"
     assert recipe.l1 == 5e-4
 
 

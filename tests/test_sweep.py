@@ -1,44 +1,38 @@
 """The sweep over seeds and numbers of heads: what it calls, and that its table is the runs'."""
 
-import contextlib
-import importlib
-import io
 import json
 
 import pytest
-from conftest import REPO
+import torch
 
 from lofit.errors import InputError
+from lofit.heads import rank_heads
+from lofit.report import paired_bootstrap
 from lofit.studies import sweep
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """The scripts called in this process, which spares five starts of torch; returns the calls."""
-    calls = []
-
-    def call(script, *args):
-        calls.append((script, *args))
-        with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(script.removesuffix(".py")).main(list(args))
-
-    monkeypatch.setattr(sweep, "call", call)
-    return calls
 
 
 def test_the_table_is_what_the_runs_wrote(tiny_folder, small_data, tmp_path, in_process, capsys):
     flags = ["--model", str(tiny_folder), "--data", str(small_data), "--out", str(tmp_path / "out")]
-    flags += ["--task", "mquake", "truthfulqa", "--seeds", "1", "2", "--heads", "5", "2"]
+    flags += ["--task", "mquake", "truthfulqa", "--seeds", "1", "2", "--heads", "5", "2", "all"]
+    flags += ["--select-flags", "--epochs 2", "--train-flags", "--lr 0.1 --epochs 2"]
     sweep.main(flags)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    expected = [(task, k) for task in ("mquake (em)", "truthfulqa (mc1)") for k in (5, 2)]
-    (out,) = (tmp_path / "out").iterdir()
-    for row, (task, k) in zip(rows, expected, strict=True):
-        name, title, base, heads, values, *choices = (c.strip() for c in row.strip("|").split("|"))
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    rows = lines[2:]
+    table = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+    expected = [(t, k) for t in ("mquake (em_stripped)", "truthfulqa (mc1)") for k in (5, 2, 12)]
+    (out,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    for row, numbers, (task, k) in zip(rows, table, expected, strict=True):
+        name, title, base, heads, values, *choices, less = (c.strip() for c in row[1:-1].split("|"))
         metric = task.split("(")[1].strip(")")
         assert (name, title, heads, values) == (tiny_folder.name, task, str(k), f"{8 * k}")
+        tuned = {}
         for choice, cell in zip(("lofit", "random"), choices, strict=True):
-            runs = [out / task.split()[0] / f"seed{seed}-{choice}-{k}" for seed in (1, 2)]
+            if k == 12 and choice == "random":
+                assert (cell, less, numbers["random"]) == ("–", "–", None)
+                continue
+            label = "all" if k == 12 else f"{choice}-{k}"
+            runs = [out / task.split()[0] / f"seed{seed}-{label}" for seed in (1, 2)]
             results = [json.loads((run / "results.json").read_text()) for run in runs]
             assert [r["seed"] for r in results] == [1, 2]
             folds = [r["heads"] if metric == "mc1" else [r["heads"]] for r in results]
@@ -46,18 +40,43 @@ def test_the_table_is_what_the_runs_wrote(tiny_folder, small_data, tmp_path, in_
             one, two = (r["tuned"][metric] for r in results)
             was = results[0]["base"][metric]
             assert base == f"{was:.1%}"
+            files = [sorted(run.glob("**/predictions.jsonl")) for run in runs]
+            read = [[json.loads(x) for f in each for x in f.open()] for each in files]
+            tuned[choice] = [
+                (a["tuned"][metric] + b["tuned"][metric]) / 2 for a, b in zip(*read, strict=True)
+            ]
+            low, high = paired_bootstrap([line["base"][metric] for line in read[0]], tuned[choice])
             points = 100 * ((one + two) / 2 - was)
-            assert cell == f"{(one + two) / 2:.1%} ({points:+.1f}): {100 * one:.1f} {100 * two:.1f}"
-    selected = json.loads((out / "mquake" / "seed1" / "heads.json").read_text())["heads"]
-    few = json.loads((out / "mquake" / "seed1-lofit-2" / "results.json").read_text())["heads"]
-    assert few == selected[:2]
-    # one selection a task and seed serves both numbers of heads
-    assert [script for script, *_ in in_process].count("select_heads.py") == 4
+            assert cell == (
+                f"{(one + two) / 2:.1%} ({points:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]):"
+                f" {100 * one:.1f} {100 * two:.1f}"
+            )
+            assert numbers[choice]["scores"] == pytest.approx([one, two])
+        if k != 12:
+            low, high = paired_bootstrap(tuned["random"], tuned["lofit"])
+            assert less.endswith(f"[{100 * low:+.1f}, {100 * high:+.1f}]")
+    scores = json.loads((out / "mquake" / "seed1" / "heads.json").read_text())["scores"]
+    few = json.loads((out / "mquake" / "seed1-lofit-2" / "results.json").read_text())
+    assert few["heads"] == [list(head) for head in rank_heads(torch.tensor(scores), 2)]
+    assert few["settings"]["lr"] == 0.1
+    # one selection a task and seed serves both numbers of heads, and nothing runs twice
+    called = [script for script, *_ in in_process]
+    assert called.count("select_heads.py") == 4
+    asked = [call for call in in_process if "--base-only" in call]
+    assert len(asked) == 2 and all(
+        "--base-from" in c for c in in_process if c[0] == "eval.py" and c not in asked
+    )
+    sweep.main(flags)
+    again = capsys.readouterr().out
+    assert len(in_process) == len(called)
+    assert [line for line in again.splitlines() if line.startswith("|")] == lines
+    assert "\n".join(lines) in (tmp_path / "out" / "sweep.md").read_text()
 
 
-def test_a_run_that_fails_is_named_with_its_reason(monkeypatch):
-    monkeypatch.chdir(REPO)
-    with pytest.raises(
-        InputError, match=r"eval\.py --model nowhere failed: nowhere: no such folder"
-    ):
-        sweep.call("eval.py", "--model", "nowhere")
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path, in_process, capsys):
+    flags = ["--model", "nowhere", "--task", "mquake", "--seeds", "1", "--heads", "all"]
+    with pytest.raises(InputError, match="2 cells failed"):
+        sweep.main([*flags, "--out", str(tmp_path)])
+    told = capsys.readouterr().err
+    assert "nowhere/mquake base: nowhere: no such folder" in told
+    assert "nowhere/mquake seed 1 all: what it needs failed" in told

@@ -1,95 +1,122 @@
 """The whole job for every model, task, number of heads and seed, beside as many random heads.
 
     python -m lofit.studies.sweep              # both miniatures, all three tasks: runs/sweep/
-    python -m lofit.studies.sweep --model weights/mini-llama --task mquake --heads 3% 10% 20%
+    python -m lofit.studies.sweep --model weights/mini-llama --task mquake --heads 3% 10% all
 
-Prints a Markdown table. Each score is made by the three scripts, called as a person would call
-them; selection runs once per seed, and its scores serve every number of heads.
+Prints a Markdown table and writes it, and its numbers as JSON, to --out. Selection runs once per
+model, task and seed, and its scores serve every number of heads.
 """
 
 import argparse
 import itertools
-import subprocess
-import sys
-import time
+import shlex
 from pathlib import Path
 
 from lofit import errors
 from lofit.files import read_json
-from lofit.report import mean
+from lofit.session import find_task
+from lofit.studies.cells import Cell, Setting, add_study_args, finish, run_cells
+from lofit.studies.tables import cell, compare, markdown, points, summary, write_table
 
-CHOICES = ("lofit", "random")
+ABOUT = (
+    "{split} split; after the mean score its points above the base with the 95 % interval over the"
+    " items, then each of the seeds {seeds}"
+)
+HEADER = ["model", "task", "base", "heads", "values", "LoFiT", "random heads", "LoFiT − random"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arg = parser.add_argument
-    arg("--model", nargs="+", default=["weights/mini-llama", "weights/mini-gemma"])
-    arg("--task", nargs="+", default=["mquake", "clutrr", "truthfulqa"])
-    arg("--data", default="data/mini")
-    arg("--split", default="test", choices=("val", "test"))
-    arg("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    arg("--heads", nargs="+", default=["10%", "3%"])
-    arg("--dtype", default="auto", help="of the base model's weights")
-    arg("--out", type=Path, default=Path("runs/sweep"))
+    add_study_args(parser, "runs/sweep")
+    parser.add_argument("--heads", nargs="+", default=["10%", "3%"], help="numbers, shares, or all")
+    for script in ("select", "train"):
+        parser.add_argument(
+            f"--{script}-flags", type=shlex.split, default=[], help='more flags, like "--lr 0.1"'
+        )
     return parser.parse_args(argv)
 
 
-def call(script: str, *args: str) -> None:
-    """Run one of the scripts, its output kept for the case that it fails."""
-    command = [sys.executable, script, *args]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise errors.InputError(f"{' '.join(command)} failed: {last[0].removeprefix('error: ')}")
+def run_of(args: argparse.Namespace, setting: Setting, choice: str, k: str) -> Path:
+    """The folder of a run."""
+    name = "all" if k == "all" else f"{choice}-{k}"
+    return args.out / setting.name / f"seed{setting.seed}-{name}"
 
 
-def all_runs(args: argparse.Namespace, model: str, task: str, k: str) -> dict[str, list[dict]]:
-    """Train and evaluate K heads of each choice with each seed: choice -> results.json by seed.
-    The scales are learnt with the first number of heads and serve the others."""
-    out = args.out / model.rstrip("/").replace("/", "--") / task
-    found: dict[str, list[dict]] = {choice: [] for choice in CHOICES}
-    for choice, seed in itertools.product(CHOICES, args.seeds):
-        common = ["--model", model, "--task", task, "--data", args.data, "--seed", str(seed)]
-        common += ["--dtype", args.dtype]
-        selected, run = out / f"seed{seed}", out / f"seed{seed}-{choice}-{k}"
-        if choice == "lofit" and k == args.heads[0]:
-            call("select_heads.py", *common, "--run", str(selected), "--heads", k)
-        source = str(selected) if choice == "lofit" else choice
-        call("train.py", *common, "--heads", source, "--top", k, "--run", str(run))
-        call("eval.py", *common, "--split", args.split, "--run", str(run))
-        found[choice].append(read_json(run / "results.json"))
-    return found
+def cells_of(args: argparse.Namespace, setting: Setting, asked: Cell) -> list[Cell]:
+    """The selection of one model, task and seed, and the runs of each choice of K heads. asked: the
+    cell in which the base model was."""
+    base = ("--base-from", str(args.out / setting.name / "base"))
+    selected = args.out / setting.name / f"seed{setting.seed}"
+    title = f"{setting.name} seed {setting.seed}"
+    ranked = Cell(f"{title} selection", [setting.select(selected, *args.select_flags)])
+    cells = []
+    for k, choice in itertools.product(args.heads, ("lofit", "random")):
+        run = run_of(args, setting, choice, k)
+        if k == "all":  # no choice to be made
+            flags, needs = ("--heads", "all"), (asked,)
+        elif choice == "lofit":
+            flags, needs = ("--heads", str(selected), "--top", k), (asked, ranked)
+        else:
+            flags, needs = ("--heads", "random", "--top", k), (asked,)
+        if k != "all" or choice == "lofit":
+            steps = [setting.train(run, *flags, *args.train_flags), setting.evaluate(run, *base)]
+            cells.append(Cell(f"{title} {run.name.partition('-')[2]}", steps, needs))
+    return cells
 
 
-def table_row(model: str, task: str, runs: dict[str, list[dict]]) -> str:
-    """Results of each choice by seed -> a line of the table. The task's first metric is shown; of
-    a task in folds, each of which has its own heads, the number in one fold."""
-    first = runs[CHOICES[0]][0]
-    metric, base = next(iter(first["base"].items()))
-    k = len(first["heads"][0] if "folds" in first else first["heads"])
-    cells = [Path(model).name, f"{task} ({metric})", f"{base:.1%}", str(k)]
-    cells.append(f"{first['trained_values']:,}")
-    for choice in CHOICES:
-        scores = [run["tuned"][metric] for run in runs[choice]]
-        each = " ".join(f"{100 * score:.1f}" for score in scores)
-        gain = 100 * (mean(scores) - base)
-        cells.append(f"{mean(scores):.1%} ({gain:+.1f}): {each}")
-    return f"| {' | '.join(cells)} |"
+def table_row(args: argparse.Namespace, settings: list[Setting], k: str) -> dict | None:
+    """The runs of K heads of one model and task, of all seeds; None if none is done. Of a task in
+    folds, each of which has its own heads, the number in one fold."""
+    lofit, drawn = (
+        [run_of(args, s, choice, k) for s in settings] for choice in ("lofit", "random")
+    )
+    done = [run for run in (*lofit, *drawn) if (run / "results.json").exists()]
+    if not done:
+        return None
+    first, metric = read_json(done[0] / "results.json"), find_task(settings[0].task)[1].MAIN_METRIC
+    row = {"model": Path(settings[0].model).name, "task": settings[0].task, "metric": metric}
+    row |= {"k": k, "heads": len(first["heads"][0] if "folds" in first else first["heads"])}
+    row |= {"values": first["trained_values"], "base": first["base"][metric]}
+    row |= {"seeds": args.seeds, "lofit": summary(lofit, metric)}
+    if k == "all":
+        return row | {"random": None, "lofit - random": None}
+    return row | {
+        "random": summary(drawn, metric),
+        "lofit - random": compare(lofit, drawn, metric),
+    }
+
+
+def as_text(row: dict) -> list[str]:
+    """A line of the table."""
+    difference = row["lofit - random"]
+    return [
+        row["model"], f"{row['task']} ({row['metric']})", f"{row['base']:.1%}", str(row["heads"]),
+        f"{row['values']:,}", cell(row["lofit"]), cell(row["random"]),
+        points(*difference.values()) if difference else "–",
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    began = time.time()
-    seeds = ", ".join(map(str, args.seeds))
-    print(f"{args.split} split; after the mean and its points above the base: seeds {seeds}\n")
-    print("| model | task | base | heads | values | LoFiT | random heads |")
-    print("|---|---|---:|---:|---:|---|---|", flush=True)
-    for model, task, k in itertools.product(args.model, args.task, args.heads):
-        print(table_row(model, task, all_runs(args, model, task, k)), flush=True)
-    print(f"\nin {(time.time() - began) / 60:.0f} minutes")
+    settings = {
+        (model, task): [
+            Setting(model, task, args.data, seed, args.dtype, args.split) for seed in args.seeds
+        ]
+        for model, task in itertools.product(args.model, args.task)
+    }
+    cells = []
+    for each in settings.values():
+        folder = args.out / each[0].name / "base"
+        asked = Cell(f"{each[0].name} base", [each[0].evaluate(folder, "--base-only")])
+        cells += [cell for setting in each for cell in cells_of(args, setting, asked)]
+    failed = run_cells(cells, args.jobs, args.device)
+    rows = [table_row(args, each, k) for each in settings.values() for k in args.heads]
+    rows = [row for row in rows if row]
+    about = ABOUT.format(split=args.split, seeds=", ".join(map(str, args.seeds)))
+    write_table(args.out, "sweep", about, markdown(HEADER, list(map(as_text, rows))), rows)
+    finish(failed)
 
 
 if __name__ == "__main__":
