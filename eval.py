@@ -15,8 +15,8 @@ from lofit.export.adapters import RESULTS, find_offsets
 from lofit.files import read_json, read_jsonl, write_json, write_text
 from lofit.heads import OFFSETS, Head, attached_heads, edits_off, load_offsets
 from lofit.llm.generate import compiled_step
-from lofit.report import mean, paired_bootstrap, results_table
 from lofit.session import Session, add_common_args, folds_of, run_folder
+from lofit.summary import mean, paired_bootstrap, results_table
 
 PREDICTIONS = "predictions.jsonl"
 

@@ -9,8 +9,8 @@ import argparse
 from lofit import errors
 from lofit.heads import attach_scales, head_scores, init_scales, rank_heads, save_heads
 from lofit.recipes import count_heads
-from lofit.report import head_map, save_head_map
 from lofit.session import Session, add_common_args, folds_of
+from lofit.summary import head_map, save_head_map
 from lofit.training import Schedule, fit
 
 

@@ -24,8 +24,8 @@ from lofit.heads import (
 )
 from lofit.objectives import mean_loss
 from lofit.recipes import count_heads
-from lofit.report import mean
 from lofit.session import Session, add_common_args, folds_of
+from lofit.summary import mean
 from lofit.training import Schedule, fit
 
 EVAL_BATCH = 64

@@ -1,58 +1,90 @@
-"""The head map, the interval and the table."""
+"""The page of a run: what is on it, all text escaped, and what it does without its parts."""
 
+import json
+import re
 import sys
 
 import pytest
-import torch
+from conftest import make_run
 
-from lofit.report import head_map, paired_bootstrap, results_table, save_head_map
+import eval as eval_script
+import train
+from lofit import report
+from lofit.errors import InputError
 
-SCORES = torch.tensor([[0.0, 1.0, 0.5], [0.2, 0.0, 0.9]])
-
-
-def test_head_map_has_the_last_layer_on_top():
-    lines = head_map(SCORES, [(0, 1), (1, 2)]).splitlines()
-    assert lines[0] == "layer   1 |.   #| 1"
-    assert lines[1] == "layer   0 |  # -| 1"
-    assert "head 0 .. 2" in lines[2]
+WICKED = '<script>alert(1)</script> & "quotes"'
 
 
-def test_head_map_of_equal_zero_scores():
-    assert "#" in head_map(torch.zeros(1, 2), [(0, 0)])
+@pytest.fixture
+def run(tiny_folder, small_data, tmp_path):
+    """A trained and evaluated run, one question of whose test split has a script in it."""
+    path = small_data / "MQuAKE" / "test.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    case = json.loads(first)
+    case["questions"][0] = WICKED
+    path.write_text(json.dumps(case) + "\n" + "".join(others))
+    folder = tmp_path / "run"
+    flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(folder)]
+    train.main([*flags, "--heads", "all", "--epochs", "2", "--lr", "0.3"])
+    eval_script.main(flags)
+    return folder
 
 
-def test_head_map_as_a_picture(tmp_path):
+def test_the_page_has_results_curves_answers_and_what_offsets_say(run, capsys):
     pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
-    assert save_head_map(tmp_path / "heads.png", SCORES, [(0, 1)], "title")
-    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    report.main([str(run)])
+    text = (run / "report.html").read_text()
+    assert f"-> {run / 'report.html'}" in capsys.readouterr().out
+    results = json.loads((run / "results.json").read_text())
+    assert f"{100 * results['tuned']['em']:.1f} %" in text and "12 offsets, 96 trained" in text
+    assert text.count("data:image/svg+xml;base64,") == 2  # loss, validation; no selection here
+    assert text.count("<article") >= 3 and text.count("<code>") == 12 * 10
+    # one file, no network, no script
+    assert not re.search(r"<script|<link|@import|src=\"(?!data:)|url\(", text)
 
 
-def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
+def test_an_answer_with_a_script_stays_text(run):
+    line = json.loads((run / "predictions.jsonl").open().readline())
+    line["base"]["prediction"], line["tuned"]["prediction"] = WICKED, f"{WICKED} more"
+    (run / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+    text = report.page(run)
+    assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
+    assert "<ins> more</ins>" in text
+
+
+def test_only_the_words_that_differ_are_marked():
+    both = report.marked("the old <b> answer", "the new <b> answer")
+    assert both["was"] == "the <del>old</del> &lt;b&gt; answer"
+    assert both["now"] == "the <ins>new</ins> &lt;b&gt; answer"
+
+
+def test_given_answers_are_read_as_the_most_probable_one():
+    line = {"right": [" yes."], "wrong": [" no.", " maybe."]}
+    line["base"] = {"log_probs": {"right": [-3.0], "wrong": [-4.0, -1.0]}}
+    assert report.said(line, "base") == "maybe."
+
+
+def test_the_curves_are_those_of_the_last_training():
+    def step(script, n, loss, epoch=1):
+        return {"script": script, "epoch": epoch, "step": n, "task_loss": loss}
+
+    validated = {"script": "train", "epoch": 1, "val_loss": 0.5, "val": {"em": 0.25}}
+    log = [step("select_heads", 1, 9.0), step("train", 1, 8.0), step("train", 1, 2.0)]
+    found = report.curves([*log, step("train", 2, 1.0), validated])
+    assert found["training loss"] == [(0.5, 2.0), (1.0, 1.0)]
+    assert found["validation loss"] == [(1, 0.5)] and found["validation em"] == [(1, 0.25)]
+
+
+def test_without_matplotlib_a_line_says_so(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not save_head_map(tmp_path / "heads.png", SCORES, [(0, 1)], "title")
-    assert not (tmp_path / "heads.png").exists()
+    text = report.page(run)
+    assert "matplotlib is not installed" in text and "data:image" not in text
 
 
-def test_bootstrap_interval_is_the_textbooks():
-    """200 items, 60 gained and 20 lost: mean 0.2, standard error 0.0424."""
-    base, tuned = [0.0] * 180 + [1.0] * 20, [1.0] * 60 + [0.0] * 140
-    low, high = paired_bootstrap(base, tuned)
-    error = ((60 + 20) / 200 - 0.2**2) ** 0.5 / 200**0.5
-    assert (low, high) == pytest.approx((0.2 - 1.96 * error, 0.2 + 1.96 * error), abs=0.006)
-    assert paired_bootstrap(base, base) == (0, 0)
-    assert paired_bootstrap(base, tuned) == (low, high)  # seeded
-
-
-def test_results_table():
-    results = {
-        "base": {"em": 0.125, "old_answer": 0.5},
-        "tuned": {"em": 0.875, "old_answer": 0.0},
-        "difference": {
-            "em": {"value": 0.75, "ci95": [0.7, 0.8]},
-            "old_answer": {"value": -0.5, "ci95": [-0.6, -0.4]},
-        },
-    }
-    lines = results_table(results).splitlines()
-    assert lines[1].split() == ["em", "12.5%", "87.5%", "+75.0", "[+70.0,", "+80.0]"]
-    assert lines[2].split() == ["old_answer", "50.0%", "0.0%", "-50.0", "[-60.0,", "-40.0]"]
-    assert results_table({"base": results["base"]}).splitlines()[1].split() == ["em", "12.5%"]
+def test_offsets_that_were_not_evaluated(tiny_folder, tmp_path, run):
+    make_run(tmp_path / "bare", tiny_folder)
+    assert "Not evaluated" in report.page(tmp_path / "bare")
+    (tmp_path / "bare" / "results.json").write_text((run / "results.json").read_text())
+    assert "Not evaluated" in report.page(tmp_path / "bare")  # those are of other heads
+    with pytest.raises(InputError, match="no offsets.safetensors in it"):
+        report.main([str(tiny_folder)])

@@ -7,7 +7,7 @@ from huggingface_hub.errors import HFValidationError
 
 from lofit.export.adapters import Adapter
 from lofit.export.folding import FoldedBase
-from lofit.report import results_table
+from lofit.summary import results_table
 
 LIBRARY = {"hf": "transformers", "peft": "peft", "steered": "lm-eval", "lofit": "lofit"}
 LICENCE_KEYS = ("license", "license_name", "license_link")

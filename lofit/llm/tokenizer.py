@@ -48,9 +48,18 @@ class Tokenizer:
         a SentencePiece tokenizer drops the space in front of the first word."""
         return self._backend.decode(ids)
 
+    @property
+    def size(self) -> int:
+        """Ids that stand for something; a model's vocabulary may be padded beyond them."""
+        return self._backend.size
+
+    def token(self, i: int) -> str:
+        """An id as a person reads it: its text, or its name where it has none."""
+        return self.decode([i]) or self._backend.name_of(i)
+
     def ids_with(self, text: str) -> frozenset[int]:
         """The ids whose own text has `text` in it, a single character."""
-        return frozenset(i for i in range(self._backend.size) if text in self.decode([i]))
+        return frozenset(i for i in range(self.size) if text in self.decode([i]))
 
 
 class _Json:
@@ -72,6 +81,9 @@ class _Json:
 
     def id_of(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
+
+    def name_of(self, i: int) -> str:
+        return self.backend.id_to_token(i) or ""
 
     def around(self) -> tuple[list[int], list[int]]:
         """What the post-processor puts in front of a text and behind it."""
@@ -108,6 +120,9 @@ class _SentencePiece:
     def id_of(self, token: str) -> int | None:
         found = self.backend.piece_to_id(token)
         return None if found == self.backend.unk_id() else found
+
+    def name_of(self, i: int) -> str:
+        return self.backend.id_to_piece(i)
 
 
 def load_tokenizer(

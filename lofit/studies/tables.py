@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lofit.files import read_jsonl, write_json, write_text
-from lofit.report import mean, paired_bootstrap
+from lofit.summary import mean, paired_bootstrap
 
 
 def items(run: Path, metric: str) -> tuple[list[float], list[float]]:

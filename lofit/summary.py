@@ -1,0 +1,81 @@
+"""What a person looks at: the map of heads, the results table, the confidence intervals."""
+
+from pathlib import Path
+
+import torch
+
+from lofit.files import write_atomic
+from lofit.heads import Head
+
+SHADES = " .:-=+*"
+
+
+def head_map(scores: torch.Tensor, heads: list[Head]) -> str:
+    """Layers (rows, the last on top) x heads (columns) as text; `#` marks the chosen heads, the
+    others are shaded by score. scores: [layer, head]."""
+    top = scores.max().clamp(min=1e-12)
+    chosen = set(heads)
+    lines = []
+    for layer in reversed(range(scores.shape[0])):
+        shades = (scores[layer] / top * (len(SHADES) - 1)).int().tolist()
+        cells = ("#" if (layer, h) in chosen else SHADES[s] for h, s in enumerate(shades))
+        n = sum(in_layer == layer for in_layer, _ in heads)
+        lines.append(f"layer {layer:3} |{' '.join(cells)}| {n or ''}".rstrip())
+    return "\n".join([*lines, f"          head 0 .. {scores.shape[1] - 1}    # = chosen"])
+
+
+def save_head_map(path: Path, scores: torch.Tensor, heads: list[Head], title: str) -> bool:
+    """The same as a PNG; False (and no file) where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        figsize=(2 + 0.25 * scores.shape[1], 1.5 + 0.25 * scores.shape[0]), layout="constrained"
+    )
+    image = axes.imshow(scores.numpy(), origin="lower", cmap="Blues")
+    layers, columns = zip(*heads, strict=True)
+    axes.scatter(columns, layers, marker="s", s=60, facecolors="none", edgecolors="crimson")
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    figure.colorbar(image, label="score: norm of the learned scale")
+    write_atomic(path, lambda p: figure.savefig(p, dpi=120, format="png"))
+    plt.close(figure)
+    return True
+
+
+def paired_bootstrap(
+    base: list[float], tuned: list[float], seed: int = 0, draws: int = 10_000
+) -> tuple[float, float]:
+    """95 % percentile interval of mean(tuned - base), resampling the items in pairs."""
+    difference = torch.tensor(tuned, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    n = len(difference)
+    means = torch.stack(
+        [difference[torch.randint(n, (n,), generator=generator)].mean() for _ in range(draws)]
+    )
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def results_table(results: dict) -> str:
+    """The `metrics` of results.json as a table, in percent."""
+    lines = [f"{'':14}{'base':>9}{'tuned':>9}   difference [95 % interval]"]
+    for metric, base in results["base"].items():
+        if "tuned" not in results:
+            lines.append(f"{metric:14}{base:9.1%}")
+            continue
+        change = results["difference"][metric]
+        low, high = (100 * bound for bound in change["ci95"])
+        lines.append(
+            f"{metric:14}{base:9.1%}{results['tuned'][metric]:9.1%}"
+            f"   {100 * change['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        )
+    return "\n".join(lines)
