@@ -11,14 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lofit import errors
-from lofit.export.adapters import RESULTS, find_offsets
-from lofit.files import read_json, read_jsonl, write_json, write_text
-from lofit.heads import OFFSETS, Head, attached_heads, edits_off, load_offsets
+from lofit.artefacts import OFFSETS, PREDICTIONS, RESULTS, load_offsets, read_base
+from lofit.export.adapters import find_offsets
+from lofit.files import write_json, write_text
+from lofit.heads import Head, attached_heads, edits_off
 from lofit.llm.generate import compiled_step
 from lofit.session import Session, add_common_args, folds_of, run_folder
-from lofit.summary import mean, paired_bootstrap, results_table
-
-PREDICTIONS = "predictions.jsonl"
+from lofit.summary import print_results, results_table, summarize
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,7 +93,9 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
         run.decode_step = compiled_step()
     about = run.info() | {"split": args.split, "n": len(examples)} | describe(run, [])
     if args.base_from:
-        scored = {"base": read_base(args, run, [e.prompt for e in examples])}
+        folder = args.base_from if fold is None else args.base_from / f"fold{fold}"
+        mine = run.info() | {"split": args.split}
+        scored = {"base": read_base(folder, mine, [e.prompt for e in examples])}
     else:
         with edits_off(run.model):
             scored = {"base": run.evaluate(examples, args.batch_size, "base model")}
@@ -102,7 +103,7 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
         told[label] = attach(run, path)
         scored[label] = run.evaluate(examples, args.batch_size, f"{label} model")
 
-    results = summary(about, told, scored, run.task.METRICS)
+    results = summarize(about, told, scored, run.task.METRICS)
     lines = [
         {key: value for key, value in asdict(example).items() if value}
         | {who: rows[i] for who, rows in scored.items()}
@@ -117,61 +118,6 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
     return results, scored
 
 
-def read_base(args: argparse.Namespace, run: Session, prompts: list[str]) -> list[dict]:
-    """The base model's scores out of another run's results: a study asks it once. InputError unless
-    the same weights were asked the same questions in the same way."""
-    folder = args.base_from if run.fold is None else args.base_from / f"fold{run.fold}"
-    found, mine = read_json(folder / RESULTS), run.info() | {"split": args.split}
-    for key in ("fingerprint", "task", "fold", "chat", "plain", "split"):
-        if found.get(key) != mine[key]:
-            raise errors.InputError(
-                f"{folder / RESULTS}: {key} {found.get(key)}, asked for {mine[key]};"
-                " leave --base-from out"
-            )
-    lines = [line for _, line in read_jsonl(folder / PREDICTIONS)]
-    asked, dtype = [line.get("prompt") for line in lines], found.get("settings", {}).get("dtype")
-    if asked != prompts or dtype != run.settings["dtype"] or not all("base" in x for x in lines):
-        raise errors.InputError(
-            f"{folder}: other questions, or another --dtype ({dtype}); leave --base-from out"
-        )
-    return [line["base"] for line in lines]
-
-
-def summary(
-    about: dict, told: dict[str, dict], scored: dict[str, list[dict]], metrics: tuple[str, ...]
-) -> dict:
-    """results.json: `about` and the means of the base model; of the tuned one what is told of it,
-    its means, differences and intervals. Several tuned ones stand by label under "adapters"."""
-    columns = {
-        who: {metric: [row[metric] for row in rows] for metric in metrics}
-        for who, rows in scored.items()
-    }
-    means = {who: {metric: mean(c[metric]) for metric in metrics} for who, c in columns.items()}
-    adapters = {}
-    for who in told:
-        difference = {
-            metric: {
-                "value": means[who][metric] - means["base"][metric],
-                "ci95": paired_bootstrap(columns["base"][metric], columns[who][metric]),
-            }
-            for metric in metrics
-        }
-        adapters[who] = told[who] | {"tuned": means[who], "difference": difference}
-    found = about | {"base": means["base"]}
-    return found | (adapters.get("tuned") or ({"adapters": adapters} if adapters else {}))
-
-
-def print_results(title: str, results: dict) -> None:
-    """The table of each set of offsets, or of the base model alone."""
-    for label, own in (results.get("adapters") or {"": {}}).items():
-        part = results | own
-        print(
-            f"\n{title}, {f'{label}, ' if label else ''}{len(part['heads'])} heads,"
-            f" {part['trained_values']:,} trained values ({part['share_of_base']:.4%} of the base"
-            f" model), seed {part['seed']}\n{results_table(part)}"
-        )
-
-
 def average(args: argparse.Namespace, folds: list[tuple[dict, dict[str, list[dict]]]]) -> None:
     """Results of both folds together, over all their items; writes and prints them."""
     (first, one), (second, other) = folds
@@ -184,7 +130,7 @@ def average(args: argparse.Namespace, folds: list[tuple[dict, dict[str, list[dic
         both = [r["adapters"][who] if "adapters" in r else r for r in (first, second)]
         told[who] = {"heads": [r["heads"] for r in both]}
         told[who] |= {key: both[0][key] for key in ("trained_values", "share_of_base")}
-    results = summary(about, told, whole, tuple(first["base"]))
+    results = summarize(about, told, whole, tuple(first["base"]))
     write_json(run_folder(args, suffix(args)) / RESULTS, results)
     for label, own in (results.get("adapters") or {"": {}}).items():
         title = f"both folds, {results['n']} items{f', {label}' if label else ''}"

@@ -7,7 +7,8 @@ python select_heads.py --model meta-llama/Llama-2-7b-hf --data data/real --heads
 import argparse
 
 from lofit import errors
-from lofit.heads import attach_scales, head_scores, init_scales, rank_heads, save_heads
+from lofit.artefacts import save_heads
+from lofit.heads import attach_scales, head_scores, init_scales, rank_heads
 from lofit.recipes import count_heads
 from lofit.session import Session, add_common_args, folds_of
 from lofit.summary import head_map, save_head_map

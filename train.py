@@ -11,17 +11,8 @@ from pathlib import Path
 import torch
 
 from lofit import errors
-from lofit.heads import (
-    OFFSETS,
-    Head,
-    attach_offsets,
-    gather_offsets,
-    head_sigma,
-    init_offsets,
-    load_heads,
-    rank_heads,
-    save_offsets,
-)
+from lofit.artefacts import OFFSETS, load_heads, save_offsets
+from lofit.heads import Head, attach_offsets, gather_offsets, head_sigma, init_offsets, rank_heads
 from lofit.objectives import mean_loss
 from lofit.recipes import count_heads
 from lofit.session import Session, add_common_args, folds_of

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from lofit import errors
+from lofit.artefacts import check_base
 from lofit.export.adapters import Adapter, load_tuned, open_adapter
 from lofit.files import write_json
-from lofit.heads import check_base, check_heads
+from lofit.heads import check_heads
 from lofit.llm import load_tokenizer
 from lofit.llm.model import CausalLM
 from lofit.llm.tokenizer import Tokenizer

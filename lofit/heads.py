@@ -1,4 +1,4 @@
-"""The method's two edits of attention heads, and everything that attaches, ranks and stores them.
+"""The method's two edits of attention heads, and everything that attaches and ranks them.
 
 An edit takes the place of the `head_out` slot of an attention layer and acts on
 z: [batch, position, n_heads, head_dim], the heads' outputs right before `o_proj`, at every
@@ -7,18 +7,15 @@ position. Edits are fp32 whatever the model's dtype; the result is cast back.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from lofit.errors import InputError
-from lofit.files import read_json, read_tensors, write_json, write_tensors
 from lofit.llm.model import Attention, CausalLM
 
 INIT_STD = 1e-3  # of A and v (paper's code; METHOD: N(0, 1e-3) is the standard deviation)
 Head = tuple[int, int]  # (layer, head)
-OFFSETS, ADAPTER_CONFIG = "offsets.safetensors", "lofit_config.json"  # an adapter's two files
 
 
 class HeadScale(nn.Module):
@@ -219,62 +216,6 @@ def check_heads(model: CausalLM, heads: list[Head], where: str) -> None:
             )
     if len(set(heads)) != len(heads):
         raise InputError(f"{where}: a head is listed twice")
-
-
-def save_heads(path: Path, heads: list[Head], scores: torch.Tensor, info: dict) -> None:
-    """Write heads.json: `info` (model, task, seed, settings), heads, scores [layer][head]."""
-    write_json(path, info | {"heads": heads, "scores": scores.tolist()})
-
-
-def load_heads(path: Path, model: CausalLM) -> tuple[list[Head], torch.Tensor]:
-    """Read heads.json -> (heads descending, scores [layer, head]). InputError on a mismatch."""
-    found = read_json(path)
-    check_base(model, found, path)
-    try:
-        heads = [(int(layer), int(head)) for layer, head in found["heads"]]
-        scores = torch.tensor(found["scores"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: 'heads' or 'scores' is missing or malformed ({error})") from None
-    check_heads(model, heads, str(path))
-    return heads, scores
-
-
-def save_offsets(path: Path, heads: list[Head], offsets: torch.Tensor, info: dict) -> None:
-    """Write offsets.safetensors: heads [K, 2] int64, offsets [K, head_dim] fp32, and `info`; the
-    latter also as lofit_config.json beside it, for whoever reads no safetensors headers."""
-    write_json(path.with_name(ADAPTER_CONFIG), {"method": "LoFiT"} | info | {"heads": heads})
-    write_tensors(path, {"heads": torch.tensor(heads), "offsets": offsets.contiguous()}, info)
-
-
-def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
-    """Inverse of `save_offsets`, from the safetensors file alone. InputError if malformed."""
-    tensors, info = read_tensors(path)
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    heads, offsets = tensors.get("heads"), tensors.get("offsets")
-    if len(tensors) != 2 or heads is None or offsets is None or offsets.dim() != 2:
-        raise InputError(f"{path}: expected heads [K, 2] and offsets [K, head_dim], found {shapes}")
-    if heads.shape != (len(offsets), 2):
-        raise InputError(f"{path}: expected one (layer, head) for each offset, found {shapes}")
-    return [(layer, head) for layer, head in heads.tolist()], offsets, info
-
-
-def load_offsets(path: Path, model: CausalLM) -> tuple[list[Head], dict]:
-    """Attach the offsets of a file to the model; returns its heads and `info`. InputError on a
-    mismatch, with the model untouched."""
-    heads, offsets, info = read_offsets(Path(path))
-    check_base(model, info, path)
-    attach_offsets(model, heads, offsets)
-    return heads, info
-
-
-def check_base(model: CausalLM, info: dict, path: Path) -> None:
-    """Raise InputError unless `info` was made with the weights of this model."""
-    if info.get("fingerprint") != model.source.fingerprint:
-        raise InputError(
-            f"{path}: made with {info.get('model')} (fingerprint {info.get('fingerprint')}), but"
-            f" this is {model.source.name} ({model.source.fingerprint}); name that model with"
-            " --model, or run the step before again"
-        )
 
 
 def _grid(model: CausalLM) -> tuple[int, int]:

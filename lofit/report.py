@@ -17,10 +17,10 @@ import torch
 from markupsafe import Markup, escape
 
 from lofit import errors
+from lofit.artefacts import PREDICTIONS, RESULTS, read_offsets
 from lofit.explain import explain_run
-from lofit.export.adapters import RESULTS, find_offsets
+from lofit.export.adapters import find_offsets
 from lofit.files import read_json, read_jsonl, write_text
-from lofit.heads import read_offsets
 
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
 SHOWN = 12  # answers
@@ -149,8 +149,8 @@ def page(run: Path, model: str | None = None) -> str:
     if results and (results.get("heads") != [list(h) for h in heads] or "tuned" not in results):
         results = None  # of other offsets than these
     answers, log, scores = [], [], None
-    if results and (run / "predictions.jsonl").exists():
-        lines = [line for _, line in read_jsonl(run / "predictions.jsonl")]
+    if results and (run / PREDICTIONS).exists():
+        lines = [line for _, line in read_jsonl(run / PREDICTIONS)]
         answers = pick_answers(lines, next(iter(results["base"])))
     if (run / "log.jsonl").exists():
         log = [record for _, record in read_jsonl(run / "log.jsonl")]

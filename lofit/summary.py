@@ -1,4 +1,4 @@
-"""What a person looks at: the map of heads, the results table, the confidence intervals."""
+"""What a person looks at: the map of heads, results with confidence intervals, their table."""
 
 from pathlib import Path
 
@@ -79,3 +79,38 @@ def results_table(results: dict) -> str:
             f"   {100 * change['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
         )
     return "\n".join(lines)
+
+
+def summarize(
+    about: dict, told: dict[str, dict], scored: dict[str, list[dict]], metrics: tuple[str, ...]
+) -> dict:
+    """results.json: `about` and the means of the base model; of the tuned one what is told of it,
+    its means, differences and intervals. Several tuned ones stand by label under "adapters"."""
+    columns = {
+        who: {metric: [row[metric] for row in rows] for metric in metrics}
+        for who, rows in scored.items()
+    }
+    means = {who: {metric: mean(c[metric]) for metric in metrics} for who, c in columns.items()}
+    adapters = {}
+    for who in told:
+        difference = {
+            metric: {
+                "value": means[who][metric] - means["base"][metric],
+                "ci95": paired_bootstrap(columns["base"][metric], columns[who][metric]),
+            }
+            for metric in metrics
+        }
+        adapters[who] = told[who] | {"tuned": means[who], "difference": difference}
+    found = about | {"base": means["base"]}
+    return found | (adapters.get("tuned") or ({"adapters": adapters} if adapters else {}))
+
+
+def print_results(title: str, results: dict) -> None:
+    """The table of each set of offsets, or of the base model alone."""
+    for label, own in (results.get("adapters") or {"": {}}).items():
+        part = results | own
+        print(
+            f"\n{title}, {f'{label}, ' if label else ''}{len(part['heads'])} heads,"
+            f" {part['trained_values']:,} trained values ({part['share_of_base']:.4%} of the base"
+            f" model), seed {part['seed']}\n{results_table(part)}"
+        )

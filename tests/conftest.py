@@ -18,8 +18,8 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 
+from lofit.artefacts import load_offsets, save_offsets  # noqa: E402
 from lofit.export import formats  # noqa: E402
-from lofit.heads import load_offsets, save_offsets  # noqa: E402
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
 from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
 from lofit.llm.config import ModelConfig  # noqa: E402

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from measure_loading import memory, write_checkpoint
 
+from lofit.artefacts import save_offsets
 from lofit.export import formats
 from lofit.files import read_json
-from lofit.heads import save_offsets
 from lofit.llm.checkpoint import load_model
 
 

@@ -9,8 +9,8 @@ from conftest import MINI, make_run, random_model, run_export
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lofit.artefacts import read_offsets
 from lofit.errors import InputError
-from lofit.heads import read_offsets
 from lofit.llm.checkpoint import save_model
 from lofit.llm.config import ModelConfig
 

@@ -7,6 +7,7 @@ import torch
 from conftest import LOUD_GEMMAS, TOLERANCE, difference, random_model
 from safetensors.torch import load_file
 
+from lofit.artefacts import load_heads, load_offsets, save_heads, save_offsets
 from lofit.errors import InputError
 from lofit.heads import (
     attach_offsets,
@@ -19,12 +20,8 @@ from lofit.heads import (
     head_sigma,
     init_offsets,
     init_scales,
-    load_heads,
-    load_offsets,
     lowest_edit,
     rank_heads,
-    save_heads,
-    save_offsets,
 )
 from lofit.llm.checkpoint import load_model
 

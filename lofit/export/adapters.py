@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from lofit.artefacts import OFFSETS, RESULTS, read_offsets
 from lofit.errors import InputError
 from lofit.files import read_json
-from lofit.heads import OFFSETS, Head, attach_offsets, read_offsets
+from lofit.heads import Head, attach_offsets
 from lofit.llm.checkpoint import (
     assemble,
     find_folder,
@@ -20,7 +21,6 @@ from lofit.llm.checkpoint import (
 from lofit.llm.config import ModelConfig
 from lofit.llm.model import CausalLM
 
-RESULTS = "results.json"
 # Beside a model's own tensors in the paper's released checkpoints: A and v of each head.
 RELEASED = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
 

@@ -19,12 +19,12 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
 
+from lofit.artefacts import OFFSETS, save_offsets
 from lofit.errors import InputError
 from lofit.export.adapters import Adapter, open_adapter
 from lofit.export.card import model_card
 from lofit.export.folding import FoldedBase, fold
 from lofit.files import save_tensors, write_json, write_text
-from lofit.heads import OFFSETS, save_offsets
 from lofit.llm.checkpoint import DTYPES, HF_METADATA, INDEX, LICENCES, stored_tensors, weight_files
 
 COPIED = (
