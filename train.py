@@ -75,7 +75,8 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
     control = args.heads in ("random", "all")
     run = Session(args, "train", fold, run_suffix=f"-{args.heads}" if control else "")
     heads = choose_heads(args, run)
-    lr = (args.heads == "all" and run.recipe.all_lr) or run.recipe.offset_lr
+    config = run.model.config
+    lr = run.recipe.lr_of(len(heads), config.num_hidden_layers * config.num_attention_heads)
     schedule = Schedule(
         lr=run.setting("lr", args.lr, lr),
         epochs=run.setting("epochs", args.epochs, run.recipe.offset_epochs),

@@ -27,20 +27,23 @@ def test_a_device_that_is_not_there(device):
 
 
 @pytest.mark.parametrize(
-    ("device", "amx", "cuda", "want"),
+    ("device", "amx", "avx", "n_bytes", "cuda", "want"),
     [
-        ("cpu", False, True, torch.float32),
-        ("cpu", True, False, torch.bfloat16),
-        ("cuda:1", False, True, torch.bfloat16),
-        ("cuda", True, False, torch.float32),
-        ("mps", True, True, torch.float32),
+        ("cpu", False, False, 10**9, True, torch.float32),
+        ("cpu", False, True, 10**9, False, torch.bfloat16),
+        ("cpu", False, True, 10**7, False, torch.float32),
+        ("cpu", True, False, 10**7, False, torch.bfloat16),
+        ("cuda:1", False, False, 10**7, True, torch.bfloat16),
+        ("cuda", True, True, 10**9, False, torch.float32),
+        ("mps", True, True, 10**9, True, torch.float32),
     ],
 )
-def test_dtype_auto_follows_the_hardware(monkeypatch, device, amx, cuda, want):
+def test_dtype_auto_follows_the_hardware(monkeypatch, device, amx, avx, n_bytes, cuda, want):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: cuda)
-    assert pick_dtype("auto", device) == want
-    assert pick_dtype("float16", device) == torch.float16
+    assert pick_dtype("auto", device, n_bytes) == want
+    assert pick_dtype("float16", device, n_bytes) == torch.float16
 
 
 @pytest.fixture
