@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -88,3 +90,26 @@ def test_offsets_that_were_not_evaluated(tiny_folder, tmp_path, run):
     assert "Not evaluated" in report.page(tmp_path / "bare")  # those are of other heads
     with pytest.raises(InputError, match="no offsets.safetensors in it"):
         report.main([str(tiny_folder)])
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_browser_shows_it_without_complaint(run, tmp_path, width):
+    """No console message, and nothing wider than the window."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    report.main([str(run)])
+    probe = "<script>document.title = document.documentElement.scrollWidth + ' wide'</script>"
+    page = tmp_path / "probe.html"
+    page.write_text((run / "report.html").read_text().replace("</body>", f"{probe}</body>"))
+    done = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+            "--hide-scrollbars", f"--window-size={width},2000", "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert int(re.search(r"<title>(\d+) wide", done.stdout)[1]) <= max(width, 500)
