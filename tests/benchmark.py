@@ -2,6 +2,7 @@
 
 python tests/benchmark.py                          # CPU, fp32, a model of 58 M parameters
 python tests/benchmark.py --device cuda --shape 7b --dtype bfloat16
+python tests/benchmark.py --model weights/smollm2-135m-instruct --data data/real --epochs 1
 
 Needs transformers and peft. The sides take turns within one run; medians are over rounds, with the
 smallest and the largest. Before anything is timed, losses, tokens and scores are compared.
@@ -68,7 +69,7 @@ def training_flops(config: ModelConfig, lengths: list[int], targets: int, first:
 def limits(bench: Bench) -> dict[str, Callable[[float, float], float]]:
     """Work -> the least seconds it can take, given FLOP/s and bytes/s of the machine."""
     config, step = bench.config, CrossEntropy(bench.model, Ids(), bench.step, "step")
-    rows = CrossEntropy(bench.model, Ids(), bench.mquake, "mquake").rows
+    rows = CrossEntropy(bench.model, Ids(), bench.examples, "examples").rows
     lengths, targets = [len(ids) for ids, _ in rows], sum(y >= 0 for _, ys in rows for y in ys)
 
     def training(where: str) -> Callable[[float, float], float]:
@@ -77,7 +78,7 @@ def limits(bench: Bench) -> dict[str, Callable[[float, float], float]]:
         below = forward_flops(config, tokens, pairs, 0) - forward_flops(
             config, tokens, pairs, 0, first
         )
-        flops = below + 5 * training_flops(config, lengths, targets, first)
+        flops = below + bench.epochs * training_flops(config, lengths, targets, first)
         return lambda rate, bandwidth: flops / rate
 
     def greedy(rate: float, bandwidth: float) -> float:
@@ -87,16 +88,17 @@ def limits(bench: Bench) -> dict[str, Callable[[float, float], float]]:
         return prompt / rate + sum(max(t / rate, n_bytes / bandwidth) for t in tokens)
 
     def choices(rate: float, bandwidth: float) -> float:
-        flops = forward_flops(config, 401, 401 * 201, 0)
+        shared = bench.shared
+        flops = forward_flops(config, shared, shared * (shared + 1) // 2, 0)
         for question, answers in bench.asked:
             own = [len(answer.split()) for answer in answers]
-            before, tokens = len(question.split()) - 400, sum(own)
-            pairs = sum(k * (401 + before) + k * (k + 1) // 2 for k in [before, *own])
+            before, tokens = len(question.split()) - shared, sum(own)
+            pairs = sum(k * (shared + before) + k * (k + 1) // 2 for k in [before, *own])
             flops += forward_flops(config, before + tokens, pairs, tokens)
         return flops / rate
 
     n_bytes = sum(p.nbytes for p in bench.model.parameters()) - bench.model.lm_head.weight.nbytes
-    one = training_flops(config, step.lengths, 64)
+    one = training_flops(config, step.lengths, step.weight(list(range(8))))
     return {
         "selection step": lambda rate, bandwidth: one / rate,
         "offsets, upper half": training("upper"),
@@ -174,13 +176,16 @@ def check(bench: Bench, tolerance: float) -> None:
     assert all(map(lambda a, b: math.isclose(a, b, rel_tol=tolerance), ours[0], theirs[0]))
     one, other = (bench.greedy(side)() for side in ("ours", "hf"))
     same = sum(a == b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
-    print(f"checked: losses and scores within {tolerance:g}; {same} of 256 greedy tokens equal")
+    n = 16 * len(one)
+    print(f"checked: losses and scores within {tolerance:g}; {same} of {n} greedy tokens equal")
 
 
 def peak_memory(side: str, work: str, args: argparse.Namespace) -> float:
     """MiB beyond weights and data at the peak of one run, in a process of its own."""
     command = [sys.executable, __file__, "--device", args.device, "--shape", args.shape]
     command += ["--dtype", args.dtype, "--threads", str(args.threads), "--peak", side, work]
+    if args.model:
+        command += ["--model", str(args.model), "--data", str(args.data), "--task", args.task]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -227,6 +232,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", default="small", choices=SHAPES)
+    parser.add_argument("--model", help="a folder, instead of a shape: real weights and texts")
+    parser.add_argument("--data", type=Path, default=Path("data/mini"), help="with --model")
+    parser.add_argument("--task", default="mquake", choices=("mquake", "clutrr"))
+    parser.add_argument("--epochs", type=int, default=5, help="of offset training")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="on CPU")
@@ -240,12 +249,14 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
+    shape, real = args.model or args.shape, (args.data, args.task, args.epochs)
     if args.peak:
         side, work = args.peak
-        return print_peak(Bench(args.shape, args.device, dtype, side), side, work)
-    bench = Bench(args.shape, args.device, dtype)
+        return print_peak(Bench(shape, args.device, dtype, side, *real), side, work)
+    bench = Bench(shape, args.device, dtype, "ours hf lora", *real)
     name = torch.cuda.get_device_name() if args.device != "cpu" else f"{args.threads} CPU threads"
-    print(f"{args.shape}, {args.dtype}, {name}, torch {torch.__version__}, {args.rounds} rounds")
+    told = f"{Path(shape).name}, {args.task}, epochs {args.epochs}" if args.model else shape
+    print(f"{told}, {args.dtype}, {name}, torch {torch.__version__}, {args.rounds} rounds")
     check(bench, 1e-4 if dtype == torch.float32 else 2e-2)
     copy, n_bytes = big_copy(args.device)
     columns = "".join(f"{name:>9}" for name in ("median s", "from", "to", "ratio", "limit", "MiB"))
@@ -269,7 +280,7 @@ def main() -> None:
             print(table_row(record), flush=True)
         print(f"{'':24}matrix product {rate / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(vars(args) | {"out": str(args.out), "results": records}))
+    args.out.write_text(json.dumps(vars(args) | {"results": records}, default=str))
 
 
 if __name__ == "__main__":

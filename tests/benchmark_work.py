@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from baselines import (
@@ -16,12 +17,16 @@ from baselines import (
 )
 
 from lofit.heads import attach_offsets, attach_scales, folded_offsets, init_offsets, init_scales
+from lofit.llm import load_model, load_tokenizer
+from lofit.llm.batches import n_shared
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import compiled_step, generate_all
 from lofit.llm.model import CausalLM
 from lofit.llm.packed import packed_weights
 from lofit.llm.scoring import score_answers
+from lofit.llm.tokenizer import Tokenizer
 from lofit.objectives import CrossEntropy
+from lofit.session import TASKS
 from lofit.training import Schedule, fit, optimizer_for, train_step
 
 COMMON = dict(max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,))
@@ -45,7 +50,13 @@ class Ids:
 
     def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
         before, after = ([int(i) for i in text.split()] for text in (prompt, answer))
-        return [1, *before, *after], 1 + len(before)
+        return [*before, *after], len(before)
+
+
+def as_ids(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[str, str]:
+    """A prompt and its answer as texts of `Ids`."""
+    ids, n = tokenizer.encode_pair(prompt, answer)
+    return tuple("".join(f" {i}" for i in part) for part in (ids[:n], ids[n:]))
 
 
 def text(rng: random.Random, n: int) -> str:
@@ -55,28 +66,30 @@ def text(rng: random.Random, n: int) -> str:
 class Bench:
     """The model, its twins and the data; each method is one side of one piece of work."""
 
-    def __init__(self, shape: str, device: str, dtype: torch.dtype, sides: str = "ours hf lora"):
+    def __init__(
+        self,
+        shape: str,
+        device: str,
+        dtype: torch.dtype,
+        sides: str = "ours hf lora",
+        data: Path | None = None,
+        task: str = "mquake",
+        epochs: int = 5,
+    ):
+        """shape: a name of SHAPES, of random weights and texts; or a model folder, with `data` the
+        folder of the splits, whose training texts of `task` and TruthfulQA questions are used."""
         torch.manual_seed(0)
-        self.config = ModelConfig(**SHAPES[shape], **COMMON)
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
-            self.model = CausalLM(self.config)
-        torch.set_default_dtype(torch.float32)
-        for p in self.model.parameters():
-            torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
-        self.model.eval().requires_grad_(False)
-        self.device, rng = device, random.Random(0)
-        # 8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, lengths drawn
-        self.step = [(text(rng, 119), text(rng, 7)) for _ in range(8)]
-        self.mquake = [
-            (text(rng, rng.randint(28, 60)), text(rng, rng.randint(2, 5))) for _ in range(134)
-        ]
-        self.prompts = [[1, *map(int, prompt.split())] for prompt, _ in self.mquake[:16]]
-        start = text(rng, 400)
-        self.asked = [
-            (start + text(rng, 15), [text(rng, rng.randint(5, 15)) for _ in range(8)])
-            for _ in range(50)
-        ]
+        self.device, self.epochs = device, epochs
+        if shape in SHAPES:
+            self.random_model(shape, dtype)
+            self.random_texts(random.Random(0))
+        else:
+            self.model = load_model(shape, dtype=dtype, device=device)
+            self.config = self.model.config
+            self.real_texts(load_tokenizer(shape), data, task)
+        self.prompts = [[*map(int, prompt.split())] for prompt, _ in self.examples[:16]]
+        questions = [[*map(int, question.split())] for question, _ in self.asked]
+        self.shared = n_shared(questions)  # tokens that all questions begin with
         layers, n = self.config.num_hidden_layers, self.config.num_attention_heads
         self.heads = {
             "upper": [(layer, 0) for layer in range(layers // 2, layers)],
@@ -87,11 +100,44 @@ class Bench:
         if "lora" in sides:
             self.lora, self.lora_parameters = lora(hf_twin(self.model))
 
+    def random_model(self, shape: str, dtype: torch.dtype) -> None:
+        self.config = ModelConfig(**SHAPES[shape], **COMMON)
+        torch.set_default_dtype(dtype)
+        with torch.device(self.device):
+            self.model = CausalLM(self.config)
+        torch.set_default_dtype(torch.float32)
+        for p in self.model.parameters():
+            torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
+        self.model.eval().requires_grad_(False)
+
+    def random_texts(self, rng: random.Random) -> None:
+        """8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, lengths drawn;
+        50 questions of 416 tokens, 401 of them shared, with 8 answers each."""
+        self.step = [(" 1" + text(rng, 119), text(rng, 7)) for _ in range(8)]
+        self.examples = [
+            (" 1" + text(rng, rng.randint(28, 60)), text(rng, rng.randint(2, 5)))
+            for _ in range(134)
+        ]
+        start = " 1" + text(rng, 400)
+        self.asked = [
+            (start + text(rng, 15), [text(rng, rng.randint(5, 15)) for _ in range(8)])
+            for _ in range(50)
+        ]
+
+    def real_texts(self, tokenizer: Tokenizer, data: Path, task: str) -> None:
+        """The task's training texts, the first 8 for a step; 50 questions of TruthfulQA."""
+        examples = TASKS[task].read(data, "train")
+        self.examples = [as_ids(tokenizer, e.prompt, e.answer) for e in examples]
+        self.step, self.asked = self.examples[:8], []
+        for e in TASKS["truthfulqa"].read(data, "test", fold=0)[:50]:
+            pairs = [as_ids(tokenizer, e.question, answer) for answer in (*e.right, *e.wrong)]
+            self.asked.append((pairs[0][0], [answer for _, answer in pairs]))
+
     def offsets(self, where: str) -> torch.Tensor:
         return init_offsets(self.model, len(self.heads[where]), 0)
 
     def selection(self, side: str) -> Callable[[], object]:
-        """A training step of the scales on 8 texts of 128 tokens."""
+        """A training step of the scales on 8 texts."""
         objective = CrossEntropy(self.model, Ids(), self.step, "step")
         if side == "ours":
             parameters = attach_scales(self.model, init_scales(self.model, 0))
@@ -119,9 +165,9 @@ class Bench:
         optimizer, schedule = optimizer_for(parameters, LR), Schedule(LR, 1, l1=1e-4)
         return lambda: train_step(optimizer, parameters, loss(), schedule, 0, 1)["task_loss"]
 
-    def training(self, side: str, where: str, epochs: int = 5) -> Callable[[], object]:
-        """Offset training: 134 examples of 32 to 67 tokens in batches of 8."""
-        objective = CrossEntropy(self.model, Ids(), self.mquake, "mquake")
+    def training(self, side: str, where: str, epochs: int | None = None) -> Callable[[], object]:
+        """Offset training on all examples in batches of 8."""
+        objective = CrossEntropy(self.model, Ids(), self.examples, "examples")
 
         def run() -> float:
             objective.frozen.layer, objective.frozen.kept = 0, {}
@@ -136,14 +182,14 @@ class Bench:
                     chosen[:] = rows
                     return loss()
 
-            schedule = Schedule(LR, epochs, by_length=side == "ours")
+            schedule = Schedule(LR, epochs or self.epochs, by_length=side == "ours")
             lengths, log = objective.lengths, lambda record: None
             return [loss for _, loss in fit(parameters, lengths, loss_of, schedule, 0, log)][-1]
 
         return run
 
     def greedy(self, side: str) -> Callable[[], object]:
-        """16 tokens after each of 16 prompts of 29 to 61 tokens, offsets in the upper half."""
+        """16 tokens after each of 16 prompts, offsets in the upper half."""
         if side == "hf":
             unhook(self.twin)
             hook_offsets(self.twin, self.heads["upper"], self.offsets("upper"))
@@ -157,7 +203,7 @@ class Bench:
         return run
 
     def choices(self, side: str, questions: slice) -> Callable[[], object]:
-        """Scores of 8 answers of 5 to 15 tokens to each question behind 416 tokens, 401 shared."""
+        """Scores of the answers to each question."""
         asked = self.asked[questions]
         if side == "ours":
             attach_offsets(self.model, self.heads["upper"], self.offsets("upper"))
@@ -169,7 +215,7 @@ class Bench:
             return run
         unhook(self.twin)
         hook_offsets(self.twin, self.heads["upper"], self.offsets("upper"))
-        split = [([1, *map(int, q.split())], [list(map(int, a.split())) for a in answers])
+        split = [([*map(int, q.split())], [list(map(int, a.split())) for a in answers])
                  for q, answers in asked]  # fmt: skip
         return lambda: [[hf_score(self.twin, q, a) for a in answers] for q, answers in split]
 
