@@ -18,6 +18,7 @@ from lofit.heads import (
     attach_offsets,
     attach_scales,
     attention_layers,
+    edits_off,
     gather_offsets,
     head_scores,
     head_sigma,
@@ -60,7 +61,8 @@ class Ground:
         """Every head, initial offsets in units of sigma, and sigma: [heads]."""
         layers, per_layer = self.grid
         heads = [(layer, head) for layer in range(layers) for head in range(per_layer)]
-        sigma = head_sigma(self.model, self.train.texts()[:SIGMA_TEXTS])
+        with edits_off(self.model):
+            sigma = head_sigma(self.model, self.train.texts()[:SIGMA_TEXTS])
         return heads, init_offsets(self.model, len(heads), self.seed), sigma.flatten()
 
 
@@ -158,7 +160,8 @@ def by_probe(ground: Ground) -> torch.Tensor:
     """ITI's criterion (arXiv 2306.03341, section 3.1): how well a linear probe on a head's z at the
     last token tells right answers from wrong ones; accuracy by cross-validation over pairs."""
     pairs = ground.contrast()
-    z = last_z(ground.model, [text for pair in pairs for text in pair]).flatten(1, 2)
+    with edits_off(ground.model):
+        z = last_z(ground.model, [text for pair in pairs for text in pair]).flatten(1, 2)
     right = torch.tensor([1.0, 0.0]).repeat(len(pairs))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(ground.seed))
     fold = torch.empty(len(pairs), dtype=torch.int64)
