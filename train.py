@@ -12,7 +12,15 @@ import torch
 
 from lofit import errors
 from lofit.artefacts import OFFSETS, load_heads, save_offsets
-from lofit.heads import Head, attach_offsets, gather_offsets, head_sigma, init_offsets, rank_heads
+from lofit.heads import (
+    SIGMA_TEXTS,
+    Head,
+    attach_offsets,
+    gather_offsets,
+    head_sigma,
+    init_offsets,
+    rank_heads,
+)
 from lofit.objectives import mean_loss
 from lofit.recipes import count_heads
 from lofit.session import Session, add_common_args, folds_of
@@ -20,7 +28,6 @@ from lofit.summary import mean
 from lofit.training import Schedule, fit
 
 EVAL_BATCH = 64
-SIGMA_TEXTS = 64  # enough for a standard deviation
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="FILE, run folder of select_heads.py, random or all (default: this run's folder)",
     )
     parser.add_argument("--top", help="how many heads of FILE or at random: a number or 3%%")
+    parser.add_argument("--draw", type=int, help="which draw of random heads (default: the seed)")
+    parser.add_argument("--n-train", type=int, help="train on so many examples (default: all)")
     parser.add_argument("--lr", type=float, help="peak learning rate of the offsets")
     parser.add_argument(
         "--unit",
@@ -59,7 +68,8 @@ def choose_heads(args: argparse.Namespace, run: Session) -> list[Head]:
         return every
     if args.heads == "random":
         k = count_heads(run.setting("top", args.top, run.recipe.heads), config)
-        return random.Random(run.seed).sample(every, k)
+        draw = run.seed if args.draw is None else run.setting("draw", args.draw, run.seed)
+        return random.Random(draw).sample(every, k)
     path = Path(args.heads or run.folder)
     if path.is_dir():
         of_fold = path / f"fold{run.fold}"
@@ -86,7 +96,8 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
     unit = run.setting("unit", args.unit, run.recipe.unit)
     run.settings["heads"] = args.heads or "heads.json"
     val_examples = run.read("val")
-    train, val = run.objective(run.read("train"), "train"), run.objective(val_examples, "val")
+    train = run.objective(run.read("train", args.n_train), "train")
+    val = run.objective(val_examples, "val")
     n_trained = len(heads) * run.model.config.head_dim
     print(f"learning {len(heads)} offsets ({n_trained:,} values) on {len(train)} examples")
 

@@ -15,6 +15,7 @@ from lofit.errors import InputError
 from lofit.llm.model import Attention, CausalLM
 
 INIT_STD = 1e-3  # of A and v (paper's code; METHOD: N(0, 1e-3) is the standard deviation)
+SIGMA_TEXTS = 64  # enough for a standard deviation
 Head = tuple[int, int]  # (layer, head)
 
 

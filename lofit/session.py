@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import time
 from contextlib import nullcontext
 from functools import cached_property
@@ -163,9 +164,33 @@ class Session:
         with self._log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def read(self, split: str) -> list[Example]:
-        """The examples of a split; InputError if the file is missing, malformed or empty."""
-        return self.task.read(self.data, split, self.seed, self.fold)
+    def read(self, split: str, n: int | None = None) -> list[Example]:
+        """The examples of a split, or n of them, drawn by the seed. Raises InputError if the files
+        are missing, malformed or empty, or have fewer than n."""
+        examples = self.task.read(self.data, split, self.seed, self.fold)
+        if n is None:
+            return examples
+        if not 1 <= n <= len(examples):
+            raise InputError(f"--n-train {n}: the {split} split has 1 to {len(examples)} examples")
+        self.settings[f"n_{split}"] = n
+        return random.Random(self.seed).sample(examples, n)
+
+    def contrast(self, examples: list[Example]) -> list[tuple[list[int], list[int]]]:
+        """(ids of prompt + right answer, prompt + wrong answer) of each example. Wrong is what was
+        rejected, what was true before the edit, another choice, or else another example's answer.
+        """
+        answers = sorted({e.answer for e in examples})
+        draw, found = random.Random(self.seed), []
+        for e in examples:
+            others = [answer for answer in answers if answer != e.answer]
+            known = [e.rejected] if e.rejected else [*e.outdated, *e.wrong]
+            if not known and not others:
+                raise InputError(f"{self.data}: all answers are alike, there is no wrong one")
+            texts = (e.answer, known[0] if known else draw.choice(others))
+            found.append(
+                tuple(self.tokenizer.encode_pair(self.wrap(e.prompt), text)[0] for text in texts)
+            )
+        return found
 
     def objective(self, examples: list[Example], split: str) -> Objective:
         """What to train on: DPO for examples with a rejected answer, else cross-entropy."""

@@ -24,8 +24,11 @@ def head_map(scores: torch.Tensor, heads: list[Head]) -> str:
     return "\n".join([*lines, f"          head 0 .. {scores.shape[1] - 1}    # = chosen"])
 
 
-def save_head_map(path: Path, scores: torch.Tensor, heads: list[Head], title: str) -> bool:
-    """The same as a PNG; False (and no file) where matplotlib is not installed."""
+def save_head_map(
+    path: Path, scores: torch.Tensor, heads: list[Head], title: str, label: str
+) -> bool:
+    """The same as a PNG, `label` beside the scores' colours; False (and no file) where matplotlib is
+    not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -40,7 +43,7 @@ def save_head_map(path: Path, scores: torch.Tensor, heads: list[Head], title: st
     layers, columns = zip(*heads, strict=True)
     axes.scatter(columns, layers, marker="s", s=60, facecolors="none", edgecolors="crimson")
     axes.set(xlabel="head", ylabel="layer", title=title)
-    figure.colorbar(image, label="score: norm of the learned scale")
+    figure.colorbar(image, label=label)
     write_atomic(path, lambda p: figure.savefig(p, dpi=120, format="png"))
     plt.close(figure)
     return True

@@ -23,13 +23,13 @@ def test_head_map_of_equal_zero_scores():
 
 def test_head_map_as_a_picture(tmp_path):
     pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
-    assert save_head_map(tmp_path / "heads.png", SCORES, [(0, 1)], "title")
+    assert save_head_map(tmp_path / "heads.png", SCORES, [(0, 1)], "title", "score")
     assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not save_head_map(tmp_path / "heads.png", SCORES, [(0, 1)], "title")
+    assert not save_head_map(tmp_path / "heads.png", SCORES, [(0, 1)], "title", "score")
     assert not (tmp_path / "heads.png").exists()
 
 
