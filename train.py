@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lofit import errors
-from lofit.artefacts import OFFSETS, load_heads, save_offsets
+from lofit.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
 from lofit.heads import (
     SIGMA_TEXTS,
     Head,
@@ -70,10 +70,7 @@ def choose_heads(args: argparse.Namespace, run: Session) -> list[Head]:
         k = count_heads(run.setting("top", args.top, run.recipe.heads), config)
         draw = run.seed if args.draw is None else run.setting("draw", args.draw, run.seed)
         return random.Random(draw).sample(every, k)
-    path = Path(args.heads or run.folder)
-    if path.is_dir():
-        of_fold = path / f"fold{run.fold}"
-        path = (of_fold if args.heads and run.fold is not None else path) / "heads.json"
+    path = find_heads(Path(args.heads), run.fold) if args.heads else run.folder / HEADS
     if not path.exists():
         raise errors.InputError(f"{path}: no such file; run select_heads.py first, or name a file")
     heads, scores = load_heads(path, run.model)

@@ -10,12 +10,35 @@ from lofit.heads import Head, attach_offsets, check_heads
 from lofit.llm.model import CausalLM
 
 OFFSETS, ADAPTER_CONFIG = "offsets.safetensors", "lofit_config.json"  # an adapter's two files
+HEADS = "heads.json"
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 
 
 def save_heads(path: Path, heads: list[Head], scores: torch.Tensor, info: dict) -> None:
     """Write heads.json: `info` (model, task, seed, settings), heads, scores [layer][head]."""
     write_json(path, info | {"heads": heads, "scores": scores.tolist()})
+
+
+def find_heads(path: Path, fold: int | None) -> Path:
+    """heads.json of a run folder, of a fold where it has folders of folds; a file as it is."""
+    if not path.is_dir():
+        return path
+    of_fold = path / f"fold{fold}"
+    return (of_fold if fold is not None and of_fold.is_dir() else path) / HEADS
+
+
+def other_task(name: str, folder: Path, fold: int | None) -> Path:
+    """heads.json of another task's run: a folder, or the task's name if it lies beside the run
+    `folder`. Of a run in folds the same one, or the first. InputError if there is none."""
+    top = folder if fold is None else folder.parent
+    other = Path(name) if Path(name).is_dir() else top.parent / name
+    path = find_heads(other, fold or 0)
+    if not path.exists():
+        raise InputError(
+            f"--by task:{name}: {path}: no such file; run select_heads.py --task"
+            f" {Path(name).name} first, or name a run folder"
+        )
+    return path
 
 
 def load_heads(path: Path, model: CausalLM) -> tuple[list[Head], torch.Tensor]:

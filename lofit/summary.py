@@ -27,8 +27,8 @@ def head_map(scores: torch.Tensor, heads: list[Head]) -> str:
 def save_head_map(
     path: Path, scores: torch.Tensor, heads: list[Head], title: str, label: str
 ) -> bool:
-    """The same as a PNG, `label` beside the scores' colours; False (and no file) where matplotlib is
-    not installed."""
+    """The same as a PNG, `label` beside its colours; False (and no file) where matplotlib is not
+    installed."""
     try:
         import matplotlib
     except ImportError:

@@ -5,9 +5,11 @@ Offsets differ by far in size from head to head, so what is read off them is in 
 head's own standard deviation of z (`head_sigma`).
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from lofit.heads import (
 )
 from lofit.llm.model import CausalLM
 from lofit.objectives import Objective
+from lofit.session import Session
 from lofit.training import Schedule, fit
 
 FOLDS, PROBE_STEPS, PROBE_LR = 5, 200, 0.05  # of the probes
@@ -216,3 +219,27 @@ WAYS = {
 }  # fmt: skip
 # (peak lr, weight of the penalty) of ways that train something else than the recipe's scales
 TRAINED = {"offsets": (0.03, 0.0), "gates": (0.03, 1e-3)}
+
+
+def ground_of(args: argparse.Namespace, run: Session) -> Ground:
+    """What the way --by looks at; reads and prints the settings that it uses."""
+    recipe, by = run.recipe, args.by
+    lr, penalty = TRAINED.get(by, (recipe.select_lr, recipe.l1))
+    origin = f"default of --by {by}" if by in TRAINED else None
+    schedule = Schedule(lr, recipe.select_epochs, recipe.batch_size, by_length=not args.plain)
+    if by == "scales" or by in TRAINED:
+        lr = run.setting("lr", args.lr, lr, origin)
+        penalty = run.setting("l1", args.l1, penalty, origin)
+        schedule = Schedule(
+            lr=lr,
+            l1=penalty if by == "scales" else 0.0,
+            epochs=run.setting("epochs", args.epochs, recipe.select_epochs),
+            batch_size=run.setting("batch_size", args.batch_size, recipe.batch_size),
+            by_length=not args.plain,
+        )
+    examples = run.read("train", args.n_train)
+    train = run.objective(examples, "train")
+    what = "learning a scale for every head" if by == "scales" else f"scoring every head by {by}"
+    print(f"{what} on {len(train)} examples")
+    pairs = partial(run.contrast, examples)
+    return Ground(run.model, train, schedule, run.seed, run.log, penalty, pairs)
