@@ -10,13 +10,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lofit import errors
-from lofit.artefacts import OFFSETS, PREDICTIONS, RESULTS, load_offsets, read_base
+from lofit import artefacts, errors
 from lofit.export.adapters import find_offsets
 from lofit.files import write_json, write_text
-from lofit.heads import Head, attached_heads, edits_off
+from lofit.heads import Head, attached_heads, edits_off, gather_offsets
 from lofit.llm.generate import compiled_step
-from lofit.session import Session, add_common_args, folds_of, run_folder
+from lofit.session import Session, add_common_args, folds_of, run_folder, whole
 from lofit.summary import print_results, results_table, summarize
 
 
@@ -36,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--base-from", type=Path, metavar="RUN",
         help="a run whose results hold the base model's answers to the same split",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=whole(1), default=64)
     parser.add_argument("--compile", action="store_true", help="the decoding step (for GPUs)")
     return parser.parse_args(argv)
 
@@ -51,7 +50,7 @@ def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | No
     with the model. InputError if there are none, or none that may be asked this."""
     if args.base_only:
         return {}
-    own = run.folder / OFFSETS
+    own = run.folder / artefacts.OFFSETS
     if not args.offsets and not own.exists():
         if attached_heads(run.model):
             return {"tuned": None}
@@ -60,7 +59,7 @@ def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | No
     files = {name: find_offsets(name, run.fold) for name in named}
     mine = run.info()
     for path in files.values():
-        trained = load_offsets(path, run.model)[1]
+        trained = artefacts.load_offsets(path, run.model)[1]
         if args.offsets and trained.get("task") != mine["task"]:
             continue  # asked for by name: what do these offsets do to another task?
         for key in ("fold",) if args.offsets else ("task", "fold", "chat"):
@@ -74,8 +73,9 @@ def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | No
 def attach(run: Session, path: Path | None) -> dict:
     """Attach a file's offsets, or keep the model's own; returns what is told of them."""
     own = (attached_heads(run.model), {})
-    heads, trained = own if path is None else load_offsets(path, run.model)
+    heads, trained = own if path is None else artefacts.load_offsets(path, run.model)
     told = describe(run, heads) | {"offsets": path and str(path)}
+    told["offsets_hash"] = artefacts.offsets_hash(heads, gather_offsets(run.model, heads))
     return told | {key: trained[key] for key in ("seed", "settings") if key in trained}
 
 
@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
     if args.base_from:
         folder = args.base_from if fold is None else args.base_from / f"fold{fold}"
         mine = run.info() | {"split": args.split}
-        scored = {"base": read_base(folder, mine, [e.prompt for e in examples])}
+        scored = {"base": artefacts.read_base(folder, mine, [e.prompt for e in examples])}
     else:
         with edits_off(run.model):
             scored = {"base": run.evaluate(examples, args.batch_size, "base model")}
@@ -110,11 +110,11 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
         for i, example in enumerate(examples)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(run.folder / PREDICTIONS, text)
-    write_json(run.folder / RESULTS, results)
+    write_text(run.folder / artefacts.PREDICTIONS, text)
+    write_json(run.folder / artefacts.RESULTS, results)
     run.log({"results": results})
     print_results(f"{run.title}, {args.split} split ({len(examples)} items)", results)
-    print(f"-> {run.folder / RESULTS}, predictions.jsonl")
+    print(f"-> {run.folder / artefacts.RESULTS}, predictions.jsonl")
     return results, scored
 
 
@@ -131,7 +131,7 @@ def average(args: argparse.Namespace, folds: list[tuple[dict, dict[str, list[dic
         told[who] = {"heads": [r["heads"] for r in both]}
         told[who] |= {key: both[0][key] for key in ("trained_values", "share_of_base")}
     results = summarize(about, told, whole, tuple(first["base"]))
-    write_json(run_folder(args, suffix(args)) / RESULTS, results)
+    write_json(run_folder(args, suffix(args)) / artefacts.RESULTS, results)
     for label, own in (results.get("adapters") or {"": {}}).items():
         title = f"both folds, {results['n']} items{f', {label}' if label else ''}"
         print(f"\n{title}\n{results_table(results | own)}")

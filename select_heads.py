@@ -11,7 +11,7 @@ from lofit import errors
 from lofit.artefacts import load_heads, other_task, save_heads
 from lofit.heads import rank_heads
 from lofit.recipes import count_heads
-from lofit.session import Session, add_common_args, folds_of
+from lofit.session import Session, add_common_args, folds_of, real, real_or_0, whole
 from lofit.summary import head_map, save_head_map
 from lofit.ways import WAYS, ground_of
 
@@ -27,11 +27,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"{', '.join(WAYS)}, or task:OTHER, the run of another task or its folder",
     )
     parser.add_argument("--heads", help="how many to keep: a number, or a share like 3%%")
-    parser.add_argument("--n-train", type=int, help="learn from so many examples (default: all)")
-    parser.add_argument("--lr", type=float, help="peak learning rate of what is learnt")
-    parser.add_argument("--l1", type=float, help="weight of the L1 penalty (lambda), of gates L0")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--n-train", type=whole(1), help="so many examples (default: all)")
+    parser.add_argument("--lr", type=real, help="peak learning rate of what is learnt")
+    parser.add_argument("--l1", type=real_or_0, help="lambda, weight of the L1 penalty (gates: L0)")
+    parser.add_argument("--epochs", type=whole(1))
+    parser.add_argument("--batch-size", type=whole(1))
     return parser.parse_args(argv)
 
 

@@ -23,7 +23,7 @@ from lofit.heads import (
 )
 from lofit.objectives import mean_loss
 from lofit.recipes import count_heads
-from lofit.session import Session, add_common_args, folds_of
+from lofit.session import Session, add_common_args, folds_of, real, whole
 from lofit.summary import mean
 from lofit.training import Schedule, fit
 
@@ -40,16 +40,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="FILE, run folder of select_heads.py, random or all (default: this run's folder)",
     )
     parser.add_argument("--top", help="how many heads of FILE or at random: a number or 3%%")
-    parser.add_argument("--draw", type=int, help="which draw of random heads (default: the seed)")
-    parser.add_argument("--n-train", type=int, help="train on so many examples (default: all)")
-    parser.add_argument("--lr", type=float, help="peak learning rate of the offsets")
+    parser.add_argument("--draw", type=whole(0), help="which random heads (default: the seed)")
+    parser.add_argument("--n-train", type=whole(1), help="train on so many examples (default: all)")
+    parser.add_argument("--lr", type=real, help="peak learning rate of the offsets")
     parser.add_argument(
         "--unit",
         choices=("one", "sigma"),
         help="what offsets and lr are measured in: see head_sigma",
     )
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--epochs", type=whole(1))
+    parser.add_argument("--batch-size", type=whole(1))
     parser.add_argument(
         "--validate", default="every", choices=("every", "last"), help="after which epochs"
     )

@@ -1,5 +1,6 @@
 """What the steps hand to one another: heads.json and offsets.safetensors, read strictly."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -61,6 +62,12 @@ def save_offsets(path: Path, heads: list[Head], offsets: torch.Tensor, info: dic
     write_tensors(path, {"heads": torch.tensor(heads), "offsets": offsets.contiguous()}, info)
 
 
+def offsets_hash(heads: list[Head], offsets: torch.Tensor) -> str:
+    """16 hex digits over heads and offsets: results say by it which offsets they are of."""
+    numbers = torch.tensor(heads).numpy().tobytes() + offsets.float().cpu().numpy().tobytes()
+    return hashlib.sha256(numbers).hexdigest()[:16]
+
+
 def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
     """Inverse of `save_offsets`, from the safetensors file alone. InputError if malformed."""
     tensors, info = read_tensors(path)
@@ -70,6 +77,13 @@ def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
         raise InputError(f"{path}: expected heads [K, 2] and offsets [K, head_dim], found {shapes}")
     if heads.shape != (len(offsets), 2):
         raise InputError(f"{path}: expected one (layer, head) for each offset, found {shapes}")
+    if heads.dtype != torch.int64 or offsets.dtype != torch.float32:
+        raise InputError(
+            f"{path}: expected heads in int64 and offsets in float32, found {heads.dtype} and"
+            f" {offsets.dtype}"
+        )
+    if not offsets.isfinite().all():
+        raise InputError(f"{path}: an offset is not finite; train again with a smaller --lr")
     return [(layer, head) for layer, head in heads.tolist()], offsets, info
 
 

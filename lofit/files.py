@@ -34,8 +34,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """Write a UTF-8 text file atomically. Half of a surrogate pair, which UTF-8 has no bytes for,
+    becomes its escape, which in JSON means the same."""
+    data = text.encode("utf-8", errors="backslashreplace")
+    write_atomic(path, lambda p: p.write_bytes(data))
 
 
 def write_json(path: Path, value: object) -> None:

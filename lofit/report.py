@@ -17,7 +17,7 @@ import torch
 from markupsafe import Markup, escape
 
 from lofit import errors
-from lofit.artefacts import PREDICTIONS, RESULTS, read_offsets
+from lofit.artefacts import PREDICTIONS, RESULTS, offsets_hash, read_offsets
 from lofit.explain import explain_run
 from lofit.export.adapters import find_offsets
 from lofit.files import read_json, read_jsonl, write_text
@@ -146,7 +146,7 @@ def page(run: Path, model: str | None = None) -> str:
     heads, offsets, info = read_offsets(path)
     explained, _ = explain_run(str(run), model, 5)
     results = read_json(run / RESULTS) if (run / RESULTS).exists() else None
-    if results and (results.get("heads") != [list(h) for h in heads] or "tuned" not in results):
+    if results and results.get("offsets_hash") != offsets_hash(heads, offsets):
         results = None  # of other offsets than these
     answers, log, scores = [], [], None
     if results and (run / PREDICTIONS).exists():

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import random
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -53,11 +55,40 @@ def add_common_args(parser: argparse.ArgumentParser) -> None:
         help="of a task with two folds (truthfulqa), each in a folder of its own",
     )
     arg("--chat", action="store_true", help="ask in the checkpoint's own chat template")
-    arg("--seed", type=int, default=42)
+    arg("--seed", type=whole(0), default=42)
     arg("--run", type=Path, help="run folder (default: runs/<model>/<task>)")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
     arg("--plain", action="store_true", help="leave out no work that could be, as the paper's code")
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """For argparse: a whole number of at least `low`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low}, found {text!r}")
+        return int(text)
+
+    return read
+
+
+def real(text: str) -> float:
+    """For argparse: a finite number above 0."""
+    if real_or_0(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, found {text!r}")
+    return float(text)
+
+
+def real_or_0(text: str) -> float:
+    """For argparse: a finite number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"expected a finite number, not negative, found {text!r}")
+    return value
 
 
 def find_task(name: str) -> tuple[str, Task]:

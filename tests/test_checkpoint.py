@@ -1,6 +1,7 @@
 """Loading and saving checkpoints, and everything that can be wrong with one."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -264,3 +265,40 @@ def test_a_pickle_is_not_opened(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="never loaded"):
         load_model(tiny_folder)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64])
+def test_weights_of_another_kind_are_refused(tiny_folder, kind):
+    tensors = load_file(tiny_folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(kind)
+    save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"tensor model.norm.weight is torch\..*expected float32"):
+        load_model(tiny_folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(tiny_folder, value):
+    tensors = load_file(tiny_folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight has values that are not"):
+        load_model(tiny_folder)
+
+
+def test_a_head_of_its_own_is_not_dropped_where_the_config_ties_it(tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tiny_folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(InputError, match="lm_head.weight is not the embedding, but config.json"):
+        load_model(tiny_folder)
+    tensors = load_file(tiny_folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
+    load_model(tiny_folder)  # stored twice, but the same
+
+
+def test_a_pipe_is_no_shard(tiny_folder):
+    """Opening it would wait for ever."""
+    (tiny_folder / "model.safetensors").unlink()
+    os.mkfifo(tiny_folder / "model.safetensors")
+    with pytest.raises(InputError, match="no model.safetensors"):
+        load_model(tiny_folder)

@@ -272,3 +272,16 @@ def test_push_to_hub(tiny_folder, tmp_path, monkeypatch, capsys):
 def test_the_hub_is_asked_before_any_work(tmp_path):
     with pytest.raises(InputError, match="--push-to-hub me/tuned: .*set HF_TOKEN"):  # offline here
         run_export(tmp_path / "none", "peft", tmp_path / "out", "--push-to-hub", "me/tuned")
+
+
+def test_a_link_out_of_the_base_folder_is_not_followed(tiny_folder, tmp_path):
+    """An export is made to be given away: it must not take along what a link points to."""
+    make_run(tmp_path / "run", tiny_folder)
+    (tmp_path / "secret").write_text("secret")
+    (tiny_folder / "tokenizer_secret").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="tokenizer_secret: a link that leaves the folder"):
+        run_export(tmp_path / "run", "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tiny_folder / "tokenizer_secret").unlink()
+    (tiny_folder / "tokenizer_link").symlink_to(tiny_folder / "tokenizer.json")
+    run_export(tmp_path / "run", "hf", tmp_path / "out")  # a file like others

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lofit.artefacts import OFFSETS, RESULTS, read_offsets
+from lofit.artefacts import OFFSETS, RESULTS, offsets_hash, read_offsets
 from lofit.errors import InputError
 from lofit.files import read_json
 from lofit.heads import Head, attach_offsets
@@ -40,7 +40,7 @@ class Adapter:
         path = self.folder / RESULTS
         found = read_json(path) if path.exists() else {}
         same = found.get("fingerprint") == self.info.get("fingerprint")
-        same = same and found.get("heads") == [list(head) for head in self.heads]
+        same = same and found.get("offsets_hash") == offsets_hash(self.heads, self.offsets)
         return found if same and "tuned" in found else None
 
 

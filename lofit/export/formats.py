@@ -67,7 +67,19 @@ def write_hf(base: FoldedBase, adapter: Adapter, out: Path) -> None:
     write_json(out / "config.json", base.hf_config())
     for pattern in COPIED:
         for path in filter(Path.is_file, base.folder.glob(pattern)):
+            check_inside(path, base.folder)
             shutil.copyfile(path, out / path.name)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """InputError for a link that leaves a model's folder (or, in the hub's cache, its repository):
+    an export is made to be given away, and must not take along what lies elsewhere."""
+    root = folder.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    if not path.resolve().is_relative_to(root):
+        raise InputError(
+            f"{path}: a link that leaves the folder; replace it by the file, or remove it"
+        )
 
 
 def write_peft(base: FoldedBase, adapter: Adapter, out: Path) -> None:

@@ -94,10 +94,17 @@ def assemble(
     weights: dict[str, torch.Tensor] = {}
     digests: dict[str, bytes] = {}
     for key, tensor in stored_tensors(weight_files(folder), name_of):
+        check_values(tensor, f"{folder}: tensor {key}")
         digests[name_of(key)] = digest(tensor)
         weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        embedding = weights["model.embed_tokens.weight"]
+        if not torch.equal(weights.get("lm_head.weight", embedding), embedding):
+            raise InputError(
+                f"{folder}: lm_head.weight is not the embedding, but config.json ties them"
+                " (tie_word_embeddings); do both files belong together?"
+            )
+        weights["lm_head.weight"] = embedding
     with torch.device("meta"):
         model = CausalLM(config)
     check_tensors({key: w.shape for key, w in weights.items()}, model, folder)
@@ -151,10 +158,10 @@ def weight_files(folder: Path) -> list[Path]:
         for shard in shards:
             if os.path.basename(shard) != shard or shard in ("", ".", ".."):
                 raise InputError(f"{folder / INDEX}: shard path {shard!r} leaves the folder")
-            if not (folder / shard).exists():
+            if not (folder / shard).is_file():
                 raise InputError(f"{folder / shard}: shard is missing; fetch the checkpoint again")
         return [folder / shard for shard in shards]
-    if (folder / SINGLE).exists():
+    if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickled:
@@ -171,6 +178,14 @@ def text_name(key: str) -> str | None:
         if key.startswith(prefix):
             return ours + key.removeprefix(prefix)
     return key
+
+
+def check_values(tensor: torch.Tensor, what: str) -> None:
+    """InputError unless a tensor holds floating-point numbers, all of them finite."""
+    if tensor.dtype not in (*DTYPES.values(), torch.float64):
+        raise InputError(f"{what} is {tensor.dtype}; expected float32, bfloat16 or float16")
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise InputError(f"{what} has values that are not finite; fetch the checkpoint again")
 
 
 def digest(tensor: torch.Tensor) -> bytes:
