@@ -4,6 +4,8 @@ import json
 
 from conftest import MINI, MINI_GEMMA, make_run, run_export
 
+from lofit.artefacts import offsets_hash, read_offsets
+
 
 def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -25,7 +27,9 @@ def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
     assert "vLLM" not in card
     told = json.loads((tmp_path / "run" / "lofit_config.json").read_text())
     change = {"em": {"value": 0.5, "ci95": [0.4, 0.6]}}
+    heads, offsets, _ = read_offsets(tmp_path / "run" / "offsets.safetensors")
     results = {"fingerprint": told["fingerprint"], "heads": told["heads"], "task": "mquake"}
+    results["offsets_hash"] = offsets_hash(heads, offsets)
     results |= {"split": "test", "n": 9, "base": {"em": 0.25}, "tuned": {"em": 0.75}}
     path = tmp_path / "run" / "results.json"
     path.write_text(json.dumps(results | {"difference": change}))
@@ -33,7 +37,7 @@ def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
         run_export(tmp_path / "run", "lofit", tmp_path / "two", *named) / "README.md"
     ).read_text()
     assert "mquake, test split, 9 items" in card and "25.0%    75.0%   +50.0 [+40.0, +60.0]" in card
-    path.write_text(json.dumps(results | {"difference": change, "heads": [[0, 0]]}))  # of others
+    path.write_text(json.dumps(results | {"difference": change, "offsets_hash": "of others"}))
     card = (
         run_export(tmp_path / "run", "lofit", tmp_path / "three", *named) / "README.md"
     ).read_text()
