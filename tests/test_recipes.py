@@ -40,10 +40,8 @@ def test_an_unknown_model_gets_its_familys_values_and_a_share_of_heads(model_typ
     name, recipe = find_recipe(config(26, 4, model_type), "mquake")
     assert family in name and "want of one; offsets by rule" in name
     paper = find_recipe(config(*shape), "mquake")[1]
-    assert recipe == replace(
-        paper, heads="3%", unit="sigma", offset_lr=0.09, by_share=True, offset_epochs=10
-    )
-    assert recipe.lr_of(104, 104) == 0.09 and recipe.lr_of(26, 104) == 0.18  # 26 x 4 heads
+    assert recipe == replace(paper, heads="3%", offset_lr=0.01, by_share=True)
+    assert [recipe.lr_of(k, 104) for k in (104, 26, 3)] == [0.01, 0.04, 0.1]  # 26 x 4 heads
     assert paper.lr_of(1, 104) == paper.lr_of(104, 104) == paper.offset_lr
 
 
