@@ -18,6 +18,9 @@ from lofit.llm.generate import compiled_step
 from lofit.session import Session, add_common_args, folds_of, run_folder, whole
 from lofit.summary import print_results, results_table, summarize
 
+# by what made the offsets: the last four by a baseline, which has no heads
+TOLD = ("seed", "settings", "method", "trained_values", "share_of_base", "offsets_hash")
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -75,8 +78,9 @@ def attach(run: Session, path: Path | None) -> dict:
     own = (attached_heads(run.model), {})
     heads, trained = own if path is None else artefacts.load_offsets(path, run.model)
     told = describe(run, heads) | {"offsets": path and str(path)}
-    told["offsets_hash"] = artefacts.offsets_hash(heads, gather_offsets(run.model, heads))
-    return told | {key: trained[key] for key in ("seed", "settings") if key in trained}
+    if heads:
+        told["offsets_hash"] = artefacts.offsets_hash(heads, gather_offsets(run.model, heads))
+    return told | {key: trained[key] for key in TOLD if key in trained}
 
 
 def describe(run: Session, heads: list[Head]) -> dict:

@@ -12,6 +12,7 @@ import torch
 
 from lofit import errors
 from lofit.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
+from lofit.baselines import run as baselines
 from lofit.heads import (
     SIGMA_TEXTS,
     Head,
@@ -21,13 +22,9 @@ from lofit.heads import (
     init_offsets,
     rank_heads,
 )
-from lofit.objectives import mean_loss
 from lofit.recipes import count_heads
 from lofit.session import Session, add_common_args, folds_of, real, whole
-from lofit.summary import mean
-from lofit.training import Schedule, fit
-
-EVAL_BATCH = 64
+from lofit.training import Schedule
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("one", "sigma"),
         help="what offsets and lr are measured in: see head_sigma",
     )
+    parser.add_argument("--method", choices=baselines.METHODS, default="lofit")
+    parser.add_argument("--alpha", type=real, help="strength of --method iti and repe")
     parser.add_argument("--epochs", type=whole(1))
     parser.add_argument("--batch-size", type=whole(1))
     parser.add_argument(
@@ -92,9 +91,7 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
     )
     unit = run.setting("unit", args.unit, run.recipe.unit)
     run.settings["heads"] = args.heads or "heads.json"
-    val_examples = run.read("val")
     train = run.objective(run.read("train", args.n_train), "train")
-    val = run.objective(val_examples, "val")
     n_trained = len(heads) * run.model.config.head_dim
     print(f"learning {len(heads)} offsets ({n_trained:,} values) on {len(train)} examples")
 
@@ -104,19 +101,7 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
         units = torch.stack([sigma[head] for head in heads])
     init = init_offsets(run.model, len(heads), run.seed)
     parameters = attach_offsets(run.model, heads, init, units)
-    for epoch, loss in fit(parameters, train.lengths, train.loss, schedule, run.seed, run.log):
-        if args.validate == "last" and epoch < schedule.epochs:
-            print(f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}")
-            continue
-        val_loss = mean_loss(val, EVAL_BATCH)
-        scored = run.evaluate(val_examples, EVAL_BATCH, "validation")
-        metrics = {metric: mean([s[metric] for s in scored]) for metric in run.task.METRICS}
-        run.log({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, "val": metrics})
-        main_metric = run.task.MAIN_METRIC
-        print(
-            f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}  val loss {val_loss:.4f}"
-            f"  val {main_metric} {metrics[main_metric]:.1%}"
-        )
+    metrics = run.fit(parameters, train, run.read("val"), schedule, args.validate)
     path = run.folder / OFFSETS
     offsets = gather_offsets(run.model, heads)
     save_offsets(path, heads, offsets, run.info() | {"val": metrics})
@@ -127,7 +112,7 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for fold in folds_of(args):
-        train_fold(args, fold)
+        (train_fold if args.method == "lofit" else baselines.train_fold)(args, fold)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from lofit.baselines.stored import KINDS, attach_stored
 from lofit.errors import InputError
 from lofit.files import read_json, read_jsonl, read_tensors, write_json, write_tensors
 from lofit.heads import Head, attach_offsets, check_heads
@@ -71,6 +72,10 @@ def offsets_hash(heads: list[Head], offsets: torch.Tensor) -> str:
 def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
     """Inverse of `save_offsets`, from the safetensors file alone. InputError if malformed."""
     tensors, info = read_tensors(path)
+    if info.get("method") in KINDS:
+        raise InputError(
+            f"{path}: made by train.py --method {info['method']}; expected LoFiT's offsets"
+        )
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     heads, offsets = tensors.get("heads"), tensors.get("offsets")
     if len(tensors) != 2 or heads is None or offsets is None or offsets.dim() != 2:
@@ -89,7 +94,12 @@ def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
 
 def load_offsets(path: Path, model: CausalLM) -> tuple[list[Head], dict]:
     """Attach the offsets of a file to the model; returns its heads and `info`. InputError on a
-    mismatch, with the model untouched."""
+    mismatch, with the model untouched. A baseline's file is attached too; it has no heads."""
+    tensors, info = read_tensors(Path(path))
+    if info.get("method") in KINDS:
+        check_base(model, info, path)
+        attach_stored(model, tensors, info)
+        return [], info
     heads, offsets, info = read_offsets(Path(path))
     check_base(model, info, path)
     attach_offsets(model, heads, offsets)

@@ -22,13 +22,16 @@ from lofit.llm.generate import decode_step, generate_all
 from lofit.llm.packed import packed_weights
 from lofit.llm.scoring import score_answers
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.objectives import CrossEntropy, Objective, Preference
+from lofit.objectives import CrossEntropy, Objective, Preference, mean_loss
 from lofit.recipes import find_recipe
+from lofit.summary import mean
 from lofit.tasks import Example, clutrr, mquake, truthfulqa
 from lofit.tasks.own import OwnTask
+from lofit.training import Schedule, fit
 
 TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
+EVAL_BATCH = 64
 LARGE = 100 * 10**6  # bytes of weights, see `pick_dtype`
 
 
@@ -231,6 +234,30 @@ class Session:
             return CrossEntropy(self.model, self.tokenizer, texts, where, self.plain)
         texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
         return Preference(self.model, self.tokenizer, texts, where, self.plain)
+
+    def fit(
+        self, parameters: list, train: Objective, val: list[Example], schedule: Schedule, when: str
+    ) -> dict[str, float]:
+        """Train the attached parameters, with a line for each epoch; returns the metrics on `val`
+        after the last one. when: validate after "every" epoch, or the "last" alone."""
+        held_out, metrics = self.objective(val, "val"), {}
+        steps = fit(parameters, train.lengths, train.loss, schedule, self.seed, self.log)
+        for epoch, loss in steps:
+            line = f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}"
+            if when == "last" and epoch < schedule.epochs:
+                print(line)
+                continue
+            val_loss = mean_loss(held_out, EVAL_BATCH)
+            metrics = self.validate(val)
+            self.log({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, "val": metrics})
+            name = self.task.MAIN_METRIC
+            print(f"{line}  val loss {val_loss:.4f}  val {name} {metrics[name]:.1%}")
+        return metrics
+
+    def validate(self, val: list[Example] | None = None) -> dict[str, float]:
+        """The metrics of the model as it is on the validation split."""
+        scored = self.evaluate(val or self.read("val"), EVAL_BATCH, "validation")
+        return {metric: mean([s[metric] for s in scored]) for metric in self.task.METRICS}
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

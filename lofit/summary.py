@@ -112,8 +112,9 @@ def print_results(title: str, results: dict) -> None:
     """The table of each set of offsets, or of the base model alone."""
     for label, own in (results.get("adapters") or {"": {}}).items():
         part = results | own
+        what = part.get("method") or f"{len(part['heads'])} heads"
         print(
-            f"\n{title}, {f'{label}, ' if label else ''}{len(part['heads'])} heads,"
+            f"\n{title}, {f'{label}, ' if label else ''}{what},"
             f" {part['trained_values']:,} trained values ({part['share_of_base']:.4%} of the base"
             f" model), seed {part['seed']}\n{results_table(part)}"
         )

@@ -162,17 +162,24 @@ def by_gates(ground: Ground) -> torch.Tensor:
 def by_probe(ground: Ground) -> torch.Tensor:
     """ITI's criterion (arXiv 2306.03341, section 3.1): how well a linear probe on a head's z at the
     last token tells right answers from wrong ones; accuracy by cross-validation over pairs."""
-    pairs = ground.contrast()
-    with edits_off(ground.model):
-        z = last_z(ground.model, [text for pair in pairs for text in pair]).flatten(1, 2)
+    return probe_accuracy(ground.model, ground.contrast(), ground.seed)
+
+
+def probe_accuracy(
+    model: CausalLM, pairs: list[tuple[list[int], list[int]]], seed: int
+) -> torch.Tensor:
+    """[layer, head] of probes on pairs of (right, wrong) texts; see `by_probe`."""
+    with edits_off(model):
+        z = last_z(model, [text for pair in pairs for text in pair])
+    grid, z = z.shape[1:3], z.flatten(1, 2)
     right = torch.tensor([1.0, 0.0]).repeat(len(pairs))
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(ground.seed))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     fold = torch.empty(len(pairs), dtype=torch.int64)
     fold[order] = torch.arange(len(pairs)) % min(FOLDS, len(pairs))
     fold = fold.repeat_interleave(2)  # both texts of a pair are on the same side
     hits = [hits_of_probes(z[fold != f], right[fold != f], z[fold == f], right[fold == f])
             for f in fold.unique()]  # fmt: skip
-    return torch.cat(hits).float().mean(0).view(ground.grid)
+    return torch.cat(hits).float().mean(0).view(grid)
 
 
 def hits_of_probes(

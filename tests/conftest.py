@@ -176,7 +176,8 @@ def in_process(monkeypatch):
     def call(self, step):
         calls.append((step.script, *step.args))
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(step.script.removesuffix(".py")).main(list(step.args))
+            name = step.script.removeprefix("-m ").removesuffix(".py")
+            importlib.import_module(name).main(list(step.args))
 
     monkeypatch.setattr(cells._Runner, "call", call)
     return calls

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [table_row(args, each, k) for each in settings.values() for k in args.heads]
     rows = [row for row in rows if row]
     about = ABOUT.format(split=args.split, seeds=", ".join(map(str, args.seeds)))
-    write_table(args.out, "sweep", about, markdown(HEADER, list(map(as_text, rows))), rows)
+    write_table(args.out, "sweep", about, markdown(HEADER, map(as_text, rows)), rows, argv)
     finish(failed)
 
 

@@ -1,8 +1,12 @@
 """What a study reads off its cells: scores of items, their means with intervals, and tables."""
 
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from lofit.files import read_jsonl, write_json, write_text
+from lofit.files import read_jsonl, write_atomic, write_json, write_text
 from lofit.summary import mean, paired_bootstrap
 
 
@@ -55,14 +59,69 @@ def points(value: float, ci95: tuple[float, float]) -> str:
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
+def spread_of(scores: list[float]) -> float | None:
+    """Standard deviation of several runs' scores; None of one."""
+    return statistics.stdev(scores) if len(scores) > 1 else None
+
+
+def chosen_flags(runs: list[Path]) -> list[str]:
+    """What was chosen on validation for each run that is done: its folder's name."""
+    return [run.name for run in runs if (run / "results.json").exists()]
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_table(folder: Path, name: str, about: str, table: str, found: list[dict]) -> None:
-    """Print the table; write NAME.md and NAME.json (the rows as numbers) to the folder."""
-    write_json(folder / f"{name}.json", {"about": about, "rows": found})
-    write_text(folder / f"{name}.md", f"{about}\n\n{table}\n")
-    print(f"\n{about}\n\n{table}\n\n-> {folder / name}.json, {name}.md")
+def write_table(
+    folder: Path, name: str, about: str, table: str, found: list[dict], argv: list[str] | None
+) -> None:
+    """Print the table; write NAME.md and NAME.json (the rows as numbers) to the folder, with the
+    command that makes them."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", f"lofit.studies.{name}", *argv])
+    write_json(folder / f"{name}.json", {"command": command, "about": about, "rows": found})
+    write_text(folder / f"{name}.md", f"```\n{command}\n```\n\n{about}:\n\n{table}\n")
+    print(f"\n{about}:\n\n{table}\n\n-> {folder / name}.json, {name}.md")
+
+
+Line = list[tuple[str, float, float | None, float | None]]  # x, y, and y's interval
+
+
+def lines_of(rows: list[dict], x: str, line: str) -> dict[str, dict[str, Line]]:
+    """Rows with a `summary` under "score" -> a panel for each model and task: lines by label."""
+    panels: dict[str, dict[str, Line]] = {}
+    for row in rows:
+        panel = panels.setdefault(f"{row['model']}, {row['task']}", {})
+        score = row["score"]
+        low, high = (score["base"] + bound for bound in score["ci95"])
+        panel.setdefault(str(row[line]), []).append((str(row[x]), score["mean"], low, high))
+    return panels
+
+
+def picture(path: Path, panels: dict[str, dict[str, Line]], xlabel: str, ylabel: str) -> bool:
+    """Lines with their intervals as a PNG; False (and no file) where there is no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    if not panels:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    size = (6 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, points_ in lines.items():
+            xs, ys, lows, highs = zip(*points_, strict=True)
+            (drawn,) = ax.plot(xs, ys, marker="o", label=label)
+            if None not in lows:
+                ax.fill_between(xs, lows, highs, alpha=0.15, color=drawn.get_color())
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ax.legend(fontsize="small")
+    write_atomic(path, lambda p: figure.savefig(p, dpi=120, format="png"))
+    plt.close(figure)
+    return True

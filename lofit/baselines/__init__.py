@@ -1,0 +1,1 @@
+"""What LoFiT is compared with: `train.py --method lora|red|bias|iti|repe`, in the same harness."""

@@ -1,0 +1,111 @@
+"""What does it cost elsewhere? Models tuned on one task, on the other tasks and on plain text.
+
+    python -m lofit.studies.forgets --model weights/mini-llama --task mquake clutrr
+
+Every task is the tuned one once; the others are what it may forget. Plain text: the other tasks'
+prompts, or --text FILE, one a line.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+from lofit import errors
+from lofit.files import read_json
+from lofit.session import find_task
+from lofit.studies.cells import Cell, Setting, Step, finish, run_cells
+from lofit.studies.plan import Plan, Trials, study_parser
+from lofit.studies.tables import lines_of, markdown, picture, points, summary, write_table
+from lofit.studies.transfer import with_offsets_of
+from lofit.summary import mean, paired_bootstrap
+
+ABOUT = (
+    "{split} split, seeds {seeds}: what was tuned on one task changes on another, in points [95 %"
+    " interval over the items], and the loss of a token of text (the other task's prompts{text})"
+    " before and after [interval of the difference]"
+)
+HEADER = ["model", "tuned on", "heads", "asked", "base", "change", "loss of text"]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = study_parser(__doc__)
+    parser.add_argument("--heads", nargs="+", default=["3%", "10%", "all"])
+    parser.add_argument("--text", type=Path, help="plain text instead of prompts, one text a line")
+    return parser.parse_args(argv)
+
+
+def text_cell(plan: Plan, other: Setting, trained: Trials, evaluated: Cell) -> Path:
+    """The folder with text_loss.json, of the other task's prompts under the run's offsets."""
+    name = plan.args.text.stem if plan.args.text else find_task(other.task)[0]
+    folder = trained.folder / f"text-{name}"
+
+    def steps() -> list[Step]:
+        best = trained.best()
+        best = best / "fold0" if (best / "fold0").is_dir() else best
+        args = ["--model", other.model, "--task", other.task, "--data", other.data]
+        args += ["--dtype", other.dtype, "--run", str(folder), "--offsets", str(best)]
+        args += ["--text", str(plan.args.text)] if plan.args.text else []
+        return [Step("-m lofit.studies.text_loss", tuple(args), folder, ("text_loss.json",))]
+
+    plan.cells.append(Cell(f"{trained.folder} text of {name}", steps, (evaluated,)))
+    return folder
+
+
+def text_loss(folders: list[Path]) -> dict | None:
+    """Mean losses over texts, each text's being the mean over the runs."""
+    files = [f / "text_loss.json" for f in folders if (f / "text_loss.json").exists()]
+    if not files:
+        return None
+    found = [read_json(file) for file in files]
+    base = found[0]["base"]
+    tuned = [mean(list(each)) for each in zip(*(f["tuned"] for f in found), strict=True)]
+    return {"base": mean(base), "tuned": mean(tuned), "ci95": paired_bootstrap(base, tuned)}
+
+
+def as_text(row: dict) -> list[str]:
+    text, score = row["text"], row["score"]
+    loss = "–"
+    if text:
+        low, high = text["ci95"]
+        loss = f"{text['base']:.3f} → {text['tuned']:.3f} [{low:+.3f}, {high:+.3f}]"
+    return [
+        row["model"], row["tuned_on"], row["k"], f"{row['task']} ({row['metric']})",
+        f"{score['base']:.1%}", points(score["gain"], score["ci95"]), loss,
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    plan, runs = Plan(args), []
+    of = {(each[0].model, each[0].task): each for each in plan.settings()}
+    for (model, task), k in itertools.product(of, args.heads):
+        trained = []
+        for setting in of[model, task]:
+            chosen = None if k == "all" else plan.selection(setting, "scales")
+            trials = plan.lofit(setting, f"scales-{k}", k, chosen)
+            trained.append((setting, trials, plan.cells[-1]))
+        for other in args.task:
+            if other == task:
+                continue
+            asked, texts = [], []
+            for (setting, trials, evaluated), target in zip(trained, of[model, other], strict=True):
+                asked.append(with_offsets_of(plan, target, setting, trials))
+                texts.append(text_cell(plan, target, trials, evaluated))
+            runs.append((model, task, k, other, asked, texts))
+    failed = run_cells(plan.cells, args.jobs, args.device)
+    rows = []
+    for model, task, k, other, asked, texts in runs:
+        metric = find_task(other)[1].MAIN_METRIC
+        if found := summary(asked, metric):
+            row = {"model": Path(model).name, "tuned_on": task, "k": k, "task": other}
+            rows.append(row | {"metric": metric, "score": found, "text": text_loss(texts)})
+    seeds, text = " ".join(map(str, args.seeds)), f": {args.text.name}" if args.text else ""
+    about = ABOUT.format(split=args.split, seeds=seeds, text=text)
+    write_table(args.out, "forgets", about, markdown(HEADER, map(as_text, rows)), rows, argv)
+    lines = lines_of(rows, x="k", line="tuned_on")
+    picture(args.out / "forgets.png", lines, "heads", "score on another task")
+    finish(failed)
+
+
+if __name__ == "__main__":
+    errors.run(main)
