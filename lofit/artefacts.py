@@ -48,9 +48,16 @@ def load_heads(path: Path, model: CausalLM) -> tuple[list[Head], torch.Tensor]:
     found = read_json(path)
     check_base(model, found, path)
     try:
-        heads = [(int(layer), int(head)) for layer, head in found["heads"]]
-        scores = torch.tensor(found["scores"])
-    except (KeyError, TypeError, ValueError) as error:
+        heads = [(layer, head) for layer, head in found["heads"]]
+        if not all(type(number) is int for head in heads for number in head):
+            raise TypeError("heads are pairs of whole numbers")
+        scores = torch.tensor(found["scores"], dtype=torch.float32)
+        config = model.config
+        if scores.shape != (config.num_hidden_layers, config.num_attention_heads):
+            raise ValueError(f"scores {list(scores.shape)}: expected one for each head")
+        if not scores.isfinite().all():
+            raise ValueError("a score is not finite")
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{path}: 'heads' or 'scores' is missing or malformed ({error})") from None
     check_heads(model, heads, str(path))
     return heads, scores

@@ -1,7 +1,11 @@
 """The one exception for anything the user can mend, and how a script ends on it."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+
+LONGEST = 500  # characters of a message: inputs may hold anything
 
 
 class InputError(ValueError):
@@ -9,15 +13,36 @@ class InputError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; InputError and Ctrl-C become one line on stderr and exit code 2."""
+    """Run a script's `main`. What the user can mend, a signal and a closed pipe end it by one line
+    on stderr: InputError and the pipe with exit code 2, Ctrl-C with 130, SIGTERM with 143."""
+    ended_by = []
+
+    def terminate(*_) -> None:
+        ended_by.append(signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
-        sys.exit(_say(f"error: {error}"))
+        sys.exit(_say(f"error: {one_line(str(error))}", 2))
     except KeyboardInterrupt:
-        sys.exit(_say("\ninterrupted: nothing half-written was left behind"))
+        code = 128 + (ended_by or [signal.SIGINT])[0]
+        sys.exit(_say("\ninterrupted: nothing half-written was left behind", code))
+    except BrokenPipeError:
+        # what is still to be printed goes nowhere, instead of failing once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_say("error: standard output was closed; send it to a file instead", 2))
 
 
-def _say(line: str) -> int:
+def one_line(text: str) -> str:
+    """The text without line breaks, its middle left out where it is long."""
+    text = " ".join(text.splitlines())
+    half = LONGEST // 2 - 3
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+
+
+def _say(line: str, code: int) -> int:
     print(line, file=sys.stderr)
-    return 2
+    return code

@@ -1,6 +1,7 @@
 """Reading and writing files: whole or not at all, and errors that name file and line."""
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from lofit.errors import InputError
 
+_HELD: dict[Path, int] = {}  # folders that this process has locked
 IN_DATA = "; --data names the folder above it"
 
 
@@ -25,12 +27,49 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # on disk before it takes the name
         partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be written ({why})") from None
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Remove what processes that were killed left half-written in a folder."""
+    for partial in folder.glob(".*.partial"):
+        pid = partial.name.split(".")[-2]
+        if pid.isdecimal() and not _runs(int(pid)):
+            partial.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path) -> None:
+    """Hold a folder until this process ends, however it ends. InputError if another holds it."""
+    key = folder.resolve()
+    if key in _HELD:
+        return
+    handle = os.open(key, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(
+            f"{folder}: another process writes to it; wait for it, or choose another by --run"
+        ) from None
+    _HELD[key] = handle
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,7 +115,10 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         metadata = file.metadata() or {}
         if "lofit" not in metadata:
             raise InputError(f"{path}: not written by train.py (no 'lofit' entry in its header)")
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["lofit"])  # noqa: SIM118
+        info = parse_json(metadata["lofit"], f"{path}, 'lofit' in its header")
+        if not isinstance(info, dict):
+            raise InputError(f"{path}: 'lofit' in its header: expected a JSON object")
+        return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
 
 
 def open_tensors(path: Path, device: str = "cpu") -> safe_open:
@@ -93,7 +135,7 @@ def open_tensors(path: Path, device: str = "cpu") -> safe_open:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError that names the file and line."""
-    value = _parse_json(path)
+    value = parse_json(read_text(path), str(path), lines=True)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -101,7 +143,7 @@ def read_json(path: Path) -> dict:
 
 def read_json_list(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield ("FILE, item N", object) of a JSON list. InputError if malformed or empty."""
-    items = _parse_json(path, IN_DATA)
+    items = parse_json(read_text(path, IN_DATA), str(path), lines=True)
     if not isinstance(items, list) or not items:
         raise InputError(f"{path}: expected a JSON list of objects, at least one")
     for number, item in enumerate(items):
@@ -113,11 +155,14 @@ def read_json_list(path: Path) -> Iterator[tuple[str, dict]]:
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("FILE, line N", row) of a CSV file with these columns. InputError if malformed."""
     reader = csv.DictReader(io.StringIO(read_text(path, IN_DATA), newline=""))
-    missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    try:
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    except csv.Error as error:
+        raise InputError(f"{path}, line 1: not valid CSV ({error})") from None
     if missing:
         raise InputError(f"{path}, line 1: lacks the columns {', '.join(missing)}")
     empty = True
-    for row in reader:
+    for row in _rows(path, reader):
         empty, where = False, f"{path}, line {reader.line_num}"
         if any(row[column] is None for column in columns):
             raise InputError(f"{where}: expected {len(reader.fieldnames)} cells")
@@ -126,11 +171,24 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[s
         raise InputError(f"{path}: the split is empty; expected one question a line")
 
 
-def _parse_json(path: Path, hint: str = "") -> object:
+def _rows(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
     try:
-        return json.loads(read_text(path, hint))
+        yield from reader
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def parse_json(text: str, where: str, lines: bool = False) -> object:
+    """The value of a JSON text. InputError that names `where` (and the line in it, of several)."""
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        at = f"{where}, line {error.lineno}" if lines else where
+        raise InputError(f"{at}: not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise InputError(f"{where}: not usable JSON (nested too deep)") from None
+    except ValueError:  # Python's bound on the digits of a whole number
+        raise InputError(f"{where}: not usable JSON (a number has too many digits)") from None
 
 
 def read_text(path: Path, hint: str = "") -> str:
@@ -153,10 +211,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                 if not line.strip():
                     continue
                 empty = False
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{where}: not valid JSON ({error.msg})") from None
+                value = parse_json(line, where)
                 if not isinstance(value, dict):
                     raise InputError(f"{where}: expected a JSON object")
                 yield where, value

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import torch
 
 from lofit.errors import InputError
 from lofit.export.adapters import load_tuned
+from lofit.files import lock_folder, sweep_partials
 from lofit.heads import edits_off, folded_offsets
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES, find_folder, weight_files
@@ -154,9 +156,11 @@ class Session:
         self.recipe_name, self.recipe = find_recipe(self.model.config, self.task_name)
         self.decode_step = decode_step  # eval.py may put a compiled one here
         self.settings: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
-        self._log = self.folder / "log.jsonl"
+        self._log, self.log_failed = self.folder / "log.jsonl", False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(self.folder)
+            sweep_partials(self.folder)
             self._log.touch()
         except OSError as error:
             raise InputError(
@@ -193,10 +197,15 @@ class Session:
         }
 
     def log(self, record: dict) -> None:
-        """Append a record to log.jsonl."""
+        """Append a record to log.jsonl. Where that fails the run goes on, and says so once."""
         line = json.dumps({"script": self.script, "time": time.time()} | record)
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if not self.log_failed:
+                print(f"{self._log}: cannot be written ({error.strerror})", file=sys.stderr)
+            self.log_failed = True
 
     def read(self, split: str, n: int | None = None) -> list[Example]:
         """The examples of a split, or n of them, drawn by the seed. Raises InputError if the files

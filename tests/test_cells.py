@@ -116,7 +116,7 @@ def test_whoever_ends_a_study_ends_its_scripts(step, tmp_path, how):
     ).stdout.split()
     assert len(children) == 1
     study.send_signal(how)
-    assert study.wait(30) == 2
+    assert study.wait(30) == 128 + how
     with pytest.raises(ProcessLookupError):
         os.kill(int(children[0]), 0)
     assert not (waiting.folder / "cell.json").exists()

@@ -1,15 +1,16 @@
 """A checkpoint's own chat template: how a chat model wants to be asked."""
 
 import json
+import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lofit.errors import InputError
 from lofit.files import read_json, read_text
+from lofit.llm import render
 from lofit.llm.checkpoint import find_folder
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -21,7 +22,8 @@ def load_chat_template(name: str | Path, revision: str | None = None) -> Callabl
     add_special_tokens=False then adds none.
 
     Read from chat_template.jinja, or else from tokenizer_config.json. The template runs in a
-    sandbox: it may come from anywhere. Raises InputError if there is none or it fails.
+    sandbox and in a process with bounds: it may come from anywhere. Raises InputError if there is
+    none or it fails.
     """
     folder = find_folder(name, revision)
     path, settings_path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
@@ -33,38 +35,47 @@ def load_chat_template(name: str | Path, revision: str | None = None) -> Callabl
             " is it a chat model? If not, leave --chat out"
         )
     tokens = {key: _content(settings[key]) for key in SPECIAL if settings.get(key)}
-    try:
-        template = _environment().from_string(source)
-    except jinja2.TemplateError as error:
-        raise InputError(f"{folder}: the chat template is malformed ({error})") from None
+    return _Renderer(folder, source, tokens)
 
-    def render(text: str) -> str:
-        messages = [{"role": "user", "content": text}]
+
+class _Renderer:
+    """A process that renders (see render.py); called with what the user says. It ends with this
+    object."""
+
+    def __init__(self, folder: Path, source: str, tokens: dict[str, str]):
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", render.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        weakref.finalize(self, _end, self.process)
+        self._ask({"source": source, "tokens": tokens})
+
+    def __call__(self, text: str) -> str:
+        return self._ask({"text": text})
+
+    def _ask(self, message: dict) -> str:
         try:
-            return template.render(messages=messages, add_generation_prompt=True, **tokens)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"{folder}: the chat template fails ({error})") from None
+            print(json.dumps(message), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            late = self.process.wait() == -signal.SIGPROF
+            why = f"it takes over {render.SECONDS} s" if late else "its process ended"
+            reply = {"error": f"fails ({why})"}
+        else:
+            reply = json.loads(line)
+        if "error" in reply:
+            raise InputError(f"{self.folder}: the chat template {reply['error']}")
+        return reply["text"]
 
-    return render
 
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What templates on the hub expect to find, as in transformers."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(
-        x, ensure_ascii=False, indent=indent
-    )
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    return environment
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
 
 
 def _named_default(template: object) -> object:
@@ -75,4 +86,4 @@ def _named_default(template: object) -> object:
 
 
 def _content(token: object) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+    return str(token.get("content", "") if isinstance(token, dict) else token)

@@ -5,6 +5,7 @@ model's name. Files written by transformers 4 (`rope_theta` + `rope_scaling`) an
 (`rope_parameters`) are read alike, and so is the text part of a multimodal Gemma 3.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -100,14 +101,23 @@ class ModelConfig:
                 f"supported: {', '.join(SUPPORTED)}"
             )
         try:
-            config = cls(**_fields(raw))
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            config = cls(**_fields(raw, source))
+            config._check(source)
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(f"{source}: missing or malformed key: {error!r}") from None
-        config._check(source)
         return config
 
     def _check(self, source: str) -> None:
+        for name, fits in FITS.items():
+            fits(f"{source}: {name}", getattr(self, name))
+        for i in (*self.eos_token_id, *([] if self.bos_token_id is None else [self.bos_token_id])):
+            _whole(0, self.vocab_size - 1)(f"{source}: a token id of bos or eos", i)
         for rope in self.rope_parameters.values():
+            for name, value in rope.items():
+                if name in ROPE_FITS and value is not None:
+                    ROPE_FITS[name](f"{source}: RoPE's {name}", value)
             if rope["rope_type"] not in ROPE_TYPES:
                 raise InputError(
                     f"{source}: RoPE type {rope['rope_type']!r} is not supported; "
@@ -163,6 +173,58 @@ class ModelConfig:
         return raw
 
 
+def _fail(what: str, value: object, expected: str) -> None:
+    raise InputError(f"{what} is {str(value)[:60]!r}; expected {expected}")
+
+
+def _whole(low: int, high: int) -> Callable[[str, object], None]:
+    def fits(what: str, value: object) -> None:
+        if type(value) is not int or not low <= value <= high:
+            _fail(what, value, f"a whole number from {low} to {high}")
+
+    return fits
+
+
+def _real(low: float, high: float, none: bool = False) -> Callable[[str, object], None]:
+    def fits(what: str, value: object) -> None:
+        if value is None and none:
+            return
+        if type(value) not in (int, float) or not low <= value <= high:
+            _fail(what, value, f"a number from {low:g} to {high:g}")
+
+    return fits
+
+
+def _truth(what: str, value: object) -> None:
+    if type(value) is not bool:
+        _fail(what, value, "true or false")
+
+
+# What each field may be. The bounds are far beyond any model: they keep a damaged file from being
+# built for minutes.
+MOST_LAYERS, MOST = 1000, 10**7
+FITS: dict[str, Callable[[str, object], None]] = {
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), _whole(1, 10 * MOST)),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), _whole(1, 2**20)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), _whole(1, 2**14)),
+    "num_hidden_layers": _whole(1, MOST_LAYERS),
+    "rms_norm_eps": _real(0, 1),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), _truth),
+    **dict.fromkeys(
+        ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        _real(1e-6, 1e9, none=True),
+    ),
+    "sliding_window": lambda what, value: value is None or _whole(1, 10 * MOST)(what, value),
+}
+ROPE_FITS: dict[str, Callable[[str, object], None]] = {
+    "rope_theta": _real(1.001, 1e12),
+    **dict.fromkeys(("factor", "attention_factor", "mscale", "mscale_all_dim"), _real(1e-6, 1e6)),
+    **dict.fromkeys(
+        ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), _real(1e-6, 1e6)
+    ),
+    "original_max_position_embeddings": _whole(1, 10 * MOST),
+    "truncate": _truth,
+}
 ONLY_OURS = ("norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms")
 ATTENTION_EXTRAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 ARCHITECTURES = {
@@ -171,7 +233,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def _fields(raw: dict) -> dict:
+def _fields(raw: dict, source: str) -> dict:
     """The values of ModelConfig's fields. Raises KeyError and the like where `raw` is amiss."""
     if raw["model_type"] == "gemma3":  # text and vision: the token ids may stand outside
         outer = {k: raw[k] for k in _OUTER if raw.get(k) is not None}
@@ -181,6 +243,7 @@ def _fields(raw: dict) -> dict:
     kind = raw["model_type"]
     raw = DEFAULTS[kind] | raw
     n_heads, n_layers = raw["num_attention_heads"], raw["num_hidden_layers"]
+    _whole(1, MOST_LAYERS)(f"{source}: num_hidden_layers", n_layers)
     types = _layer_types(raw, n_layers)
     values = dict(
         model_type=kind,

@@ -151,7 +151,7 @@ class _Runner:
     def run(self, waiting: list[Cell]) -> list[Cell]:
         failed: list[Cell] = []
         running: dict[Future, Cell] = {}
-        with _sigterm_as_ctrl_c(), ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 while waiting or running:
                     open_cells = {*waiting, *running.values()}
@@ -223,22 +223,6 @@ class _Runner:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
-
-
-class _sigterm_as_ctrl_c:
-    """Inside, SIGTERM is KeyboardInterrupt: whoever ends a study ends its scripts."""
-
-    def __enter__(self):
-        def interrupt(*_):
-            raise KeyboardInterrupt
-
-        self.before = None
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, interrupt)
-
-    def __exit__(self, *_):
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
 
 
 def _with_needs(cells: Iterable[Cell]) -> list[Cell]:

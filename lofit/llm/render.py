@@ -1,0 +1,76 @@
+"""Renders a chat template, which may come from anywhere, in a process of its own with bounds on
+time and memory: jinja's sandbox bounds what a template reaches, not how long it loops or how much
+it builds. Run by chat.py; reads lines of JSON, the template first, and answers each by one.
+"""
+
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS, BYTES = 2, 256 * 2**20  # of processor time for one text; beyond what the process has
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """What templates on the hub expect to find, as in transformers."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    found = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    found.filters["tojson"] = lambda x, indent=None: json.dumps(
+        x, ensure_ascii=False, indent=indent
+    )
+    found.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    return found
+
+
+def limit_memory() -> None:
+    """From here on the process gets no more than BYTES beyond what it has."""
+    with open("/proc/self/statm") as file:
+        present = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (present + BYTES, present + BYTES))
+
+
+def answer(line: str, state: dict) -> str:
+    """The rendered text; for the first line, which holds template and tokens, an empty one."""
+    asked = json.loads(line)
+    if "source" in asked:
+        state |= {"template": environment().from_string(asked["source"]), "tokens": asked["tokens"]}
+        return ""
+    messages = [{"role": "user", "content": asked["text"]}]
+    return state["template"].render(
+        messages=messages, add_generation_prompt=True, **state["tokens"]
+    )
+
+
+def main() -> None:
+    if sys.platform == "linux":
+        limit_memory()
+    state: dict = {}
+    for line in sys.stdin:
+        # nobody handles the signal, so it ends the process, inside a library too
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            reply = {"text": answer(line, state)}
+        except jinja2.TemplateSyntaxError as error:
+            reply = {"error": f"is malformed ({error})"}
+        except jinja2.TemplateError as error:
+            reply = {"error": f"fails ({str(error)[:300]})"}
+        except Exception as error:
+            reply = {"error": f"fails ({type(error).__name__}: {str(error)[:300]})"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()
