@@ -12,14 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from lofit.errors import InputError
 from lofit.export.adapters import load_tuned
 from lofit.files import lock_folder, sweep_partials
 from lofit.heads import edits_off, folded_offsets
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES, find_folder, weight_files
+from lofit.llm.device import pick_device, pick_dtype
 from lofit.llm.generate import decode_step, generate_all
 from lofit.llm.packed import packed_weights
 from lofit.llm.scoring import score_answers
@@ -34,7 +33,6 @@ from lofit.training import Schedule, fit
 TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
 EVAL_BATCH = 64
-LARGE = 100 * 10**6  # bytes of weights, see `pick_dtype`
 
 
 def add_common_args(parser: argparse.ArgumentParser) -> None:
@@ -310,33 +308,3 @@ class Session:
             prediction = self.task.extract(example.prompt, whole[len(before) :])
             found.append({"prediction": prediction} | self.task.score(prediction, example))
         return found
-
-
-def pick_device(name: str) -> str:
-    """auto -> cuda where there is one, else cpu. InputError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"--device {name}: not usable here ({str(error).splitlines()[0]})"
-        ) from None
-    return name
-
-
-def pick_dtype(name: str, device: str, n_bytes: int) -> torch.dtype:
-    """auto -> bfloat16 where it is faster for weights of so many bytes as stored, else float32.
-
-    That is where matrix units compute it (a GPU, a CPU with AMX), and on CPUs with AVX512-bf16 for
-    models that are not tiny: 1.4 to 1.8 times as fast at 0.1 to 0.3 B parameters, but 0.7 to 0.9
-    times at the miniatures' 6 M (tests/measure_dtype.py).
-    """
-    if name != "auto":
-        return DTYPES[name]
-    if device == "cpu":
-        fast = torch.cpu._is_amx_tile_supported()
-        fast = fast or (n_bytes >= LARGE and torch.cpu._is_avx512_bf16_supported())
-    else:
-        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32

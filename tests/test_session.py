@@ -1,4 +1,4 @@
-"""What the scripts share: device and dtype, folds, and each task the whole way through."""
+"""What the scripts share: folds, and each task the whole way through."""
 
 import json
 import shutil
@@ -15,35 +15,8 @@ import select_heads
 import train
 from lofit.errors import InputError
 from lofit.llm.checkpoint import save_model
-from lofit.session import pick_device, pick_dtype
 
 FAST = ["--epochs", "2", "--lr", "0.05"]
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
-def test_a_device_that_is_not_there(device):
-    with pytest.raises(InputError, match=f"--device {device}: not usable here"):
-        pick_device(device)
-
-
-@pytest.mark.parametrize(
-    ("device", "amx", "avx", "n_bytes", "cuda", "want"),
-    [
-        ("cpu", False, False, 10**9, True, torch.float32),
-        ("cpu", False, True, 10**9, False, torch.bfloat16),
-        ("cpu", False, True, 10**7, False, torch.float32),
-        ("cpu", True, False, 10**7, False, torch.bfloat16),
-        ("cuda:1", False, False, 10**7, True, torch.bfloat16),
-        ("cuda", True, True, 10**9, False, torch.float32),
-        ("mps", True, True, 10**9, True, torch.float32),
-    ],
-)
-def test_dtype_auto_follows_the_hardware(monkeypatch, device, amx, avx, n_bytes, cuda, want):
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: cuda)
-    assert pick_dtype("auto", device, n_bytes) == want
-    assert pick_dtype("float16", device, n_bytes) == torch.float16
 
 
 @pytest.fixture
