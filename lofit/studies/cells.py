@@ -20,9 +20,11 @@ from pathlib import Path
 
 import torch
 
+from lofit.artefacts import ADAPTER_CONFIG
 from lofit.errors import InputError
 from lofit.files import read_json, write_json
 from lofit.session import find_task
+from lofit.studies.tables import keep_items
 
 RECORD, OUTPUT = "cell.json", "output.txt"
 
@@ -92,7 +94,7 @@ class Setting:
 
     def train(self, folder: Path, *flags: str) -> Step:
         flags = ("--validate", "last", *flags)
-        return self._step("train.py", folder, "offsets.safetensors", flags)
+        return self._step("train.py", folder, ADAPTER_CONFIG, flags)
 
     def evaluate(self, folder: Path, *flags: str) -> Step:
         """flags: --base-only, or --base-from where that was done."""
@@ -190,6 +192,8 @@ class _Runner:
             self.call(step)
             if self.stopping.is_set():
                 return
+            if step.script == "eval.py":
+                keep_items(step.folder)
             made = {"args": list(step.args), "seconds": round(time.time() - began, 1)}
             write_json(step.folder / RECORD, _record(step.folder) | {step.script: made})
 

@@ -6,15 +6,29 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from lofit.files import read_jsonl, write_atomic, write_json, write_text
+from lofit.files import read_json, read_jsonl, write_atomic, write_json, write_text
 from lofit.summary import mean, paired_bootstrap
+
+SCORES = "scores.json"
+
+
+def keep_items(run: Path) -> None:
+    """Write scores.json: of predictions.jsonl, of both folds where the run has folds, the scores of
+    every item without a word of the data: {who: {metric: [...]}}. Such a file may be published."""
+    files = sorted(run.glob("fold*/predictions.jsonl")) or [run / "predictions.jsonl"]
+    lines = [line for file in files for _, line in read_jsonl(file)]
+    scored = {who: lines[0][who] for who in ("base", "tuned") if who in lines[0]}
+    found = {
+        who: {m: [line[who][m] for line in lines] for m in row if isinstance(row[m], float)}
+        for who, row in scored.items()
+    }
+    write_json(run / SCORES, found)
 
 
 def items(run: Path, metric: str) -> tuple[list[float], list[float]]:
-    """(base, tuned) scores of every item of a run, of both folds where it has folds."""
-    files = sorted(run.glob("fold*/predictions.jsonl")) or [run / "predictions.jsonl"]
-    lines = [line for file in files for _, line in read_jsonl(file)]
-    return [line["base"][metric] for line in lines], [line["tuned"][metric] for line in lines]
+    """(base, tuned) scores of every item of a run."""
+    found = read_json(run / SCORES)
+    return found["base"][metric], found["tuned"][metric]
 
 
 def summary(runs: list[Path], metric: str) -> dict | None:
