@@ -94,10 +94,11 @@ def test_transfer_takes_heads_and_offsets_of_the_other_task(study):
 
 
 def test_forgets_asks_the_other_task_and_plain_text(study):
-    flags = ("--heads", "2", "--lr-factors", "30")
+    flags = ("--methods", "lofit 2", "bias", "--lr-factors", "30")
     rows, _, _ = study(forgets, *flags, tasks=("mquake", "clutrr"))
-    assert [(row["tuned_on"], row["task"]) for row in rows] == [
-        ("mquake", "clutrr"), ("clutrr", "mquake"),
+    assert [(row["tuned_on"], row["method"], row["task"]) for row in rows] == [
+        ("mquake", "lofit 2", "clutrr"), ("mquake", "bias", "clutrr"),
+        ("clutrr", "lofit 2", "mquake"), ("clutrr", "bias", "mquake"),
     ]  # fmt: skip
     for row in rows:
         assert row["text"]["tuned"] != row["text"]["base"] > 0

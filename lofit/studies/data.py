@@ -7,7 +7,7 @@ import argparse
 
 from lofit import errors
 from lofit.studies.cells import finish, run_cells
-from lofit.studies.methods import GRIDS, row_of, run_of
+from lofit.studies.methods import known_methods, methods_arg, row_of, run_of
 from lofit.studies.plan import Plan, study_parser
 from lofit.studies.tables import cell, lines_of, markdown, picture, points, write_table
 
@@ -22,15 +22,8 @@ HEADER = ["model", "task", "examples", "method", "score", "less {first}", "chose
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = study_parser(__doc__)
     parser.add_argument("--examples", nargs="+", default=["10", "25", "50", "100", "all"])
-    parser.add_argument(
-        "--methods", nargs="+", default=["lofit 10%", "lora", "red"],
-        help=f'"lofit K", {", ".join(GRIDS)}; the first is what others are compared with',
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    for method in args.methods:
-        if method not in GRIDS and not method.startswith("lofit "):
-            raise errors.InputError(f'--methods {method}: expected "lofit K", {", ".join(GRIDS)}')
-    return args
+    methods_arg(parser, ["lofit 10%", "lora", "red"])
+    return known_methods(parser.parse_args(argv))
 
 
 def as_text(row: dict) -> list[str]:

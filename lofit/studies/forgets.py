@@ -14,6 +14,7 @@ from lofit import errors
 from lofit.files import read_json
 from lofit.session import find_task
 from lofit.studies.cells import Cell, Setting, Step, finish, run_cells
+from lofit.studies.methods import known_methods, methods_arg, run_of
 from lofit.studies.plan import Plan, Trials, study_parser
 from lofit.studies.tables import lines_of, markdown, picture, points, summary, write_table
 from lofit.studies.transfer import with_offsets_of
@@ -24,14 +25,14 @@ ABOUT = (
     " interval over the items], and the loss of a token of text (the other task's prompts{text})"
     " before and after [interval of the difference]"
 )
-HEADER = ["model", "tuned on", "heads", "asked", "base", "change", "loss of text"]
+HEADER = ["model", "tuned on", "by", "asked", "base", "change", "loss of text"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = study_parser(__doc__)
-    parser.add_argument("--heads", nargs="+", default=["3%", "10%", "all"])
+    methods_arg(parser, ["lofit 3%", "lofit 10%", "lofit all", "lora", "red"])
     parser.add_argument("--text", type=Path, help="plain text instead of prompts, one text a line")
-    return parser.parse_args(argv)
+    return known_methods(parser.parse_args(argv))
 
 
 def text_cell(plan: Plan, other: Setting, trained: Trials, evaluated: Cell) -> Path:
@@ -69,7 +70,7 @@ def as_text(row: dict) -> list[str]:
         low, high = text["ci95"]
         loss = f"{text['base']:.3f} → {text['tuned']:.3f} [{low:+.3f}, {high:+.3f}]"
     return [
-        row["model"], row["tuned_on"], row["k"], f"{row['task']} ({row['metric']})",
+        row["model"], row["tuned_on"], row["method"], f"{row['task']} ({row['metric']})",
         f"{score['base']:.1%}", points(score["gain"], score["ci95"]), loss,
     ]  # fmt: skip
 
@@ -78,12 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     plan, runs = Plan(args), []
     of = {(each[0].model, each[0].task): each for each in plan.settings()}
-    for (model, task), k in itertools.product(of, args.heads):
-        trained = []
-        for setting in of[model, task]:
-            chosen = None if k == "all" else plan.selection(setting, "scales")
-            trials = plan.lofit(setting, f"scales-{k}", k, chosen)
-            trained.append((setting, trials, plan.cells[-1]))
+    for (model, task), method in itertools.product(of, args.methods):
+        trained = [
+            (setting, run_of(plan, setting, method), plan.cells[-1]) for setting in of[model, task]
+        ]
         for other in args.task:
             if other == task:
                 continue
@@ -91,19 +90,19 @@ def main(argv: list[str] | None = None) -> None:
             for (setting, trials, evaluated), target in zip(trained, of[model, other], strict=True):
                 asked.append(with_offsets_of(plan, target, setting, trials))
                 texts.append(text_cell(plan, target, trials, evaluated))
-            runs.append((model, task, k, other, asked, texts))
+            runs.append((model, task, method, other, asked, texts))
     failed = run_cells(plan.cells, args.jobs, args.device)
     rows = []
-    for model, task, k, other, asked, texts in runs:
+    for model, task, method, other, asked, texts in runs:
         metric = find_task(other)[1].MAIN_METRIC
         if found := summary(asked, metric):
-            row = {"model": Path(model).name, "tuned_on": task, "k": k, "task": other}
+            row = {"model": Path(model).name, "tuned_on": task, "method": method, "task": other}
             rows.append(row | {"metric": metric, "score": found, "text": text_loss(texts)})
     seeds, text = " ".join(map(str, args.seeds)), f": {args.text.name}" if args.text else ""
     about = ABOUT.format(split=args.split, seeds=seeds, text=text)
     write_table(args.out, "forgets", about, markdown(HEADER, map(as_text, rows)), rows, argv)
-    lines = lines_of(rows, x="k", line="tuned_on")
-    picture(args.out / "forgets.png", lines, "heads", "score on another task")
+    lines = lines_of(rows, x="method", line="tuned_on")
+    picture(args.out / "forgets.png", lines, "tuned by", "score on another task")
     finish(failed)
 
 

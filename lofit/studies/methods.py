@@ -47,6 +47,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def methods_arg(parser: argparse.ArgumentParser, default: list[str]) -> None:
+    """--methods of the studies that set several beside one another."""
+    help = f'"lofit K", {", ".join(GRIDS)}; others are compared with the first'
+    parser.add_argument("--methods", nargs="+", default=default, help=help)
+
+
+def known_methods(args: argparse.Namespace) -> argparse.Namespace:
+    """The same; raises InputError for a method that there is not."""
+    for method in args.methods:
+        if method not in GRIDS and not method.startswith("lofit "):
+            raise errors.InputError(f'--methods {method}: expected "lofit K", {", ".join(GRIDS)}')
+    return args
+
+
 def run_of(plan: Plan, setting: Setting, method: str, extra: tuple[str, ...] = ()) -> Trials:
     """One run: "lofit K" (K may be all) or a baseline. extra: flags of selection and training, like
     --n-train; they name the folder too."""
