@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from lofit.errors import InputError
 from lofit.llm.config import ModelConfig
 
-MAX_LR = 0.1  # of offsets by RULE
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,13 +22,14 @@ class Recipe:
     offset_epochs: int = 5
     batch_size: int = 8
     unit: str = "one"  # of the offsets and their lr: as they are, or each head's "sigma"
-    by_share: bool = False  # offset_lr is that of all heads; fewer take it times all / K
+    by_share: bool = False  # offset_lr is that of all heads; fewer take it times all / K ...
+    max_lr: float = 0.1  # ... up to this
 
     def lr_of(self, k: int, total: int) -> float:
         """The offsets' learning rate for k of all heads."""
         if not self.by_share:
             return self.offset_lr
-        return float(f"{min(self.offset_lr * total / k, MAX_LR):.3g}")
+        return float(f"{min(self.offset_lr * total / k, self.max_lr):.3g}")
 
 
 # (layers, query heads) tell the paper's models apart from all others
@@ -58,9 +57,11 @@ RECIPES = {
     ("Gemma-7B", "mquake"): Recipe(5e-3, 5e-4, 8e-3, "16"),
     ("Gemma-7B", "clutrr"): Recipe(5e-4, 5e-3, 1e-2, "16"),
 }
-# For models that nobody tuned: fewer heads take larger steps, up to MAX_LR. Chosen on validation
-# for two models of 0.1 to 0.3 B (docs/results.md), where the paper's 1e-2 suits all heads alone.
+# For models that nobody tuned: fewer heads take larger steps, up to max_lr, which DPO wants
+# smaller. Chosen on validation for models of 0.1 to 0.3 B (docs/results.md), where the paper's 1e-2
+# suits all heads alone.
 RULE = {"offset_lr": 0.01, "by_share": True, "heads": "3%"}
+RULE_BY_TASK = {"truthfulqa": {"max_lr": 0.03}}
 RECIPES |= {(model, task): MINI[task] for model in ("mini-llama", "mini-gemma") for task in MINI}
 
 
@@ -80,7 +81,7 @@ def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:
         origin += f" for {of}, for want of one"
     if name == model:
         return origin, recipe
-    return f"{origin}; offsets by rule", replace(recipe, **RULE)
+    return f"{origin}; offsets by rule", replace(recipe, **RULE, **RULE_BY_TASK.get(task, {}))
 
 
 def count_heads(text: str, config: ModelConfig) -> int:

@@ -43,6 +43,8 @@ def test_an_unknown_model_gets_its_familys_values_and_a_share_of_heads(model_typ
     assert recipe == replace(paper, heads="3%", offset_lr=0.01, by_share=True)
     assert [recipe.lr_of(k, 104) for k in (104, 26, 3)] == [0.01, 0.04, 0.1]  # 26 x 4 heads
     assert paper.lr_of(1, 104) == paper.lr_of(104, 104) == paper.offset_lr
+    dpo = find_recipe(config(26, 4, model_type), "truthfulqa")[1]
+    assert [dpo.lr_of(k, 104) for k in (104, 26, 3)] == [0.01, 0.03, 0.03]
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (8, 16, "gemma")])
