@@ -19,7 +19,11 @@ def keep_items(run: Path) -> None:
     lines = [line for file in files for _, line in read_jsonl(file)]
     scored = {who: lines[0][who] for who in ("base", "tuned") if who in lines[0]}
     found = {
-        who: {m: [line[who][m] for line in lines] for m in row if isinstance(row[m], float)}
+        who: {
+            metric: [int(x) if x.is_integer() else x for x in (line[who][metric] for line in lines)]
+            for metric, score in row.items()
+            if isinstance(score, float)
+        }
         for who, row in scored.items()
     }
     write_json(run / SCORES, found)
