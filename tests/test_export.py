@@ -107,6 +107,29 @@ def test_stock_peft_computes_the_same_from_an_adapter(name, quiet, tmp_path, cap
         assert difference(model(IDS).logits, plain) == 0
 
 
+@pytest.mark.parametrize("name", ["gqa", "gemma3"])
+@torch.no_grad()
+def test_peft_holds_several_adapters_and_changes_between_them(name, quiet, tmp_path, caplog):
+    peft = pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
+    base, wanted, outs = quiet(name), {}, {}
+    for seed, adapter in enumerate(("one", "two")):  # of other heads, in other layers
+        ours = make_run(tmp_path / f"run-{adapter}", base, scale=10.0, n=2, seed=seed)
+        wanted[adapter] = ours(IDS)
+        outs[adapter] = run_export(tmp_path / f"run-{adapter}", "peft", tmp_path / adapter)
+    assert difference(wanted["one"], wanted["two"]) > 0.1
+    stock = load_stock(base, caplog)
+    plain = stock(IDS).logits
+    model = peft.PeftModel.from_pretrained(stock, outs["one"], adapter_name="one")
+    model.load_adapter(outs["two"], "two")
+    for adapter in ("one", "two", "one"):
+        model.set_adapter(adapter)
+        assert difference(model(IDS).logits, wanted[adapter]) <= 1e-5
+    with model.disable_adapter():
+        assert difference(model(IDS).logits, plain) == 0
+    with pytest.raises(Exception, match="bias"):  # the card says what to do instead
+        model.merge_and_unload()
+
+
 @pytest.mark.parametrize("name", ["mini-llama", "gqa", "gemma2"])
 @torch.no_grad()
 def test_steering_vectors_are_what_lm_eval_adds(name, quiet, tmp_path, caplog):
