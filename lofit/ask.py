@@ -12,6 +12,8 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 
+import torch
+
 from lofit import errors
 from lofit.errors import InputError
 from lofit.export.adapters import Adapter, open_adapter, open_tuned
@@ -44,8 +46,9 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
     """What answers a question: text -> {"base": answer, "tuned": answer}. InputError."""
     adapter = open_adapter(args.run)
     info, task = adapter.info, _task(adapter) if args.task else None
-    dtype = args.dtype or info.get("settings", {}).get("dtype", "float32")
-    model = open_tuned(adapter, args.run, args.model, DTYPES[dtype], pick_device(args.device))
+    recorded = info.get("settings", {}).get("dtype")
+    dtype = DTYPES.get(args.dtype or recorded, torch.float32)
+    model = open_tuned(adapter, args.run, args.model, dtype, pick_device(args.device))
     source, chat = model.source, bool(info.get("chat"))
     tokenizer = load_tokenizer(source.name, source.revision, not chat)
     wrap = load_chat_template(source.name, source.revision) if chat else str

@@ -250,6 +250,17 @@ def test_the_base_may_have_moved(tiny_folder, tmp_path):
     assert (out / "tokenizer.json").read_bytes() == (moved / "tokenizer.json").read_bytes()
 
 
+def test_an_export_names_its_architecture(tiny_folder, tmp_path):
+    """Servers go by it alone; bases made out of other formats leave it out."""
+    path = tiny_folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("architectures")
+    path.write_text(json.dumps(config))
+    make_run(tmp_path / "run", tiny_folder)
+    out = run_export(tmp_path / "run", "hf", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_our_own_format_has_one_dtype(tiny_folder, tmp_path):
     make_run(tmp_path / "run", tiny_folder)
     with pytest.raises(InputError, match="offsets are float32"):

@@ -61,12 +61,17 @@ def convert(base: FoldedBase, checkpoint: Path, path: Path) -> None:
             f"--format gguf: llama.cpp's converter does not take {base.name} ({last[0]}); take"
             " --format hf"
         )
+    check_biases(base, path)
+
+
+def check_biases(base: FoldedBase, path: Path) -> None:
+    """InputError unless a GGUF file has the bias of every edited layer, value by value."""
     from gguf import GGUFReader  # the converter brings it
 
     stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
     for layer, bias in base.o_biases.items():
         found = stored.get(f"blk.{layer}.attn_output.bias")
-        if found is None or not torch.equal(torch.tensor(found).float(), bias.float()):
+        if found is None or not torch.equal(torch.tensor(found), bias.float()):
             raise InputError(
                 f"--format gguf: llama.cpp's converter lost the offsets of layer {layer}; take"
                 " --format hf"
