@@ -70,7 +70,7 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
 
 
 def _task(adapter: Adapter):
-    name = adapter.info.get("task")
+    name = str(adapter.info.get("task"))
     if name not in TASKS:
         raise InputError(
             f"--task: the run's task ({name}) is none of {', '.join(TASKS)}: its prompts are texts"

