@@ -124,7 +124,10 @@ class Server:
         """Until it answers. InputError, in its own words, if it does not come up."""
         end = time.time() + SECONDS
         while time.time() < end and self.process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health"):
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.url}/health", timeout=5),
+            ):
                 return
             time.sleep(0.5)
         raise InputError(reason(self.log.read_text(errors="replace")))
@@ -179,7 +182,7 @@ class Server:
 
     def cost(self, prompts: list[str]) -> tuple[float, float]:
         """Seconds and seconds of processor time of a request, all of 16 tokens, nothing taken from
-        an earlier one. The second does not mind what else the machine does."""
+        an earlier one. The second minds less what else the machine does."""
         start, before = time.time(), sum(self.members().values())
         self.ask_all(prompts, ignore_eos=True, cache_prompt=False)
         spent = sum(self.members().values()) - before
