@@ -10,15 +10,12 @@ reading, not a proof: what later layers make of the shift is not in it.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from lofit import errors
-from lofit.artefacts import check_base
-from lofit.export.adapters import Adapter, load_tuned, open_adapter
+from lofit.export.adapters import Adapter, open_adapter, open_tuned
 from lofit.files import write_json
-from lofit.heads import check_heads
 from lofit.llm import load_tokenizer
 from lofit.llm.model import CausalLM
 from lofit.llm.tokenizer import Tokenizer
@@ -89,13 +86,9 @@ def explain(model: CausalLM, tokenizer: Tokenizer, adapter: Adapter, n: int) -> 
 def explain_run(name: str, model_name: str | None, n: int) -> tuple[dict, Adapter]:
     """`explain` of a run by name. InputError if its base model is missing or another one."""
     adapter = open_adapter(name)
-    base = model_name or adapter.info["model"]
-    revision = None if Path(base).is_dir() else adapter.info.get("revision")
-    model = load_tuned(base, revision)
-    if adapter.info["fingerprint"] is not None:
-        check_base(model, adapter.info, Path(name))
-    check_heads(model, adapter.heads, name)
-    return explain(model, load_tokenizer(base, revision), adapter, n), adapter
+    model = open_tuned(adapter, name, model_name)
+    tokenizer = load_tokenizer(model.source.name, model.source.revision)
+    return explain(model, tokenizer, adapter, n), adapter
 
 
 def as_table(found: dict) -> str:

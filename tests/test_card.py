@@ -24,7 +24,7 @@ def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
     assert "\nbase_model: owner/name\n" in card and "- base_model:adapter:owner/name\n" in card
     card = (run_export(tmp_path / "run", "hf", tmp_path / "hf", *named) / "README.md").read_text()
     assert "\nbase_model: owner/name\n" in card and "base_model:adapter" not in card
-    assert "vLLM" not in card
+    assert "vLLM 0.32.0 (CPU)" in card and "serve the base model" not in card
     told = json.loads((tmp_path / "run" / "lofit_config.json").read_text())
     change = {"em": {"value": 0.5, "ci95": [0.4, 0.6]}}
     heads, offsets, _ = read_offsets(tmp_path / "run" / "offsets.safetensors")
@@ -50,4 +50,6 @@ def test_the_card_of_a_gemma_1_warns_of_vllm(tmp_path):
     ):  # fmt: skip
         make_run(tmp_path / "run", base)
         out = run_export(tmp_path / "run", form, tmp_path / f"{base.name}-{form}")
-        assert ("Not with vLLM" in (out / "README.md").read_text()) is warned
+        card = (out / "README.md").read_text()
+        assert ("**Not with vLLM's own Gemma 1" in card) is warned
+        assert ("`python -m lofit.export RUN --format hf`" in card) is (form == "peft")

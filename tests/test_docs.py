@@ -54,13 +54,14 @@ class Parsed(Exception):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_parses(page, monkeypatch, capsys):
     """Each is started as its line says, up to where its flags are known."""
-    parse = argparse.ArgumentParser.parse_args
+    for name in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, name)
 
-    def parse_and_stop(parser, args=None, namespace=None):
-        parse(parser, args, namespace)
-        raise Parsed
+        def parse_and_stop(parser, args=None, namespace=None, parse=parse):
+            parse(parser, args, namespace)
+            raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        monkeypatch.setattr(argparse.ArgumentParser, name, parse_and_stop)
     monkeypatch.chdir(REPO)
     for command in commands(page):
         words = [word for word in shlex.split(command)[1:] if word != "..."]

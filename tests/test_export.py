@@ -107,6 +107,29 @@ def test_stock_peft_computes_the_same_from_an_adapter(name, quiet, tmp_path, cap
         assert difference(model(IDS).logits, plain) == 0
 
 
+@pytest.mark.parametrize("name", ["gqa", "gemma3"])
+@torch.no_grad()
+def test_peft_holds_several_adapters_and_changes_between_them(name, quiet, tmp_path, caplog):
+    peft = pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
+    base, wanted, outs = quiet(name), {}, {}
+    for seed, adapter in enumerate(("one", "two")):  # of other heads, in other layers
+        ours = make_run(tmp_path / f"run-{adapter}", base, scale=10.0, n=2, seed=seed)
+        wanted[adapter] = ours(IDS)
+        outs[adapter] = run_export(tmp_path / f"run-{adapter}", "peft", tmp_path / adapter)
+    assert difference(wanted["one"], wanted["two"]) > 0.1
+    stock = load_stock(base, caplog)
+    plain = stock(IDS).logits
+    model = peft.PeftModel.from_pretrained(stock, outs["one"], adapter_name="one")
+    model.load_adapter(outs["two"], "two")
+    for adapter in ("one", "two", "one"):
+        model.set_adapter(adapter)
+        assert difference(model(IDS).logits, wanted[adapter]) <= 1e-5
+    with model.disable_adapter():
+        assert difference(model(IDS).logits, plain) == 0
+    with pytest.raises(Exception, match="bias"):  # the card says what to do instead
+        model.merge_and_unload()
+
+
 @pytest.mark.parametrize("name", ["mini-llama", "gqa", "gemma2"])
 @torch.no_grad()
 def test_steering_vectors_are_what_lm_eval_adds(name, quiet, tmp_path, caplog):
@@ -225,6 +248,17 @@ def test_the_base_may_have_moved(tiny_folder, tmp_path):
     moved = tiny_folder.rename(tmp_path / "moved")
     out = run_export(tmp_path / "run", "hf", tmp_path / "out", "--model", str(moved))
     assert (out / "tokenizer.json").read_bytes() == (moved / "tokenizer.json").read_bytes()
+
+
+def test_an_export_names_its_architecture(tiny_folder, tmp_path):
+    """Servers go by it alone; bases made out of other formats leave it out."""
+    path = tiny_folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("architectures")
+    path.write_text(json.dumps(config))
+    make_run(tmp_path / "run", tiny_folder)
+    out = run_export(tmp_path / "run", "hf", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_our_own_format_has_one_dtype(tiny_folder, tmp_path):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from lofit.artefacts import OFFSETS, RESULTS, offsets_hash, read_offsets
+from lofit.artefacts import OFFSETS, RESULTS, check_base, offsets_hash, read_offsets
 from lofit.errors import InputError
 from lofit.files import read_json
-from lofit.heads import Head, attach_offsets
+from lofit.heads import Head, attach_offsets, check_heads
 from lofit.llm.checkpoint import (
     assemble,
     find_folder,
@@ -74,6 +74,28 @@ def open_adapter(name: str) -> Adapter:
         return Adapter(*released, {"model": name, "revision": None, "fingerprint": None}, folder)
     path = find_offsets(folder)
     return Adapter(*read_offsets(path), path.parent)
+
+
+def open_tuned(
+    adapter: Adapter,
+    name: str,
+    model: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> CausalLM:
+    """The base model of an adapter with its offsets attached.
+
+    name: the adapter's; model: where its base is, if not where the adapter says. InputError if the
+    base is missing or another one.
+    """
+    base = model or adapter.info["model"]
+    revision = None if Path(base).is_dir() else adapter.info.get("revision")
+    found = load_tuned(base, revision, dtype, device)
+    if adapter.info["fingerprint"] is not None:
+        check_base(found, adapter.info, Path(name))
+    check_heads(found, adapter.heads, name)
+    attach_offsets(found, adapter.heads, adapter.offsets)
+    return found
 
 
 def read_released(paths: list[Path]) -> tuple[list[Head], torch.Tensor] | None:

@@ -9,7 +9,10 @@ from lofit.export.adapters import Adapter
 from lofit.export.folding import FoldedBase
 from lofit.summary import results_table
 
-LIBRARY = {"hf": "transformers", "peft": "peft", "steered": "lm-eval", "lofit": "lofit"}
+LIBRARY = {
+    "hf": "transformers", "gguf": "gguf", "peft": "peft", "steered": "lm-eval", "lofit": "lofit",
+}  # fmt: skip
+WHOLE = ("hf", "gguf")  # the others are adapters
 LICENCE_KEYS = ("license", "license_name", "license_link")
 USE = {
     "hf": """```python
@@ -21,6 +24,17 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 
 The offsets are biases of `o_proj`; the other biases that `attention_bias` creates are zero.
 """,
+    "gguf": """```
+llama-server -m DIR/model.gguf
+```
+
+Ollama (not tried), with this as its `Modelfile`:
+
+```
+FROM ./model.ggufTEMPLATE
+PARAMETER temperature 0
+```
+""",
     "peft": """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -29,7 +43,9 @@ base = AutoModelForCausalLM.from_pretrained("BASE")
 model = PeftModel.from_pretrained(base, "DIR")  # peft >= 0.21.2
 ```
 
-The adapter cannot be merged: the base has no bias to add it to.
+`merge_and_unload` fails in peft, for the base has no bias to add the adapter to: a model in one
+piece is what `python -m lofit.export RUN --format hf` writes. Several adapters in one model:
+`model.load_adapter(OTHER, "other")`, then `model.set_adapter("other")`.
 """,
     "steered": """```
 lm_eval --model steered --model_args pretrained=BASE,steer_path=DIR/steering.pt --tasks ...
@@ -40,21 +56,39 @@ python eval.py --model BASE --offsets DIR
 ```
 """,
 }
-GEMMA_1 = """
-**Not with vLLM's own Gemma 1**: it leaves biases of attention out without a word, so it
-would serve the base model. `vllm serve DIR --model-impl transformers` has them.
-"""
+# Where a family's exports were seen to answer as they should: tests/measure_serving.py, --check,
+# docs/export.md. What is in neither table was not tried.
+_STOCK = "transformers 5.24.0"
+SEEN = {
+    "hf": {
+        "llama": f"{_STOCK}, vLLM 0.32.0 (CPU)",
+        "gemma": f"{_STOCK}, vLLM 0.32.0 (CPU) with `--model-impl transformers`",
+        "gemma2": f"{_STOCK}, vLLM 0.32.0 (CPU)",
+        "gemma3_text": f"{_STOCK}, vLLM 0.32.0 (CPU)",
+    },
+    "gguf": {"llama": "llama.cpp's server (package xllamacpp 2026.10.11549)"},
+    "peft": dict.fromkeys(("llama", "gemma", "gemma2", "gemma3_text"), f"peft 0.21.2, {_STOCK}"),
+    "steered": {"llama": "lm-eval 0.4.13"},
+    "lofit": {},
+}
+# Who serves the base model instead, without a word.
+DROPS = {
+    ("hf", "gemma"): "vLLM's own Gemma 1 (0.32.0): it leaves biases of attention out",
+}
 
 
-def model_card(base: FoldedBase, adapter: Adapter, form: str, name: str) -> str:
-    """README.md of an export in one of the formats of export.py; name: its hub id or folder."""
+def model_card(
+    base: FoldedBase, adapter: Adapter, form: str, name: str, checked: str | None = None
+) -> str:
+    """README.md of an export in one of the formats of export.py; name: its hub id or folder;
+    checked: what --check found."""
     info, licence = adapter.info, licence_of(base.folder)
     hub_id = base.name if _is_id(base.name) else None  # the hub refuses other names
     data = huggingface_hub.ModelCardData(
         base_model=hub_id,
         library_name=LIBRARY[form],
         pipeline_tag="text-generation",
-        tags=["lofit", *([f"base_model:adapter:{hub_id}"] if hub_id and form != "hf" else [])],
+        tags=["lofit", *([f"base_model:adapter:{hub_id}"] if hub_id and form not in WHOLE else [])],
         **licence,
     )
     n = adapter.offsets.numel()
@@ -75,11 +109,12 @@ def model_card(base: FoldedBase, adapter: Adapter, form: str, name: str) -> str:
         ),
     }
     rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
-    use = USE[form] + (GEMMA_1 if form == "hf" and base.config.model_type == "gemma" else "")
-    use = use.replace("BASE", base.name).replace("DIR", name)
+    use = USE[form].replace("BASE", base.name).replace("DIR", name)
+    use = use.replace("TEMPLATE", "" if info.get("chat") else '\nTEMPLATE """{{ .Prompt }}"""')
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {base.name} with LoFiT offsets\n\n| | |\n|---|---|\n"
         f"{rows}\n## Scores\n\n{_scores(adapter)}\n## Use\n\n{use}"
+        f"{_programs(form, base.config.model_type, checked)}"
     )
 
 
@@ -90,6 +125,16 @@ def _task(info: dict) -> str:
     if info.get("chat"):
         parts.append("asked in the chat template")
     return ", ".join(parts)
+
+
+def _programs(form: str, family: str, checked: str | None) -> str:
+    seen, drops = SEEN[form].get(family), DROPS.get((form, family))
+    lines = [
+        seen and f"Exports of this family were seen to answer as they should in {seen}.",
+        drops and f"**Not with {drops}, and so would serve the base model.**",
+        checked and f"{checked[0].upper()}{checked[1:]} (20 greedy answers of 16 tokens).",
+    ]
+    return "".join(f"\n{line}\n" for line in lines if line)
 
 
 def _scores(adapter: Adapter) -> str:

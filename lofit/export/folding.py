@@ -124,7 +124,7 @@ class FoldedBase:
         changed |= {"attention_bias": True, "vocab_size": self.config.vocab_size}
         if "text_config" in raw:
             return raw | names | {"text_config": raw["text_config"] | changed}
-        return raw | changed
+        return {"architectures": ours["architectures"]} | raw | changed  # servers go by it alone
 
 
 def fold(adapter: Adapter, run: str, model: str | None, dtype: torch.dtype | None) -> FoldedBase:

@@ -5,6 +5,7 @@
 RUN is the folder of a run, an adapter folder or hub id, or a checkpoint that the paper released.
 
     hf       a whole checkpoint, the offsets in it as biases
+    gguf     the same as one file for llama.cpp (pip install -e ".[gguf]")
     peft     an adapter that stock peft loads (BEFT, a tuner of biases)
     steered  steering vectors for lm-evaluation-harness, --model steered
     lofit    an adapter for eval.py --offsets
@@ -21,8 +22,10 @@ from huggingface_hub import errors as hub_errors
 
 from lofit.artefacts import OFFSETS, save_offsets
 from lofit.errors import InputError
+from lofit.export import gguf
 from lofit.export.adapters import Adapter, open_adapter
 from lofit.export.card import model_card
+from lofit.export.check import check, find_prompts
 from lofit.export.folding import FoldedBase, fold
 from lofit.files import save_tensors, write_json, write_text
 from lofit.llm.checkpoint import DTYPES, HF_METADATA, INDEX, LICENCES, stored_tensors, weight_files
@@ -45,6 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("--out", required=True, type=Path, metavar="DIR", help="a new or an empty folder")
     arg("--model", help="where the base model is now (default: where the run had it)")
     arg("--dtype", choices=DTYPES, help="default: weights as stored, what is added in float32")
+    arg("--check", action="store_true", help="see that stock transformers answers alike")
     arg("--push-to-hub", metavar="ID", help="also upload DIR, as owner/name")
     return parser.parse_args(argv)
 
@@ -123,7 +127,23 @@ def write_lofit(base: FoldedBase, adapter: Adapter, out: Path) -> None:
     save_offsets(out / OFFSETS, adapter.heads, adapter.offsets, info)
 
 
-WRITERS = {"hf": write_hf, "peft": write_peft, "steered": write_steered, "lofit": write_lofit}
+def write_gguf(base: FoldedBase, adapter: Adapter, out: Path) -> None:
+    """model.gguf, by way of a checkpoint that does not stay."""
+    gguf.check_gguf(base)
+    checkpoint = out / "checkpoint"
+    checkpoint.mkdir()
+    write_hf(base, adapter, checkpoint)
+    gguf.convert(base, checkpoint, out / gguf.MODEL)
+    for pattern in LICENCES:
+        for path in checkpoint.glob(pattern):
+            path.rename(out / path.name)
+    shutil.rmtree(checkpoint)
+
+
+WRITERS = {
+    "hf": write_hf, "gguf": write_gguf, "peft": write_peft, "steered": write_steered,
+    "lofit": write_lofit,
+}  # fmt: skip
 
 
 def export(args: argparse.Namespace) -> None:
@@ -134,16 +154,18 @@ def export(args: argparse.Namespace) -> None:
         raise InputError("--dtype: offsets are float32 in this project's own format; leave it out")
     if args.push_to_hub:
         check_hub(args.push_to_hub)
-    adapter = open_adapter(args.run)
+    adapter, checked = open_adapter(args.run), None
+    if args.check:
+        find_prompts(adapter, args.format)
     base = fold(adapter, args.run, args.model, args.dtype and DTYPES[args.dtype])
     partial = args.out.absolute().with_name(f".{args.out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         WRITERS[args.format](base, adapter, partial)
-        write_text(
-            partial / "README.md",
-            model_card(base, adapter, args.format, args.push_to_hub or args.out.name),
-        )
+        if args.check:
+            checked = check(base, adapter, args.run, args.format, partial)
+        name = args.push_to_hub or args.out.name
+        write_text(partial / "README.md", model_card(base, adapter, args.format, name, checked))
         if args.out.exists():
             args.out.rmdir()
         partial.rename(args.out)
@@ -156,6 +178,8 @@ def export(args: argparse.Namespace) -> None:
         f"{len(adapter.heads)} offsets in {len(base.shifts)} layers of {base.name}"
         f" -> {args.out} ({args.format}, {size:,} bytes)"
     )
+    if checked:
+        print(checked)
 
 
 def check_hub(repo: str) -> None:

@@ -3,6 +3,7 @@ are related. Reads DATA/clutrr/{train,val,test}.json."""
 
 import ast
 import random
+import re
 from pathlib import Path
 
 from lofit.errors import InputError
@@ -30,6 +31,15 @@ def prompt(story: str, a: str, b: str) -> str:
         " (assume the relations are all true) and your commonsense knowledge about family"
         f" relationship, how is  {b} related to {a}? Answer:  {b} is {a} 's\n"
     )
+
+
+def ask(text: str) -> str:
+    """The prompt of a story with the question behind it. InputError if there is no question."""
+    found = re.fullmatch(r"(.+?)\s*How is (\w+) related to (\w+)\?", text, re.I | re.S)
+    if not found:
+        raise InputError(f"{text!r}: expected a story, and behind it `How is B related to A?`")
+    story, b, a = found.groups()
+    return prompt(story, a, b)
 
 
 def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:

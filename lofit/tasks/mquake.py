@@ -20,6 +20,11 @@ def prompt(edit: str, question: str) -> str:
     return f"Q: Imagine that {edit}. {question} A:"
 
 
+def ask(text: str) -> str:
+    """The prompt of a question, or of an edit ("Imagine that ... .") and a question."""
+    return f"Q: {text} A:"
+
+
 def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
     """The examples of a split. Raises InputError that names file, line and key."""
     examples = []

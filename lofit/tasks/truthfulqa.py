@@ -38,6 +38,11 @@ Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain."""
 
 
+def ask(text: str) -> str:
+    """The prompt of a question, as in training."""
+    return f"Q: {text} A:"
+
+
 def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
     """The questions of a split of a fold. Raises InputError that names file and line."""
     path = data / FOLDER / f"fold_{fold}_{split}_seed_42.csv"
@@ -55,7 +60,7 @@ def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> lis
         top = closed(best)
         examples.append(
             Example(
-                prompt=f"Q: {question} A:",
+                prompt=ask(question),
                 answer=best,
                 rejected=first_wrong,
                 question=f"{INSTRUCTION}\n\n{PRIMER}\n\nQ: {question}\nA:",

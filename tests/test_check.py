@@ -1,0 +1,68 @@
+"""--check: an export that answers as its base model is not written."""
+
+import json
+import sys
+
+import pytest
+from conftest import MINI, REPO, make_run, run_export
+
+from lofit.errors import InputError
+from lofit.export import check
+from lofit.export.folding import FoldedBase
+from lofit.tasks import mquake
+
+pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Offsets of the miniature that change what it says, and the prompts that eval.py leaves."""
+    monkeypatch.setattr(check, "N", 6)
+    make_run(tmp_path / "run", MINI, scale=4.0, n=13)
+    examples = mquake.read(REPO / "data" / "mini", "test")[:8]
+    lines = [json.dumps({"prompt": example.prompt}) for example in examples]
+    (tmp_path / "run" / "predictions.jsonl").write_text("\n".join(lines))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_it_says_whose_answers_they_are(run, form, tmp_path, capsys):
+    if form == "peft":
+        pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
+    out = run_export(run, form, tmp_path / "out", "--check")
+    found = "on this export: 6 of 6 answers equal the tuned model's, 0 the base model's"
+    assert found in capsys.readouterr().out
+    assert found in (out / "README.md").read_text()
+
+
+def test_an_export_without_its_offsets_is_not_written(run, tmp_path, monkeypatch):
+    hf_config = FoldedBase.hf_config
+    monkeypatch.setattr(  # who reads this makes no biases
+        FoldedBase, "hf_config", lambda self: hf_config(self) | {"attention_bias": False}
+    )
+    with pytest.raises(InputError, match="0 of 6 .* the tuned model's, 6 the base .* at least 90%"):
+        run_export(run, "hf", tmp_path / "out", "--check")
+    assert not (tmp_path / "out").exists()
+
+
+def test_offsets_that_change_nothing_are_named(run, tmp_path, capsys):
+    make_run(run, MINI, scale=1e-6, n=1)
+    run_export(run, "hf", tmp_path / "out", "--check")
+    assert "6 the base model's (which are the same: the check tells" in capsys.readouterr().out
+
+
+def test_what_it_needs_is_seen_before_any_work(run, tmp_path):
+    with pytest.raises(InputError, match="reads --format hf and peft alone"):
+        run_export(run, "lofit", tmp_path / "out", "--check")
+    (run / "predictions.jsonl").write_text('{"prompt": 1}\n')
+    with pytest.raises(InputError, match="predictions.jsonl: key 'prompt': expected a text"):
+        run_export(run, "hf", tmp_path / "out", "--check")
+    (run / "predictions.jsonl").unlink()
+    with pytest.raises(InputError, match="no such file; run eval.py first"):
+        run_export(run, "hf", tmp_path / "out", "--check")
+
+
+def test_without_transformers_it_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="--check: transformers is not installed; pip install"):
+        run_export(run, "hf", tmp_path / "out", "--check")
