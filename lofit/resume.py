@@ -52,13 +52,13 @@ class Progress:
         try:
             tensors, info = read_tensors(self.path)
             _check_same(info.get("about"), self.about)
-            log_bytes, self.losses = info["log_bytes"], tensors.pop("losses").tolist()
+            self.losses = tensors.pop("losses").tolist()
             self._load(tensors)
+            _cut_log(self.log, info["log_bytes"], self.about["script"])
         except (InputError, KeyError, TypeError, ValueError, RuntimeError) as error:
             self.losses = []
             _anew(self.path, error)
             return 0
-        _cut_log(self.log, log_bytes, self.about["script"])
         done = len(self.losses)
         print(f"going on behind step {done}, where this run was stopped ({self.path})")
         return done
