@@ -17,7 +17,7 @@ import torch
 
 from lofit.errors import InputError, interrupted
 from lofit.files import parse_json, read_tensors, write_tensors
-from lofit.llm.batches import Compute, Keep
+from lofit.llm.generate import Compute, Keep
 
 SHARE = 0.01  # of the time may go into writing states: the next one waits that long
 

@@ -18,10 +18,9 @@ from lofit.errors import InputError
 from lofit.export.adapters import load_tuned
 from lofit.files import lock_folder, sweep_partials
 from lofit.heads import attached_heads, edits_off, folded_offsets
-from lofit.llm.batches import Keep, compute
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES, find_folder, weight_files
-from lofit.llm.generate import decode_step, generate_all
+from lofit.llm.generate import Keep, compute, decode_step, generate_all
 from lofit.llm.packed import packed_weights
 from lofit.llm.scoring import score_answers
 from lofit.llm.tokenizer import load_tokenizer

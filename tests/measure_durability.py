@@ -11,6 +11,7 @@ killed process is a fork of this one, which spares it the seconds of imports.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -34,11 +35,12 @@ import eval as eval_script  # noqa: E402
 import select_heads  # noqa: E402
 import train  # noqa: E402
 from lofit import errors, resume  # noqa: E402
+from lofit.llm.checkpoint import load_model  # noqa: E402
 from lofit.resume import Progress  # noqa: E402
 from lofit.session import Session  # noqa: E402
 
 SMALL = ["--epochs", "2", "--batch-size", "2"]
-STEPS = [(select_heads, SMALL), (train, SMALL), (eval_script, ["--batch-size", "4"])]
+STEPS = [(select_heads, SMALL), (train, SMALL), (eval_script, ["--batch-size", "2"])]
 SETS = {
     "heads.json": ["heads.png"], "offsets.safetensors": ["lofit_config.json"],
     "results.json": ["predictions.jsonl"],
@@ -47,13 +49,13 @@ TASKS = ("mquake", "clutrr", "truthfulqa")
 
 
 def part_of_the_data(folder: Path) -> Path:
-    """24 examples of each task to train on, 4 for validation, 16 to be asked."""
+    """12 examples of each task to train on, 4 for validation, 8 to be asked."""
     mini = REPO / "data" / "mini"
     for task in ("MQuAKE", "clutrr", "truthfulqa"):
         (folder / task).mkdir(parents=True)
         for path in (mini / task).iterdir():
             kind = next((k for k in ("train", "val", "test") if k in path.name), None)
-            n = {"train": 24, "val": 4, "test": 16}.get(kind)
+            n = {"train": 12, "val": 4, "test": 8}.get(kind)
             text = path.read_text()
             if path.suffix == ".json" and n:
                 text = json.dumps(json.loads(text)[:n])
@@ -111,6 +113,7 @@ def faults(folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> list[s
 
 def kills(n: int, seed: int) -> None:
     draw, began = random.Random(seed), time.time()
+    load_model(REPO / "weights/mini-llama")  # what it imports need not be imported by each fork
     resume.SHARE = 1.0  # states often: more moments to be killed at, and to go on from
     print(f"{'task':12}{'script':14}{'alone':>7}{'kills':>7}{'away':>6}{'whole':>7}  faults")
     told = [0, 0, 0]
@@ -194,49 +197,44 @@ def signals(n: int, seed: int) -> None:
 
 
 def cost(rounds: int) -> None:
-    """A B A B in one process, so that what else the machine does is the same for both."""
+    """A B A B in one process, so that what else the machine does is the same for both; seconds of
+    the processor and of the clock."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    os.environ["CHILD_ERRORS"], kept, save = os.devnull, Session.progress, Progress.save
-    written, seconds = [], 0.0
+    kept, save, written, inside = Session.progress, Progress.save, [], []
 
-    def counted(self, loss, last):
-        nonlocal seconds
+    def timed(self, loss, last):
         before, began = self.next_write, time.perf_counter()
         save(self, loss, last)
-        seconds += time.perf_counter() - began
+        inside.append(time.perf_counter() - began)
         if self.path and self.next_write != before:
             written.append(self.path.stat().st_size)
 
-    Progress.save = counted
-    for extra in (["--heads", "10%"], ["--heads", "random"], ["--method", "lora"]):
-        script, times = (train if "10%" not in extra else select_heads), {True: [], False: []}
-        written.clear()
-        seconds = 0.0
-        for _ in range(rounds):
-            for states in (True, False):
-                Session.progress = kept if states else lambda *_: Progress()
-                with tempfile.TemporaryDirectory(dir=REPO) as tmp, open(os.devnull, "w") as null:
-                    stdout, sys.stdout = sys.stdout, null
-                    began = time.process_time(), time.perf_counter()
-                    try:
-                        script.main(
-                            ["--model", str(REPO / "weights/mini-llama"), "--run", tmp,
-                             "--data", str(REPO / "data/mini"), "--epochs", "8", *extra,
-                             *(["--validate", "last"] if script is train else [])]
-                        )  # fmt: skip
-                    finally:
-                        sys.stdout = stdout
-                    times[states].append(time.perf_counter() - began[1])
-        ratios = sorted(a / b for a, b in zip(times[True], times[False], strict=True))
+    flags = ["--model", str(REPO / "weights/mini-llama"), "--data", str(REPO / "data/mini")]
+    for script, extra in ((select_heads, []), (train, ["--heads", "random"]),
+                          (train, ["--method", "lora"])):  # fmt: skip
+        spent: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        extra += ["--validate", "last"] if script is train else []
+        for states in (True, False) * rounds:
+            Session.progress = kept if states else lambda *_: Progress()
+            Progress.save = timed if states else save
+            with tempfile.TemporaryDirectory(dir=REPO) as tmp, open(os.devnull, "w") as null:
+                began = time.process_time(), time.perf_counter()
+                with contextlib.redirect_stdout(null):
+                    script.main([*flags, "--run", tmp, "--epochs", "6", *extra])
+                now = time.process_time(), time.perf_counter()
+            spent[states].append((now[0] - began[0], now[1] - began[1]))
+        cpu, clock = (
+            statistics.median(a[i] / b[i] for a, b in zip(spent[True], spent[False], strict=True))
+            for i in (0, 1)
+        )
+        whole = sum(seconds for _, seconds in spent[True])
         print(
-            f"{script.__name__:13}{' '.join(extra):16}"
-            f" {statistics.median(times[True]):5.1f} s with,"
-            f" {statistics.median(times[False]):5.1f} s without: ratio"
-            f" {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f});"
-            f" in save() {seconds / sum(times[True]):.2%}, {len(written) / rounds:.0f} states of"
-            f" {max(written) / 1024:.0f} KiB a run",
+            f"{script.__name__:13}{' '.join(extra[:2]):15} with / without: processor {cpu:.3f},"
+            f" clock {clock:.3f}; {sum(inside) / whole:.2%} of {whole / rounds:.1f} s in save(),"
+            f" {len(written) / rounds:.0f} states of {max(written) / 1024:.0f} KiB a run",
             flush=True,
         )
+        written.clear(), inside.clear()
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """From texts to the tensors of one forward pass, and which examples go together."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -14,8 +13,6 @@ from lofit.llm.tokenizer import Tokenizer
 IGNORE = -100  # label of a token that is not in the loss
 POOL = 16  # batches that are sorted by length together
 Encoded = tuple[list[int], list[int]]  # ids and labels of one text
-Compute = Callable[[list[int]], list]  # indices of a batch -> what is found for each
-Keep = Callable[[Compute, list[int]], list]  # `compute`, or what keeps what it finds
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,6 @@ class Batch:
     text: torch.Tensor  # [N] the text it belongs to
     n_texts: int
     tree: Tree | None = None  # None: one text a row
-
-
-def compute(found: Compute, rows: list[int]) -> list:
-    """What is found for a batch."""
-    return found(rows)
 
 
 def encode_example(tokenizer: Tokenizer, prompt: str, answer: str, end: bool = True) -> Encoded:

@@ -6,11 +6,17 @@ import torch
 from tqdm import tqdm
 
 from lofit.errors import InputError
-from lofit.llm.batches import Keep, compute
 from lofit.llm.model import CausalLM
 from lofit.llm.step import KVCache
 
 Step = Callable[[CausalLM, torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
+Compute = Callable[[list[int]], list]  # indices of a batch -> what is found for each
+Keep = Callable[[Compute, list[int]], list]  # `compute`, or what keeps what it finds
+
+
+def compute(found: Compute, rows: list[int]) -> list:
+    """What is found for a batch."""
+    return found(rows)
 
 
 @torch.no_grad()

@@ -5,17 +5,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from lofit.llm.batches import (
-    Batch,
-    Encoded,
-    Keep,
-    check_length,
-    collate,
-    compute,
-    encode_example,
-    n_shared,
-    pack,
-)
+from lofit.llm.batches import Batch, Encoded, check_length, collate, encode_example, n_shared, pack
+from lofit.llm.generate import Keep, compute
 from lofit.llm.model import CausalLM
 from lofit.llm.step import KVCache, make_step
 from lofit.llm.tokenizer import Tokenizer
