@@ -215,14 +215,17 @@ class Session:
     def progress(self, train: Objective, *generators: torch.Generator) -> Progress:
         """The state of this run's training, of the heads that are attached now; generators: what
         the loss draws from."""
-        about = {"script": self.script} | self.info()
-        about |= {"heads": attached_heads(self.model), "examples": self.digests["train"]}
+        about = self.info() | {"heads": attached_heads(self.model)}
+        about = self._of_this(about, self.digests["train"])
         return Progress(self.unfinished, about, self._log, train.remember, generators)
 
     def scored(self, about: dict, examples: list[Example]) -> Scored:
         """What this run's evaluation has scored. about: all that it depends on, but the offsets."""
-        asked = digest((self.wrap("?"), examples))
-        return Scored(self.unfinished, {"script": self.script} | about | {"examples": asked})
+        return Scored(self.unfinished, self._of_this(about, digest((self.wrap("?"), examples))))
+
+    def _of_this(self, about: dict, examples: str) -> dict:
+        config = digest(self.model.config)
+        return {"script": self.script, "config": config, "examples": examples} | about
 
     def finish(self) -> None:
         """The run is whole: what was kept for going on with it is no longer needed."""

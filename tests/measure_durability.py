@@ -28,7 +28,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
-import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 
 import eval as eval_script  # noqa: E402
@@ -113,7 +112,9 @@ def faults(folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> list[s
 
 def kills(n: int, seed: int) -> None:
     draw, began = random.Random(seed), time.time()
-    load_model(REPO / "weights/mini-llama")  # what it imports need not be imported by each fork
+    with contextlib.suppress(ImportError):  # what is imported here is not by each fork
+        import matplotlib.pyplot  # noqa: F401
+    load_model(REPO / "weights/mini-llama")
     resume.SHARE = 1.0  # states often: more moments to be killed at, and to go on from
     print(f"{'task':12}{'script':14}{'alone':>7}{'kills':>7}{'away':>6}{'whole':>7}  faults")
     told = [0, 0, 0]
