@@ -88,10 +88,11 @@ def save_offsets(path: Path, heads: list[Head], offsets: torch.Tensor, info: dic
 def save_results(folder: Path, results: dict, lines: list[dict]) -> None:
     """Write results.json, and predictions.jsonl beside it: a line for each item. Of a fold: what
     stands above it is no longer of both folds, and goes."""
-    if results["fold"] is not None:
-        (folder.parent / RESULTS).unlink(missing_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomic(folder / RESULTS, as_json(results), {folder / PREDICTIONS: as_text(text)})
+    beside = {folder / PREDICTIONS: as_text(text)}
+    if results["fold"] is not None:
+        beside[folder.parent / RESULTS] = None
+    write_atomic(folder / RESULTS, as_json(results), beside)
 
 
 def offsets_hash(heads: list[Head], offsets: torch.Tensor) -> str:

@@ -22,9 +22,9 @@ IN_DATA = "; --data names the folder above it"
 def write_atomic(path: Path, write: Write, beside: dict[Path, Write | None] | None = None) -> None:
     """Call `write(temporary)` and rename the result to `path`; an interrupted write leaves nothing.
 
-    beside: files of the same folder that belong to it; None where there is to be none. `path` is
-    away while they change: where it is, all of them are of one writing. Raises InputError where the
-    folder cannot be written.
+    beside: files that belong to it; None where there is to be none. `path` is away while they
+    change: where it is, all of them are of one writing. Raises InputError where the folder cannot
+    be written.
     """
     writes = {**(beside or {}), path: write}
     partials = {p: p.with_name(f".{p.name}.{os.getpid()}.partial") for p in writes}

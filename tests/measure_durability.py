@@ -33,7 +33,7 @@ import torch  # noqa: E402
 import eval as eval_script  # noqa: E402
 import select_heads  # noqa: E402
 import train  # noqa: E402
-from lofit import errors, resume  # noqa: E402
+from lofit import errors, resume, summary  # noqa: E402
 from lofit.llm.checkpoint import load_model  # noqa: E402
 from lofit.resume import Progress  # noqa: E402
 from lofit.session import Session  # noqa: E402
@@ -115,6 +115,7 @@ def kills(n: int, seed: int) -> None:
     with contextlib.suppress(ImportError):  # what is imported here is not by each fork
         import matplotlib.pyplot  # noqa: F401
     load_model(REPO / "weights/mini-llama")
+    summary.paired_bootstrap.__defaults__ = (0, 100)  # draws: no more than it takes
     resume.SHARE = 1.0  # states often: more moments to be killed at, and to go on from
     print(f"{'task':12}{'script':14}{'alone':>7}{'kills':>7}{'away':>6}{'whole':>7}  faults")
     told = [0, 0, 0]

@@ -28,6 +28,7 @@ def handlers():
     ("error", "line", "code"),
     [(InputError("a.json, line 3: no"), "error: a.json, line 3: no\n", 2),
      (InputError("a\nb\r\nc"), "error: a b c\n", 2),
+     (InputError("\x1b[2J\x00\ud800"), "error: \ufffd[2J\ufffd\ufffd\n", 2),
      (InputError("x" * 10**6), f"error: {'x' * 247} ... {'x' * 247}\n", 2),
      (KeyboardInterrupt(), "\ninterrupted: nothing half-written was left behind\n", 130)],
 )  # fmt: skip
