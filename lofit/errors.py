@@ -62,7 +62,7 @@ def interrupted() -> bool:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, what a terminal might obey, and, where it is long, its middle."""
+    """The text without line breaks, control characters and, where it is long, its middle."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.splitlines()))
     half = LONGEST // 2 - 3
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
