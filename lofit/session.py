@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from lofit.errors import InputError
 from lofit.export.adapters import load_tuned
 from lofit.files import lock_folder, sweep_partials
