@@ -26,6 +26,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPO = Path(__file__).parent.parent
+RUNS = REPO / "runs"
 sys.path.insert(0, str(REPO))
 
 import torch  # noqa: E402
@@ -219,7 +220,10 @@ def cost(rounds: int) -> None:
         for states in (True, False) * rounds:
             Session.progress = kept if states else lambda *_: Progress()
             Progress.save = timed if states else save
-            with tempfile.TemporaryDirectory(dir=REPO) as tmp, open(os.devnull, "w") as null:
+            with (
+                tempfile.TemporaryDirectory(dir=RUNS) as tmp,
+                open(os.devnull, "w") as null,
+            ):
                 began = time.process_time(), time.perf_counter()
                 with contextlib.redirect_stdout(null):
                     script.main([*flags, "--run", tmp, "--epochs", "6", *extra])
@@ -240,6 +244,7 @@ def cost(rounds: int) -> None:
 
 
 def main() -> None:
+    RUNS.mkdir(exist_ok=True)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

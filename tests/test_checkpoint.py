@@ -55,6 +55,15 @@ def test_fingerprint_tells_weights_apart(tiny, tiny_folder):
     assert load_model(tiny_folder).source.fingerprint != tiny.source.fingerprint
 
 
+def test_fingerprint_sees_what_config_json_computes(tiny, tiny_folder):
+    path, found = tiny_folder / "config.json", tiny.source.fingerprint
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"bos_token_id": 7}))
+    assert load_model(tiny_folder).source.fingerprint == found
+    path.write_text(json.dumps(raw | {"rms_norm_eps": 0.01}))
+    assert load_model(tiny_folder).source.fingerprint != found
+
+
 @pytest.mark.parametrize("name", ["llama3-tied", "gqa", "yarn-all", *LOUD_GEMMAS])
 def test_what_we_save_transformers_loads(loud, tmp_path, name):
     theirs, folder = loud(name)

@@ -150,7 +150,7 @@ def fold(adapter: Adapter, run: str, model: str | None, dtype: torch.dtype | Non
         found.shapes["lm_head.weight"] = embedding
     with torch.device("meta"):
         check_tensors(found.shapes, CausalLM(config), folder)
-    weights = fingerprint(found.digests)
+    weights = fingerprint(found.digests, config)
     if info["fingerprint"] not in (None, weights):
         raise InputError(
             f"{run}: made with {info['model']} (fingerprint {info['fingerprint']}), but {name} now"

@@ -5,9 +5,10 @@ assigned to its place, strictly: a missing or an unknown tensor is an error.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -56,7 +57,8 @@ TO_CONVERT = (
 class Source:
     """Where a model came from; every artefact of a run carries it.
 
-    fingerprint: 16 hex digits over names, shapes and sampled values of all tensors as stored.
+    fingerprint: 16 hex digits over config.json and names, shapes and sampled values of all tensors
+    as stored.
     """
 
     name: str
@@ -111,7 +113,7 @@ def assemble(
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     commit = folder.name if folder.parent.name == "snapshots" else revision
-    model.source = Source(name, commit, fingerprint(digests))
+    model.source = Source(name, commit, fingerprint(digests, config))
     return model.requires_grad_(False).eval()
 
 
@@ -195,9 +197,14 @@ def digest(tensor: torch.Tensor) -> bytes:
     return hashlib.sha256(f"{tuple(tensor.shape)} {sample.tolist()}".encode()).digest()
 
 
-def fingerprint(digests: dict[str, bytes]) -> str:
-    """16 hex digits over the `digest` of each tensor by its `text_name`."""
+def fingerprint(digests: dict[str, bytes], config: ModelConfig) -> str:
+    """16 hex digits over the `digest` of each tensor by its `text_name`, and over what config.json
+    makes of them (rope_theta, caps, ...; not which ids begin and end a text)."""
     hashed = hashlib.sha256(b"".join(key.encode() + digests[key] for key in sorted(digests)))
+    made = asdict(config)
+    for key in ("vocab_size", "bos_token_id", "eos_token_id"):  # the first is in the shapes
+        del made[key]
+    hashed.update(json.dumps(made, sort_keys=True).encode())
     return hashed.hexdigest()[:16]
 
 
