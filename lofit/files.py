@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lofit.errors import InputError
+from lofit.parallel import is_first
 
 _HELD: dict[Path, int] = {}  # folders that this process has locked
 IN_DATA = "; --data names the folder above it"
@@ -20,9 +21,12 @@ IN_DATA = "; --data names the folder above it"
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` and rename the result to `path`; an interrupted write leaves nothing.
+    Of several processes the first alone does.
 
     Raises InputError where the folder cannot be written.
     """
+    if not is_first():
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from lofit import parallel
 from lofit.errors import InputError
 from lofit.export.adapters import load_tuned
 from lofit.files import lock_folder, sweep_partials
@@ -23,6 +24,7 @@ from lofit.llm.checkpoint import DTYPES, find_folder, weight_files
 from lofit.llm.generate import decode_step, generate_all
 from lofit.llm.packed import packed_weights
 from lofit.llm.scoring import score_answers
+from lofit.llm.sharded import Shards, gathered, in_step, is_sharded
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, Objective, Preference, mean_loss
 from lofit.recipes import find_recipe
@@ -64,6 +66,7 @@ def add_common_args(parser: argparse.ArgumentParser) -> None:
     arg("--run", type=Path, help="run folder (default: runs/<model>/<task>)")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
+    arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
     arg("--plain", action="store_true", help="leave out no work that could be, as the paper's code")
 
 
@@ -139,7 +142,9 @@ class Session:
         self.script, self.seed, self.fold = script, args.seed, fold
         self.task_name, self.task = find_task(args.task)
         self.data = self.task.folder if isinstance(self.task, OwnTask) else args.data
-        self.device = pick_device(args.device)
+        self.device = pick_device(parallel.device(args.device))
+        if args.shard and not parallel.several():
+            raise InputError("--shard: one process has nothing to split; start by torchrun")
         files = weight_files(find_folder(args.model, args.revision))
         n_bytes = sum(path.stat().st_size for path in files)
         dtype = pick_dtype(args.dtype, self.device, n_bytes)
@@ -147,7 +152,8 @@ class Session:
         self.folder = run_folder(args, run_suffix)
         if fold is not None:
             self.title, self.folder = f"{self.title} fold {fold}", self.folder / f"fold{fold}"
-        self.model = load_tuned(args.model, args.revision, dtype, self.device)
+        shards = Shards(self.device) if args.shard else None
+        self.model = load_tuned(args.model, args.revision, dtype, self.device, shards)
         self.tokenizer = load_tokenizer(args.model, args.revision, not args.chat)
         self.chat, self.plain = args.chat, args.plain
         self.wrap = load_chat_template(args.model, args.revision) if args.chat else str
@@ -157,6 +163,16 @@ class Session:
         self.decode_step = decode_step  # eval.py may put a compiled one here
         self.settings: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
         self._log, self.log_failed = self.folder / "log.jsonl", False
+        parallel.agree("dtype and weights", [str(dtype), self.model.source.fingerprint])
+        if parallel.is_first():
+            self._open_folder()
+        print(
+            f"{args.model}: {self.n_base:,} parameters, {self.model.config.num_hidden_layers}"
+            f" layers x {self.model.config.num_attention_heads} heads,"
+            f" {self.settings['dtype']} on {self.device} -> {self.folder}/"
+        )
+
+    def _open_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(self.folder)
@@ -166,11 +182,6 @@ class Session:
             raise InputError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another by --run"
             ) from None
-        print(
-            f"{args.model}: {self.n_base:,} parameters, {self.model.config.num_hidden_layers}"
-            f" layers x {self.model.config.num_attention_heads} heads,"
-            f" {self.settings['dtype']} on {self.device} -> {self.folder}/"
-        )
 
     def setting(self, name: str, flag: object, default: object, origin: str | None = None):
         """A setting's value: the flag if given, else the default; prints it with its origin."""
@@ -198,6 +209,8 @@ class Session:
 
     def log(self, record: dict) -> None:
         """Append a record to log.jsonl. Where that fails the run goes on, and says so once."""
+        if not parallel.is_first():
+            return
         line = json.dumps({"script": self.script, "time": time.time()} | record)
         try:
             with self._log.open("a", encoding="utf-8") as file:
@@ -240,9 +253,11 @@ class Session:
         where = f"{self.data}, split {split}"
         if examples[0].rejected is None:
             texts = [(self.wrap(e.prompt), e.answer) for e in examples]
-            return CrossEntropy(self.model, self.tokenizer, texts, where, self.plain)
-        texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
-        return Preference(self.model, self.tokenizer, texts, where, self.plain)
+            whole = CrossEntropy(self.model, self.tokenizer, texts, where, self.plain)
+        else:
+            texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
+            whole = Preference(self.model, self.tokenizer, texts, where, self.plain)
+        return parallel.shared(whole, partial(gathered, self.model), partial(in_step, self.model))
 
     def fit(
         self, parameters: list, train: Objective, val: list[Example], schedule: Schedule, when: str
@@ -277,12 +292,17 @@ class Session:
         """The scores of each example with the model's present edits, and what they are based on:
         a prediction, or the log-probabilities of the given answers."""
         way = self._choose if examples[0].right else self._predict
-        if self.plain:
-            return way(examples, batch_size, description)
+
+        def score(own: list[Example]) -> list[dict]:
+            with in_step(self.model):
+                return way(own, batch_size, description) if own else []
+
+        if self.plain or is_sharded(self.model):  # split weights are neither folded into nor packed
+            return parallel.spread(examples, score)
         # a compiler sees no further than the packed products
         packed = packed_weights if self.decode_step is decode_step else nullcontext
         with folded_offsets(self.model), packed(self.model):
-            return way(examples, batch_size, description)
+            return parallel.spread(examples, score)
 
     def _choose(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
         asked = [(self.wrap(e.question), [*e.right, *e.wrong]) for e in examples]
