@@ -6,13 +6,12 @@ python eval.py --split val --base-only
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from lofit import artefacts, errors, parallel
 from lofit.export.adapters import find_offsets
-from lofit.files import write_json, write_text
+from lofit.files import write_json
 from lofit.heads import Head, attached_heads, edits_off, gather_offsets
 from lofit.llm.generate import compiled_step
 from lofit.session import Session, add_common_args, folds_of, run_folder, whole
@@ -88,24 +87,27 @@ def describe(run: Session, heads: list[Head]) -> dict:
     return {"heads": heads, "trained_values": n, "share_of_base": n / run.n_base}
 
 
-def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str, list[dict]]]:
-    """Score one fold; writes and prints its results. Returns them and the scores of every item."""
+def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[Session, dict, dict]:
+    """Score one fold; writes and prints its results. Returns the run, these, and the scores of
+    every item: {who: [...]}."""
     run = Session(args, "eval", fold, run_suffix=suffix(args))
     examples = run.read(args.split)
     adapters, told = find_adapters(args, run), {}
     if args.compile:
         run.decode_step = compiled_step()
-    about = run.info() | {"split": args.split, "n": len(examples)} | describe(run, [])
+    mine = run.info() | {"split": args.split}
+    about = mine | {"n": len(examples)} | describe(run, [])
+    kept = run.scored(about | {"batch_size": args.batch_size, "compile": args.compile}, examples)
     if args.base_from:
         folder = args.base_from if fold is None else args.base_from / f"fold{fold}"
-        mine = run.info() | {"split": args.split}
         scored = {"base": artefacts.read_base(folder, mine, [e.prompt for e in examples])}
     else:
         with edits_off(run.model):
-            scored = {"base": run.evaluate(examples, args.batch_size, "base model")}
+            scored = {"base": run.evaluate(examples, args.batch_size, "base model", kept("base"))}
     for label, path in adapters.items():
         told[label] = attach(run, path)
-        scored[label] = run.evaluate(examples, args.batch_size, f"{label} model")
+        keep = kept(told[label]["offsets_hash"])
+        scored[label] = run.evaluate(examples, args.batch_size, f"{label} model", keep)
 
     results = summarize(about, told, scored, run.task.METRICS)
     lines = [
@@ -113,18 +115,16 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[dict, dict[str
         | {who: rows[i] for who, rows in scored.items()}
         for i, example in enumerate(examples)
     ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(run.folder / artefacts.PREDICTIONS, text)
-    write_json(run.folder / artefacts.RESULTS, results)
+    artefacts.save_results(run.folder, results, lines)
     run.log({"results": results})
     print_results(f"{run.title}, {args.split} split ({len(examples)} items)", results)
     print(f"-> {run.folder / artefacts.RESULTS}, predictions.jsonl")
-    return results, scored
+    return run, results, scored
 
 
-def average(args: argparse.Namespace, folds: list[tuple[dict, dict[str, list[dict]]]]) -> None:
+def average(args: argparse.Namespace, folds: list[tuple[Session, dict, dict]]) -> None:
     """Results of both folds together, over all their items; writes and prints them."""
-    (first, one), (second, other) = folds
+    (_, first, one), (_, second, other) = folds
     whole = {who: one[who] + other[who] for who in one}
     about = {k: first[k] for k in first if k not in ("settings", "fold", "offsets")}
     parts = [{k: r[k] for k in ("base", "tuned", "adapters") if k in r} for r in (first, second)]
@@ -146,6 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     found = [evaluate(args, fold) for fold in folds_of(args)]
     if len(found) == 2:
         average(args, found)
+    for run, *_ in found:
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ python select_heads.py --by gradient       # another way of choosing: see lofit/
 import argparse
 
 from lofit import errors, parallel
-from lofit.artefacts import load_heads, other_task, save_heads
+from lofit.artefacts import HEADS, PICTURE, load_heads, other_task, save_heads
 from lofit.heads import rank_heads
 from lofit.recipes import count_heads
 from lofit.session import Session, add_common_args, folds_of, real, real_or_0, whole
-from lofit.summary import head_map, save_head_map
+from lofit.summary import head_map, head_picture
 from lofit.ways import WAYS, ground_of
 
 
@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def select(args: argparse.Namespace, fold: int | None) -> None:
+def select(args: argparse.Namespace, fold: int | None) -> Session:
     """Score the heads on one fold's training split; writes heads.json and the map."""
     way, _, other = args.by.partition(":")
     if way not in WAYS and not (way == "task" and other):
@@ -49,17 +49,18 @@ def select(args: argparse.Namespace, fold: int | None) -> None:
     else:
         scores = WAYS[way](ground_of(args, run)).cpu()
     heads = rank_heads(scores, k)
-    save_heads(run.folder / "heads.json", heads, scores, run.info())
-    print(f"\n{head_map(scores, heads)}\n\n{k} heads -> {run.folder / 'heads.json'}")
     label = "score: norm of the learned scale" if way == "scales" else f"score by {args.by}"
-    if save_head_map(run.folder / "heads.png", scores, heads, run.title, label):
-        print(f"the same as a picture -> {run.folder / 'heads.png'}")
+    picture = head_picture(scores, heads, run.title, label)
+    save_heads(run.folder / HEADS, heads, scores, run.info(), picture)
+    print(f"\n{head_map(scores, heads)}\n")
+    print(f"{k} heads -> {run.folder / HEADS}{f', {PICTURE}' if picture else ''}")
+    return run
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for fold in folds_of(args):
-        select(args, fold)
+    for run in [select(args, fold) for fold in folds_of(args)]:
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import argparse
 import random
 from pathlib import Path
 
-import torch
-
 from lofit import errors, parallel
 from lofit.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
 from lofit.baselines import run as baselines
@@ -76,7 +74,7 @@ def choose_heads(args: argparse.Namespace, run: Session) -> list[Head]:
     return rank_heads(scores, count_heads(args.top, config)) if args.top else heads
 
 
-def train_fold(args: argparse.Namespace, fold: int | None) -> None:
+def train_fold(args: argparse.Namespace, fold: int | None) -> Session:
     """Learn the offsets on one fold's training split; writes offsets.safetensors."""
     control = args.heads in ("random", "all")
     run = Session(args, "train", fold, run_suffix=f"-{args.heads}" if control else "")
@@ -97,8 +95,7 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
 
     units = None
     if unit == "sigma":
-        sigma = head_sigma(run.model, train.texts()[:SIGMA_TEXTS])
-        units = torch.stack([sigma[head] for head in heads])
+        units = head_sigma(run.model, train.texts()[:SIGMA_TEXTS])[tuple(zip(*heads, strict=True))]
     init = init_offsets(run.model, len(heads), run.seed)
     parameters = attach_offsets(run.model, heads, init, units)
     metrics = run.fit(parameters, train, run.read("val"), schedule, args.validate)
@@ -107,12 +104,14 @@ def train_fold(args: argparse.Namespace, fold: int | None) -> None:
     save_offsets(path, heads, offsets, run.info() | {"val": metrics})
     size = f"norms {offsets.norm(dim=1).min():.2f} to {offsets.norm(dim=1).max():.2f}"
     print(f"{len(heads)} offsets ({size}) -> {path}")
+    return run
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for fold in folds_of(args):
-        (train_fold if args.method == "lofit" else baselines.train_fold)(args, fold)
+    train = train_fold if args.method == "lofit" else baselines.train_fold
+    for run in [train(args, fold) for fold in folds_of(args)]:
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,39 @@
 """What the steps hand to one another: heads.json and offsets.safetensors, read strictly."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 
 from lofit.baselines.stored import KINDS, attach_stored
 from lofit.errors import InputError
-from lofit.files import read_json, read_jsonl, read_tensors, write_json, write_tensors
+from lofit.files import (
+    Write,
+    as_json,
+    as_tensors,
+    as_text,
+    read_json,
+    read_jsonl,
+    read_tensors,
+    write_atomic,
+)
 from lofit.heads import Head, attach_offsets, check_heads
 from lofit.llm.model import CausalLM
+from lofit.parallel import is_first
 
 OFFSETS, ADAPTER_CONFIG = "offsets.safetensors", "lofit_config.json"  # an adapter's two files
-HEADS = "heads.json"
+HEADS, PICTURE = "heads.json", "heads.png"
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 
 
-def save_heads(path: Path, heads: list[Head], scores: torch.Tensor, info: dict) -> None:
-    """Write heads.json: `info` (model, task, seed, settings), heads, scores [layer][head]."""
-    write_json(path, info | {"heads": heads, "scores": scores.tolist()})
+def save_heads(
+    path: Path, heads: list[Head], scores: torch.Tensor, info: dict, picture: Write | None = None
+) -> None:
+    """Write heads.json: `info` (model, task, seed, settings), heads, scores [layer][head]; and the
+    picture beside it."""
+    told = as_json(info | {"heads": heads, "scores": scores.tolist()})
+    write_atomic(path, told, {path.with_name(PICTURE): picture})
 
 
 def find_heads(path: Path, fold: int | None) -> Path:
@@ -66,8 +81,18 @@ def load_heads(path: Path, model: CausalLM) -> tuple[list[Head], torch.Tensor]:
 def save_offsets(path: Path, heads: list[Head], offsets: torch.Tensor, info: dict) -> None:
     """Write offsets.safetensors: heads [K, 2] int64, offsets [K, head_dim] fp32, and `info`; the
     latter also as lofit_config.json beside it, for whoever reads no safetensors headers."""
-    write_json(path.with_name(ADAPTER_CONFIG), {"method": "LoFiT"} | info | {"heads": heads})
-    write_tensors(path, {"heads": torch.tensor(heads), "offsets": offsets.contiguous()}, info)
+    tensors = {"heads": torch.tensor(heads), "offsets": offsets.contiguous()}
+    told = as_json({"method": "LoFiT"} | info | {"heads": heads})
+    write_atomic(path, as_tensors(tensors, info), {path.with_name(ADAPTER_CONFIG): told})
+
+
+def save_results(folder: Path, results: dict, lines: list[dict]) -> None:
+    """Write results.json, and predictions.jsonl beside it: a line for each item. Of a fold: what
+    stands above it is no longer of both folds, and goes."""
+    if results["fold"] is not None and is_first():
+        (folder.parent / RESULTS).unlink(missing_ok=True)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(folder / RESULTS, as_json(results), {folder / PREDICTIONS: as_text(text)})
 
 
 def offsets_hash(heads: list[Head], offsets: torch.Tensor) -> str:

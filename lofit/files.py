@@ -12,34 +12,45 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lofit.errors import InputError
+from lofit.errors import InputError, held_back
 from lofit.parallel import is_first
 
 _HELD: dict[Path, int] = {}  # folders that this process has locked
+Write = Callable[[Path], object]  # fills a file of this name
 IN_DATA = "; --data names the folder above it"
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Write, beside: dict[Path, Write | None] | None = None) -> None:
     """Call `write(temporary)` and rename the result to `path`; an interrupted write leaves nothing.
     Of several processes the first alone does.
 
-    Raises InputError where the folder cannot be written.
+    beside: files of the same folder that belong to it; None where there is to be none. `path` is
+    away while they change: where it is, all of them are of one writing. Raises InputError where the
+    folder cannot be written.
     """
     if not is_first():
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    writes = {**(beside or {}), path: write}
+    partials = {p: p.with_name(f".{p.name}.{os.getpid()}.partial") for p in writes}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # on disk before it takes the name
-        partial.replace(path)
+        for file, fill in writes.items():
+            if fill:
+                fill(partials[file])
+                with partials[file].open("rb") as written:
+                    os.fsync(written.fileno())  # on disk before it takes the name
+        with held_back():
+            if beside:
+                path.unlink(missing_ok=True)
+            for file, fill in writes.items():
+                partials[file].replace(file) if fill else file.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be written ({why})") from None
     finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            if partial.parent.is_dir():
+                partial.unlink(missing_ok=True)
 
 
 def sweep_partials(folder: Path) -> None:
@@ -76,16 +87,31 @@ def _runs(pid: int) -> bool:
     return True
 
 
+def as_text(text: str) -> Write:
+    """For `write_atomic`: UTF-8. Half of a surrogate pair, which UTF-8 has no bytes for, becomes
+    its escape, which in JSON means the same."""
+    return lambda path: path.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+
+
+def as_json(value: object) -> Write:
+    """For `write_atomic`: indented JSON; lists of plain numbers stay on one line."""
+    return as_text(_json(value) + "\n")
+
+
+def as_tensors(tensors: dict[str, torch.Tensor], info: dict) -> Write:
+    """For `write_atomic`: safetensors, with `info` as JSON under the header's key "lofit"; its only
+    key, for several come in any order and equal contents would not be equal bytes."""
+    return lambda path: save_tensors(path, tensors, {"lofit": json.dumps(info)})
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically. Half of a surrogate pair, which UTF-8 has no bytes for,
-    becomes its escape, which in JSON means the same."""
-    data = text.encode("utf-8", errors="backslashreplace")
-    write_atomic(path, lambda p: p.write_bytes(data))
+    """Write a text file atomically."""
+    write_atomic(path, as_text(text))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write indented JSON atomically; lists of plain numbers stay on one line."""
-    write_text(path, _json(value) + "\n")
+    """Write JSON atomically."""
+    write_atomic(path, as_json(value))
 
 
 def _json(value: object, indent: str = "") -> str:
@@ -100,9 +126,8 @@ def _json(value: object, indent: str = "") -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
-    """Write safetensors atomically, with `info` as JSON under the header's key "lofit"; its only
-    key, for several come in any order and equal contents would not be equal bytes."""
-    write_atomic(path, lambda p: save_tensors(p, tensors, {"lofit": json.dumps(info)}))
+    """Write tensors atomically."""
+    write_atomic(path, as_tensors(tensors, info))
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -114,7 +139,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Inverse of `write_tensors`. Raises InputError if missing, damaged or not ours."""
+    """Inverse of `as_tensors`. Raises InputError if missing, damaged or not ours."""
     with open_tensors(path) as file:
         metadata = file.metadata() or {}
         if "lofit" not in metadata:

@@ -82,9 +82,12 @@ class CrossEntropy:
 
     def loss(self, rows: list[int]) -> torch.Tensor:
         """Mean over the answer tokens of these examples."""
+        return target_losses(self.model, *self.remember(rows)).mean()
+
+    def remember(self, rows: list[int]) -> tuple:
+        """The batch of these examples, and what is kept of it from epoch to epoch."""
         batch = collate([self.rows[i] for i in rows], self.device)
-        known = self.frozen(rows, batch) if self.frozen else ()
-        return target_losses(self.model, batch, *known).mean()
+        return batch, *(self.frozen(rows, batch) if self.frozen else ())
 
     def weight(self, rows: list[int]) -> int:
         """What `loss` is a mean over: answer tokens."""
@@ -130,13 +133,17 @@ class Preference:
 
     def _log_probs(self, rows: list[int], keep: bool = True) -> torch.Tensor:
         """[2, rows], of chosen and rejected answers. The prompt of a pair is computed once."""
-        chosen, rejected = [self.chosen[i] for i in rows], [self.rejected[i] for i in rows]
         if self.plain:
-            batch = collate(chosen + rejected, self.device)
+            texts = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
+            batch = collate(texts, self.device)
             return sum_by_text(target_losses(self.model, batch), batch).view(2, -1)
-        batch = pack([list(pair) for pair in zip(chosen, rejected, strict=True)], self.device)
-        known = self.frozen(rows, batch) if keep else ()
+        batch, *known = self.remember(rows, keep)
         return sum_by_text(target_losses(self.model, batch, *known), batch).view(-1, 2).T
+
+    def remember(self, rows: list[int], keep: bool = True) -> tuple:
+        """The batch of these pairs, and what is kept of it from epoch to epoch."""
+        batch = pack([[self.chosen[i], self.rejected[i]] for i in rows], self.device)
+        return batch, *(self.frozen(rows, batch) if keep and not self.plain else ())
 
     def texts(self) -> list[list[int]]:
         """The ids of every prompt with its chosen answer."""

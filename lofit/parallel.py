@@ -174,18 +174,14 @@ class SharedObjective:
     def loss(self, rows: list[int]) -> torch.Tensor:
         """The loss over all these rows. Its gradients are computed and summed here, and `backward`
         hands them out: who adds a penalty and clips sees the whole gradient."""
-        own = rows[dist.get_rank() :: dist.get_world_size()]
-        share = self.weight(own) / self.weight(rows) if own else 0.0
-        own = own or rows[:1]  # none stands aside: the layers of a split model are gathered by all
-        kept = self.whole.frozen.kept if self.whole.frozen else {}
-        before = {i: kept.get(i) for i in own}
+        own, share = self._share(rows)
+        before = self._kept(own)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         trained = trained if torch.is_grad_enabled() else []
         with self.around():
             loss = self.whole.loss(own) * share
             gradients = torch.autograd.grad(loss, trained) if trained else ()
-        kept = self.whole.frozen.kept if self.whole.frozen else {}
-        new = [i for i in own if kept.get(i) is not before[i]]
+        new = self._new(own, before)
         numbers = loss.new_tensor([loss.item(), len(new)])
         total = torch.cat([numbers, *(g.flatten() for g in gradients)])
         dist.all_reduce(total)
@@ -194,6 +190,29 @@ class SharedObjective:
             self._exchange(new)
         sums = total[2:].split([p.numel() for p in trained])
         return _Summed.apply(total[0], sums, *trained)
+
+    def remember(self, rows: list[int]) -> None:
+        """See `resume.Progress`."""
+        own, _ = self._share(rows)
+        before = self._kept(own)
+        self.whole.remember(own)
+        if self.whole.frozen:
+            self._exchange(self._new(own, before))
+
+    def _share(self, rows: list[int]) -> tuple[list[int], float]:
+        """This process's rows, and their share of the loss. None stands aside, for the layers of a
+        split model are gathered by all: without a row of its own it takes the first, for nothing.
+        """
+        own = rows[dist.get_rank() :: dist.get_world_size()]
+        return own or rows[:1], self.weight(own) / self.weight(rows) if own else 0.0
+
+    def _kept(self, rows: list[int]) -> list[torch.Tensor | None]:
+        kept = self.whole.frozen.kept if self.whole.frozen else {}
+        return [kept.get(i) for i in rows]
+
+    def _new(self, rows: list[int], before: list[torch.Tensor | None]) -> list[int]:
+        now = zip(rows, self._kept(rows), before, strict=True)
+        return [i for i, states, old in now if states is not old]
 
     def _exchange(self, new: list[int]) -> None:
         """Keep what the others computed below the lowest edit, as they do: in the next epoch other

@@ -6,8 +6,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
@@ -18,16 +18,17 @@ from lofit import parallel
 from lofit.errors import InputError
 from lofit.export.adapters import load_tuned
 from lofit.files import lock_folder, sweep_partials
-from lofit.heads import edits_off, folded_offsets
+from lofit.heads import attached_heads, edits_off, folded_offsets
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES, find_folder, weight_files
-from lofit.llm.generate import decode_step, generate_all
+from lofit.llm.generate import Keep, compute, decode_step, generate_all
 from lofit.llm.packed import packed_weights
 from lofit.llm.scoring import score_answers
 from lofit.llm.sharded import Shards, gathered, in_step, is_sharded
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, Objective, Preference, mean_loss
 from lofit.recipes import find_recipe
+from lofit.resume import Progress, Scored, digest
 from lofit.summary import mean
 from lofit.tasks import Example, clutrr, mquake, truthfulqa
 from lofit.tasks.own import OwnTask
@@ -67,6 +68,7 @@ def add_common_args(parser: argparse.ArgumentParser) -> None:
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
     arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
+    arg("--fresh", action="store_true", help="start anew where a stopped run could go on")
     arg("--plain", action="store_true", help="leave out no work that could be, as the paper's code")
 
 
@@ -163,21 +165,25 @@ class Session:
         self.decode_step = decode_step  # eval.py may put a compiled one here
         self.settings: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
         self._log, self.log_failed = self.folder / "log.jsonl", False
-        parallel.agree("dtype and weights", [str(dtype), self.model.source.fingerprint])
+        self.unfinished, self.digests = self.folder / f"{script}.unfinished", {}
         if parallel.is_first():
-            self._open_folder()
+            self._open_folder(args.fresh)
+        # behind what the first does to the folder, which all read from
+        parallel.agree("dtype and weights", [str(dtype), self.model.source.fingerprint])
         print(
             f"{args.model}: {self.n_base:,} parameters, {self.model.config.num_hidden_layers}"
             f" layers x {self.model.config.num_attention_heads} heads,"
             f" {self.settings['dtype']} on {self.device} -> {self.folder}/"
         )
 
-    def _open_folder(self) -> None:
+    def _open_folder(self, fresh: bool) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(self.folder)
             sweep_partials(self.folder)
             self._log.touch()
+            if fresh:
+                self.finish()
         except OSError as error:
             raise InputError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another by --run"
@@ -220,6 +226,26 @@ class Session:
                 print(f"{self._log}: cannot be written ({error.strerror})", file=sys.stderr)
             self.log_failed = True
 
+    def progress(self, train: Objective, *generators: torch.Generator) -> Progress:
+        """The state of this run's training, of the heads that are attached now; generators: what
+        the loss draws from."""
+        about = self.info() | {"heads": attached_heads(self.model)}
+        about = self._of_this(about, self.digests["train"])
+        return Progress(self.unfinished, about, self._log, train.remember, generators)
+
+    def scored(self, about: dict, examples: list[Example]) -> Scored:
+        """What this run's evaluation has scored. about: all that it depends on, but the offsets."""
+        return Scored(self.unfinished, self._of_this(about, digest((self.wrap("?"), examples))))
+
+    def _of_this(self, about: dict, examples: str) -> dict:
+        config = digest(self.model.config)
+        return {"script": self.script, "config": config, "examples": examples} | about
+
+    def finish(self) -> None:
+        """The run is whole: what was kept for going on with it is no longer needed."""
+        if parallel.is_first():
+            self.unfinished.unlink(missing_ok=True)
+
     def read(self, split: str, n: int | None = None) -> list[Example]:
         """The examples of a split, or n of them, drawn by the seed. Raises InputError if the files
         are missing, malformed or empty, or have fewer than n."""
@@ -252,12 +278,13 @@ class Session:
         """What to train on: DPO for examples with a rejected answer, else cross-entropy."""
         where = f"{self.data}, split {split}"
         if examples[0].rejected is None:
-            texts = [(self.wrap(e.prompt), e.answer) for e in examples]
-            whole = CrossEntropy(self.model, self.tokenizer, texts, where, self.plain)
+            kind, texts = CrossEntropy, [(self.wrap(e.prompt), e.answer) for e in examples]
         else:
+            kind = Preference
             texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
-            whole = Preference(self.model, self.tokenizer, texts, where, self.plain)
-        return parallel.shared(whole, partial(gathered, self.model), partial(in_step, self.model))
+        found = kind(self.model, self.tokenizer, texts, where, self.plain)
+        self.digests[split] = digest((texts, found.texts()))
+        return parallel.shared(found, partial(gathered, self.model), partial(in_step, self.model))
 
     def fit(
         self, parameters: list, train: Objective, val: list[Example], schedule: Schedule, when: str
@@ -265,7 +292,8 @@ class Session:
         """Train the attached parameters, with a line for each epoch; returns the metrics on `val`
         after the last one. when: validate after "every" epoch, or the "last" alone."""
         held_out, metrics = self.objective(val, "val"), {}
-        steps = fit(parameters, train.lengths, train.loss, schedule, self.seed, self.log)
+        progress = self.progress(train)
+        steps = fit(parameters, train.lengths, train.loss, schedule, self.seed, self.log, progress)
         for epoch, loss in steps:
             line = f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}"
             if when == "last" and epoch < schedule.epochs:
@@ -288,26 +316,36 @@ class Session:
         """Tokens behind which nothing counts."""
         return frozenset() if self.task.STOP is None else self.tokenizer.ids_with(self.task.STOP)
 
-    def evaluate(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
+    def evaluate(
+        self, examples: list[Example], batch_size: int, description: str, keep: Keep = compute
+    ) -> list[dict]:
         """The scores of each example with the model's present edits, and what they are based on:
         a prediction, or the log-probabilities of the given answers."""
         way = self._choose if examples[0].right else self._predict
+        if parallel.several():  # batches are of their number: what is kept is what all found
+            each, keep_all = compute, keep
+        else:
+            each, keep_all = keep, compute
 
         def score(own: list[Example]) -> list[dict]:
             with in_step(self.model):
-                return way(own, batch_size, description) if own else []
+                return way(own, batch_size, description, each) if own else []
 
-        if self.plain or is_sharded(self.model):  # split weights are neither folded into nor packed
-            return parallel.spread(examples, score)
+        with nullcontext() if self.plain or is_sharded(self.model) else self._folded():
+            return keep_all(lambda _: parallel.spread(examples, score), [])
+
+    @contextmanager
+    def _folded(self) -> Iterator[None]:
+        """Of a split model there is nothing to fold into, nor to pack."""
         # a compiler sees no further than the packed products
         packed = packed_weights if self.decode_step is decode_step else nullcontext
         with folded_offsets(self.model), packed(self.model):
-            return parallel.spread(examples, score)
+            yield
 
-    def _choose(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
+    def _choose(self, examples: list, batch_size: int, description: str, keep: Keep) -> list[dict]:
         asked = [(self.wrap(e.question), [*e.right, *e.wrong]) for e in examples]
         scores = score_answers(
-            self.model, self.tokenizer, asked, batch_size, description, self.plain
+            self.model, self.tokenizer, asked, batch_size, description, self.plain, keep
         )
         found = []
         for example, each in zip(examples, scores, strict=True):
@@ -316,12 +354,12 @@ class Session:
             found.append({"log_probs": {"right": right, "wrong": wrong}} | metrics)
         return found
 
-    def _predict(self, examples: list[Example], batch_size: int, description: str) -> list[dict]:
+    def _predict(self, examples: list, batch_size: int, description: str, keep: Keep) -> list[dict]:
         prompts = [self.tokenizer.encode_pair(self.wrap(e.prompt), "")[0] for e in examples]
         stop = frozenset() if self.plain else self.stop_ids
         new = generate_all(
             self.model, prompts, self.task.MAX_NEW_TOKENS, self.tokenizer.eos_ids, batch_size,
-            description, stop, self.decode_step,
+            description, stop, self.decode_step, keep,
         )  # fmt: skip
         found = []
         for example, prompt, tokens in zip(examples, prompts, new, strict=True):

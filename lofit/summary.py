@@ -1,10 +1,8 @@
 """What a person looks at: the map of heads, results with confidence intervals, their table."""
 
-from pathlib import Path
-
 import torch
 
-from lofit.files import write_atomic
+from lofit.files import Write
 from lofit.heads import Head
 
 SHADES = " .:-=+*"
@@ -24,15 +22,13 @@ def head_map(scores: torch.Tensor, heads: list[Head]) -> str:
     return "\n".join([*lines, f"          head 0 .. {scores.shape[1] - 1}    # = chosen"])
 
 
-def save_head_map(
-    path: Path, scores: torch.Tensor, heads: list[Head], title: str, label: str
-) -> bool:
-    """The same as a PNG, `label` beside its colours; False (and no file) where matplotlib is not
-    installed."""
+def head_picture(scores: torch.Tensor, heads: list[Head], title: str, label: str) -> Write | None:
+    """The same as a PNG, `label` beside its colours, for `write_atomic`; None where matplotlib is
+    not installed."""
     try:
         import matplotlib
     except ImportError:
-        return False
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -44,9 +40,8 @@ def save_head_map(
     axes.scatter(columns, layers, marker="s", s=60, facecolors="none", edgecolors="crimson")
     axes.set(xlabel="head", ylabel="layer", title=title)
     figure.colorbar(image, label=label)
-    write_atomic(path, lambda p: figure.savefig(p, dpi=120, format="png"))
     plt.close(figure)
-    return True
+    return lambda path: figure.savefig(path, dpi=120, format="png")
 
 
 def paired_bootstrap(

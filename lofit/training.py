@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from lofit.errors import InputError
+from lofit.errors import InputError, held_back
 from lofit.llm.batches import draw_batches
 from lofit.losses import l1_norm
+from lofit.resume import Progress
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,33 @@ def fit(
     schedule: Schedule,
     seed: int,
     log: Callable[[dict], None],
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Train `parameters` in place; yields (epoch from 1, mean training loss) after each epoch.
 
     lengths: of the examples, in tokens; loss_of: indices of examples -> scalar task loss. Batches
     are drawn anew each epoch from the seed; a last, smaller one is used too. log gets one record a
-    step.
+    step. progress: where a run that was stopped goes on; epochs that were over are not yielded.
     """
+    progress = progress or Progress()
     optimizer = optimizer_for(parameters, schedule.lr)
     generator = torch.Generator().manual_seed(seed)
     total = math.ceil(len(lengths) / schedule.batch_size) * schedule.epochs
-    step = 0
-    with tqdm(total=total, unit="step", disable=None, leave=False) as bar:
+    step, done = 0, progress.restore(parameters, optimizer)
+    with tqdm(total=total, initial=done, unit="step", disable=None, leave=False) as bar:
         for epoch in range(schedule.epochs):
-            losses = []
-            size, by_length = schedule.batch_size, schedule.by_length
-            for rows in draw_batches(lengths, size, generator, by_length):
-                record = train_step(optimizer, parameters, loss_of(rows), schedule, step, total)
+            batches = draw_batches(lengths, schedule.batch_size, generator, schedule.by_length)
+            for rows in batches:
                 step += 1
-                log({"epoch": epoch + 1, "step": step} | record)
-                losses.append(record["task_loss"])
+                if step <= done:
+                    progress.again(rows, first=epoch == 0)
+                    continue
+                with held_back():  # a signal waits: the update and its state belong together
+                    loss = loss_of(rows)
+                    record = train_step(optimizer, parameters, loss, schedule, step - 1, total)
+                    log({"epoch": epoch + 1, "step": step} | record)
+                    progress.save(record["task_loss"], last=step == total)
                 bar.update()
-            yield epoch + 1, sum(losses) / len(losses)
+            if step >= done:
+                losses = progress.losses[step - len(batches) : step]
+                yield epoch + 1, sum(losses) / len(losses)

@@ -29,6 +29,7 @@ from lofit.heads import (
 )
 from lofit.llm.model import CausalLM
 from lofit.objectives import Objective
+from lofit.resume import Progress
 from lofit.session import Session
 from lofit.training import Schedule, fit
 
@@ -47,17 +48,20 @@ class Ground:
     log: Callable[[dict], None]
     penalty: float  # weight of the gates' L0 penalty; the scales' L1 is in the schedule
     contrast: Callable[[], list[tuple[list[int], list[int]]]]  # ids of (right, wrong) texts
+    progress: Callable[..., Progress | None] = lambda *_: None  # where a stopped run goes on
 
     @property
     def grid(self) -> tuple[int, int]:
         """Layers, and query heads of each."""
         return self.model.config.num_hidden_layers, self.model.config.num_attention_heads
 
-    def fit(self, parameters: list[nn.Parameter], loss=None, told=lambda: "") -> None:
-        """Train the parameters by the schedule; a line for each epoch, ended by told()."""
+    def fit(self, parameters: list, loss=None, told=lambda: "", draws=()) -> None:
+        """Train the parameters by the schedule; a line for each epoch, ended by told(). draws: the
+        generators that the loss draws from."""
         train, schedule = self.train, self.schedule
-        loss = loss or train.loss
-        for epoch, value in fit(parameters, train.lengths, loss, schedule, self.seed, self.log):
+        loss, progress = loss or train.loss, self.progress(train, *draws)
+        lengths, seed = train.lengths, self.seed
+        for epoch, value in fit(parameters, lengths, loss, schedule, seed, self.log, progress):
             print(f"epoch {epoch}/{schedule.epochs}  loss {value:.4f}{told()}")
 
     def offsets_of_all(self) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
@@ -155,6 +159,7 @@ def by_gates(ground: Ground) -> torch.Tensor:
         [p for edit in edits for p in edit.parameters()],
         lambda rows: ground.train.loss(rows) + ground.penalty * n_open(),
         lambda: f"  gates open {n_open():.1f}",
+        (generator,),
     )
     return torch.stack([edit.open().detach() for edit in edits])
 
@@ -249,4 +254,4 @@ def ground_of(args: argparse.Namespace, run: Session) -> Ground:
     what = "learning a scale for every head" if by == "scales" else f"scoring every head by {by}"
     print(f"{what} on {len(train)} examples")
     pairs = partial(run.contrast, examples)
-    return Ground(run.model, train, schedule, run.seed, run.log, penalty, pairs)
+    return Ground(run.model, train, schedule, run.seed, run.log, penalty, pairs, run.progress)

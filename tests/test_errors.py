@@ -1,12 +1,27 @@
 """How a script ends on bad input."""
 
+import ast
+import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+from conftest import REPO
 
-from lofit.errors import InputError, run
+from lofit import errors
+from lofit.errors import InputError, held_back, interrupted, run
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of pytest, back behind each test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    errors._came.clear()
 
 
 @pytest.mark.parametrize(
@@ -46,6 +61,59 @@ def test_a_signal_is_one_line_and_its_exit_code(by, code):
     told = child.communicate()[1]
     assert (child.returncode, told.strip().count("\n")) == (code, 0)
     assert "interrupted" in told
+
+
+@pytest.mark.parametrize(("by", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_imports_run_is_one_line_too(tmp_path, by, code):
+    (tmp_path / "lofit").mkdir()
+    for name in ("__init__.py", "early.py"):
+        shutil.copy(REPO / "lofit" / name, tmp_path / "lofit" / name)
+    lines = "import os, signal, lofit; os.kill(os.getpid(), signal.SIG); import torch"
+    for path in ("train.py", "lofit/report.py"):
+        (tmp_path / path).write_text(lines.replace("SIG", by))
+    for command in (["train.py"], ["-m", "lofit.report"]):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert (done.returncode, done.stderr) == (code, "\ninterrupted: nothing had begun\n")
+
+
+def test_a_signal_is_a_library_users_own(tmp_path):
+    lines = "import os, signal, sys, lofit; assert 'torch' not in sys.modules\n"
+    lines += "try: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: print('mine')"
+    (tmp_path / "train.py").write_text(lines)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "train.py"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+    )  # fmt: skip
+    assert done.stdout == "mine\n"
+
+
+@pytest.mark.parametrize("name", ["select_heads.py", "train.py", "eval.py"])
+def test_a_script_imports_lofit_before_anything_slow(name):
+    body = ast.parse((REPO / name).read_text()).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    before = names[: names.index("lofit")]
+    assert set(before) <= sys.stdlib_module_names
+
+
+def test_a_signal_waits_for_what_belongs_together_but_a_second_one_does_not():
+    done = []
+
+    def main(signals):
+        with held_back():
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGTERM)
+            done.append(interrupted())
+        done.append("behind")
+
+    for signals in (1, 2):
+        with pytest.raises(SystemExit) as ended:
+            run(lambda n=signals: main(n))
+        assert ended.value.code == 143
+        errors._came.clear()
+    assert done == [True]
 
 
 def test_a_closed_pipe_is_one_line():

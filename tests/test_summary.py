@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from lofit.summary import head_map, paired_bootstrap, results_table, save_head_map
+from lofit.files import write_atomic
+from lofit.summary import head_map, head_picture, paired_bootstrap, results_table
 
 SCORES = torch.tensor([[0.0, 1.0, 0.5], [0.2, 0.0, 0.9]])
 
@@ -23,14 +24,13 @@ def test_head_map_of_equal_zero_scores():
 
 def test_head_map_as_a_picture(tmp_path):
     pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
-    assert save_head_map(tmp_path / "heads.png", SCORES, [(0, 1)], "title", "score")
+    write_atomic(tmp_path / "heads.png", head_picture(SCORES, [(0, 1)], "title", "score"))
     assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
+def test_no_picture_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not save_head_map(tmp_path / "heads.png", SCORES, [(0, 1)], "title", "score")
-    assert not (tmp_path / "heads.png").exists()
+    assert head_picture(SCORES, [(0, 1)], "title", "score") is None
 
 
 def test_bootstrap_interval_is_the_textbooks():

@@ -3,13 +3,12 @@ compares with. Written as peft writes it, so that peft reads it."""
 
 import math
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from lofit.baselines.edits import Edit
-from lofit.files import write_json, write_tensors
+from lofit.files import Write, as_json, as_tensors
 from lofit.llm.config import ModelConfig
 from lofit.llm.model import Block
 
@@ -51,7 +50,7 @@ def init(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def save_peft(folder: Path, tensors: dict[str, torch.Tensor], base: str) -> None:
+def as_peft(tensors: dict[str, torch.Tensor], base: str) -> dict[str, Write]:
     """adapter_model.safetensors and adapter_config.json as peft's `save_pretrained` has them."""
     named = {}
     for key, tensor in tensors.items():
@@ -60,5 +59,7 @@ def save_peft(folder: Path, tensors: dict[str, torch.Tensor], base: str) -> None
         named[f"base_model.model.model.{at}.self_attn.{module}.lora_{part}.weight"] = tensor
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     config |= {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS), "bias": "none"}
-    write_json(folder / "adapter_config.json", config | {"lora_dropout": 0.0})
-    write_tensors(folder / "adapter_model.safetensors", named, {"format": "pt"})
+    return {
+        "adapter_config.json": as_json(config | {"lora_dropout": 0.0}),
+        "adapter_model.safetensors": as_tensors(named, {"format": "pt"}),
+    }

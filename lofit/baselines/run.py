@@ -8,7 +8,7 @@ from lofit.artefacts import ADAPTER_CONFIG, OFFSETS, save_offsets
 from lofit.baselines import bias, iti, lora, red, repe
 from lofit.baselines.edits import attach, gather
 from lofit.baselines.stored import KINDS, hash_of
-from lofit.files import write_json, write_tensors
+from lofit.files import as_json, as_tensors, write_atomic
 from lofit.heads import attach_offsets, rank_heads
 from lofit.recipes import count_heads
 from lofit.session import Session
@@ -22,11 +22,12 @@ ALPHA = {"iti": 15.0, "repe": 1.0}
 METHODS = ("lofit", *LR, *ALPHA)
 
 
-def train_fold(args: argparse.Namespace, fold: int | None) -> None:
+def train_fold(args: argparse.Namespace, fold: int | None) -> Session:
     """Write the method's offsets.safetensors (and peft's files for LoRA) to the run folder."""
     run = Session(args, "train", fold, run_suffix=f"-{args.method}")
     run.settings["method"] = args.method
     (trained if args.method in LR else computed)(args, run)
+    return run
 
 
 def trained(args: argparse.Namespace, run: Session) -> None:
@@ -74,8 +75,9 @@ def write(args: argparse.Namespace, run: Session, val: dict) -> None:
     n = sum(tensor.numel() for tensor in tensors.values())
     info = run.info() | {"val": val, "method": args.method, "trained_values": n}
     info |= {"share_of_base": n / run.n_base, "offsets_hash": hash_of(tensors)}
+    beside = {ADAPTER_CONFIG: as_json(info)}
     if args.method == "lora":
-        lora.save_peft(run.folder, tensors, run.model.source.name)
-    write_json(path.with_name(ADAPTER_CONFIG), info)
-    write_tensors(path, tensors, info)
+        beside |= lora.as_peft(tensors, run.model.source.name)
+    beside = {run.folder / name: write for name, write in beside.items()}
+    write_atomic(path, as_tensors(tensors, info), beside)
     print(f"{n:,} values of {args.method} -> {path}")

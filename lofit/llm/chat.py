@@ -49,6 +49,7 @@ class _Renderer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
+            start_new_session=True,  # Ctrl-C in a terminal is not for it
         )
         weakref.finalize(self, _end, self.process)
         self._ask({"source": source, "tokens": tokens})

@@ -10,6 +10,13 @@ from lofit.llm.model import CausalLM
 from lofit.llm.step import KVCache
 
 Step = Callable[[CausalLM, torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
+Compute = Callable[[list[int]], list]  # indices of a batch -> what is found for each
+Keep = Callable[[Compute, list[int]], list]  # `compute`, or what keeps what it finds
+
+
+def compute(found: Compute, rows: list[int]) -> list:
+    """What is found for a batch."""
+    return found(rows)
 
 
 @torch.no_grad()
@@ -102,6 +109,7 @@ def generate_all(
     description: str,
     stop_ids: frozenset[int] = frozenset(),
     step: Step = decode_step,
+    keep: Keep = compute,
 ) -> list[list[int]]:
     """`generate` for any number of prompts, in batches of like length; results in their order.
 
@@ -114,13 +122,16 @@ def generate_all(
             f"prompt {longest} has {len(prompts[longest])} tokens; with {max_new_tokens} new ones"
             f" that is more than the model's {limit} positions (max_position_embeddings)"
         )
+
+    def new_tokens(rows: list[int]) -> list[list[int]]:
+        part = [prompts[i] for i in rows]
+        return generate(model, part, max_new_tokens, eos_ids, stop_ids, step)
+
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
     batches = range(0, len(order), batch_size)
     for start in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
         rows = order[start : start + batch_size]
-        part = [prompts[i] for i in rows]
-        new = generate(model, part, max_new_tokens, eos_ids, stop_ids, step)
-        for i, tokens in zip(rows, new, strict=True):
+        for i, tokens in zip(rows, keep(new_tokens, rows), strict=True):
             results[i] = tokens
     return results

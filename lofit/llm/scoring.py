@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lofit.llm.batches import Batch, Encoded, check_length, collate, encode_example, n_shared, pack
+from lofit.llm.generate import Keep, compute
 from lofit.llm.model import CausalLM
 from lofit.llm.step import KVCache, make_step
 from lofit.llm.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ def score_answers(
     batch_size: int,
     description: str,
     plain: bool = False,
+    keep: Keep = compute,
 ) -> list[list[float]]:
     """log p(answer | question), summed over the answer's tokens, for each answer of each question.
 
@@ -73,13 +75,17 @@ def score_answers(
         groups, prefix = [[text] for text in texts], None
     else:
         prefix = shared_prefix(model, texts)
-    scores: dict[int, list[float]] = {}
-    batches = batches_of(groups, batch_size)
-    for rows in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
+
+    def log_probs(rows: list[int]) -> list[list[float]]:
         part = [groups[i] for i in rows]
         batch = collate([t for (t,) in part], device) if plain else pack(part, device, prefix)
         found = iter(sum_by_text(target_losses(model, batch), batch).tolist())
-        scores |= {i: [next(found) for _ in groups[i]] for i in rows}
+        return [[next(found) for _ in group] for group in part]
+
+    scores: dict[int, list[float]] = {}
+    batches = batches_of(groups, batch_size)
+    for rows in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
+        scores |= zip(rows, keep(log_probs, rows), strict=True)
     rest = iter([score for i in range(len(groups)) for score in scores[i]])
     return [[next(rest) for _ in answers] for _, answers in asked]
 
