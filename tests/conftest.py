@@ -214,7 +214,7 @@ def start_group(n: int, *calls: tuple[str, list[str]], port=None, ranks=None) ->
     ]  # fmt: skip
 
 
-def end_group(processes: list, timeout: float = 120) -> list[tuple[int, str, str]]:
+def end_group(processes: list, timeout: float = 300) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each; none of them is left."""
     try:
         found = [p.communicate(timeout=timeout) for p in processes]
