@@ -21,12 +21,12 @@ import torch
 from conftest import end_group, random_model, start_group
 from measure_loading import memory, write_checkpoint
 
-import train
 from lofit.heads import attach_scales, init_scales
 from lofit.llm.batches import collate
-from lofit.llm.checkpoint import text_name, weight_files
+from lofit.llm.checkpoint import assemble, text_name
 from lofit.llm.config import ModelConfig
 from lofit.llm.scoring import target_losses
+from lofit.llm.sharded import Shards, gathered
 from lofit.plan import training_bytes
 from lofit.session import Session
 
@@ -51,9 +51,6 @@ def restart_peak() -> int:
 
 def hold(folder: str) -> None:
     """One process of `weights`: prints its peaks beyond what it began with."""
-    from lofit.llm.checkpoint import assemble
-    from lofit.llm.sharded import Shards, gathered
-
     shards, path = Shards("cpu"), Path(folder)
     config = ModelConfig.from_file(path / "config.json")
     before = restart_peak()
@@ -68,7 +65,6 @@ def hold(folder: str) -> None:
 def weights(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         n_bytes = 2 * write_checkpoint(Path(folder), args.gigabytes, 5)
-        assert weight_files(Path(folder))
         print(f"{n_bytes / 1e9:.2f} GB of bf16 weights")
         for n in args.processes:
             ended = end_group(start_group(n, ("measure_parallel", ["hold", folder])), 600)
@@ -99,6 +95,8 @@ def one_step(size: str) -> None:
 
 def timed(flags: list[str]) -> None:
     """One process of `training`: seconds of the training loop, bytes sent."""
+    import train
+
     inner, objectives = Session.fit, []
 
     def fit(self, parameters, objective, *rest):
