@@ -113,8 +113,7 @@ class Preference:
         self.rejected = [encode_example(tokenizer, prompt, bad) for prompt, _, bad in texts]
         pairs = list(zip(self.chosen, self.rejected, strict=True))
         self.lengths = [len(c) + len(r) for (c, _), (r, _) in pairs]
-        longer = [max(len(c), len(r)) for (c, _), (r, _) in pairs]
-        _check(longer, model, MAX_LENGTH["dpo"], where)
+        _check([max(len(c), len(r)) for (c, _), (r, _) in pairs], model, MAX_LENGTH["dpo"], where)
         self.plain, self.frozen = plain, FrozenLayers(model)
 
     @cached_property
@@ -164,12 +163,11 @@ Objective = CrossEntropy | Preference
 @torch.no_grad()
 def mean_loss(objective: Objective, batch_size: int) -> float:
     """The loss over all examples, computed in batches."""
-    total, n = 0.0, 0
+    total = 0.0
     for start in range(0, len(objective), batch_size):
         rows = list(range(start, min(start + batch_size, len(objective))))
-        weight = objective.weight(rows)
-        total, n = total + weight * objective.loss(rows).item(), n + weight
-    return total / n
+        total += objective.weight(rows) * objective.loss(rows).item()
+    return total / objective.weight(list(range(len(objective))))
 
 
 def _check(lengths: list[int], model: CausalLM, longest: int, where: str) -> None:

@@ -29,6 +29,7 @@ from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, Objective, Preference, mean_loss
 from lofit.recipes import find_recipe
 from lofit.resume import Progress, Scored, digest
+from lofit.shared import shared
 from lofit.summary import mean
 from lofit.tasks import Example, clutrr, mquake, truthfulqa
 from lofit.tasks.own import OwnTask
@@ -284,7 +285,7 @@ class Session:
             texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
         found = kind(self.model, self.tokenizer, texts, where, self.plain)
         self.digests[split] = digest((texts, found.texts()))
-        return parallel.shared(found, partial(gathered, self.model), partial(in_step, self.model))
+        return shared(found, partial(gathered, self.model), partial(in_step, self.model))
 
     def fit(
         self, parameters: list, train: Objective, val: list[Example], schedule: Schedule, when: str
