@@ -9,7 +9,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from lofit import artefacts, errors
+from lofit import artefacts, errors, parallel
 from lofit.export.adapters import find_offsets
 from lofit.files import write_json
 from lofit.heads import Head, attached_heads, edits_off, gather_offsets
@@ -151,4 +151,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    parallel.run(main)

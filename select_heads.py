@@ -7,7 +7,7 @@ python select_heads.py --by gradient       # another way of choosing: see lofit/
 
 import argparse
 
-from lofit import errors
+from lofit import errors, parallel
 from lofit.artefacts import HEADS, PICTURE, load_heads, other_task, save_heads
 from lofit.heads import rank_heads
 from lofit.recipes import count_heads
@@ -64,4 +64,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    parallel.run(main)

@@ -8,7 +8,7 @@ import argparse
 import random
 from pathlib import Path
 
-from lofit import errors
+from lofit import errors, parallel
 from lofit.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
 from lofit.baselines import run as baselines
 from lofit.heads import (
@@ -115,4 +115,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    parallel.run(main)

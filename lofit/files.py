@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lofit.errors import InputError, held_back
+from lofit.parallel import is_first
 
 _HELD: dict[Path, int] = {}  # folders that this process has locked
 Write = Callable[[Path], object]  # fills a file of this name
@@ -21,11 +22,14 @@ IN_DATA = "; --data names the folder above it"
 
 def write_atomic(path: Path, write: Write, beside: dict[Path, Write | None] | None = None) -> None:
     """Call `write(temporary)` and rename the result to `path`; an interrupted write leaves nothing.
+    Of several processes the first alone does.
 
     beside: files that belong to it; None where there is to be none. `path` is away while they
     change: where it is, all of them are of one writing. Raises InputError where the folder cannot
     be written.
     """
+    if not is_first():
+        return
     writes = {**(beside or {}), path: write}
     partials = {p: p.with_name(f".{p.name}.{os.getpid()}.partial") for p in writes}
     try:

@@ -4,6 +4,8 @@ With `plain`, every text has its own row and every layer is computed at every st
 paper's code. Without, the work that need not be done is left out; the loss is the same.
 """
 
+from functools import cached_property
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -94,7 +96,7 @@ class CrossEntropy:
 
 class Preference:
     """DPO: prefer each chosen answer to its rejected one. The reference is the model with its
-    edits off; its log-probabilities are computed here, once."""
+    edits off; its log-probabilities are computed once, for the first loss."""
 
     def __init__(
         self,
@@ -111,15 +113,19 @@ class Preference:
         self.rejected = [encode_example(tokenizer, prompt, bad) for prompt, _, bad in texts]
         pairs = list(zip(self.chosen, self.rejected, strict=True))
         self.lengths = [len(c) + len(r) for (c, _), (r, _) in pairs]
-        longer = [max(len(c), len(r)) for (c, _), (r, _) in pairs]
-        _check(longer, model, MAX_LENGTH["dpo"], where)
+        _check([max(len(c), len(r)) for (c, _), (r, _) in pairs], model, MAX_LENGTH["dpo"], where)
         self.plain, self.frozen = plain, FrozenLayers(model)
-        with edits_off(model), torch.no_grad():
-            batches = tqdm(range(0, len(self), 8), "reference", disable=None, leave=False)
-            found = [
-                self._log_probs(list(range(i, min(i + 8, len(self)))), keep=False) for i in batches
-            ]
-        self.reference = torch.cat(found, dim=1)  # [2, examples]
+
+    @cached_property
+    def reference(self) -> torch.Tensor:
+        """The reference's log-probabilities of all examples: [2, examples]."""
+        return self.refer(list(range(len(self))))
+
+    def refer(self, rows: list[int]) -> torch.Tensor:
+        """The reference's log-probabilities of these examples: [2, rows]."""
+        batches = tqdm(range(0, len(rows), 8), "reference", disable=None, leave=False)
+        with edits_off(self.model), torch.no_grad():
+            return torch.cat([self._log_probs(rows[i : i + 8], keep=False) for i in batches], dim=1)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -157,12 +163,11 @@ Objective = CrossEntropy | Preference
 @torch.no_grad()
 def mean_loss(objective: Objective, batch_size: int) -> float:
     """The loss over all examples, computed in batches."""
-    total, n = 0.0, 0
+    total = 0.0
     for start in range(0, len(objective), batch_size):
         rows = list(range(start, min(start + batch_size, len(objective))))
-        weight = objective.weight(rows)
-        total, n = total + weight * objective.loss(rows).item(), n + weight
-    return total / n
+        total += objective.weight(rows) * objective.loss(rows).item()
+    return total / objective.weight(list(range(len(objective))))
 
 
 def _check(lengths: list[int], model: CausalLM, longest: int, where: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from lofit.errors import InputError, interrupted
 from lofit.files import parse_json, read_tensors, write_tensors
 from lofit.llm.generate import Compute, Keep
+from lofit.parallel import agree, is_first
 
 SHARE = 0.01  # of the time may go into writing states: the next one waits that long
 
@@ -46,6 +47,11 @@ class Progress:
     def restore(self, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
         """Put a stopped run's values into parameters and optimiser; returns how many steps it had
         done. 0, with all as it is, where there is none, or it was another."""
+        done = self._restore(parameters, optimizer)
+        agree("the step to go on from", done)
+        return done
+
+    def _restore(self, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
         self.parameters, self.optimizer = parameters, optimizer
         if self.path is None or not self.path.exists():
             return 0
@@ -124,7 +130,8 @@ class Scored:
             for line in lines:
                 who, rows, found = parse_json(line, str(path))
                 self.found[(who, *rows)] = found
-            os.truncate(path, len(data))
+            if is_first():
+                os.truncate(path, len(data))
             print(f"going on behind {len(lines)} batches, where this run was stopped ({path})")
         except (InputError, OSError, TypeError, ValueError) as error:
             self.found = {}
@@ -145,6 +152,8 @@ class Scored:
         return keep
 
     def _write(self, mode: str, line: object) -> None:
+        if not is_first():
+            return
         try:
             with self.path.open(mode, encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -178,6 +187,8 @@ def _cut_log(log: Path, length: int, script: str) -> None:
     """Take out of the log what the stopped run wrote behind its state; it is written again. What
     other scripts wrote since stays."""
     mine = f'{{"script": "{script}"'.encode()
+    if not is_first():
+        return
     with suppress(OSError), log.open("r+b") as file:
         file.seek(length)
         theirs = [line for line in file if not line.startswith(mine)]

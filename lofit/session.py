@@ -6,14 +6,15 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from lofit import parallel
 from lofit.errors import InputError
 from lofit.export.adapters import load_tuned
 from lofit.files import lock_folder, sweep_partials
@@ -24,10 +25,12 @@ from lofit.llm.device import pick_device, pick_dtype
 from lofit.llm.generate import Keep, compute, decode_step, generate_all
 from lofit.llm.packed import packed_weights
 from lofit.llm.scoring import score_answers
+from lofit.llm.sharded import Shards, gathered, in_step, is_sharded
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, Objective, Preference, mean_loss
 from lofit.recipes import find_recipe
 from lofit.resume import Progress, Scored, digest
+from lofit.shared import shared
 from lofit.summary import mean
 from lofit.tasks import Example, clutrr, mquake, truthfulqa
 from lofit.tasks.own import OwnTask
@@ -65,6 +68,7 @@ def add_common_args(parser: argparse.ArgumentParser) -> None:
     arg("--run", type=Path, help="run folder (default: runs/<model>/<task>)")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
+    arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
     arg("--fresh", action="store_true", help="start anew where a stopped run could go on")
     arg("--plain", action="store_true", help="leave out no work that could be, as the paper's code")
 
@@ -141,7 +145,9 @@ class Session:
         self.script, self.seed, self.fold = script, args.seed, fold
         self.task_name, self.task = find_task(args.task)
         self.data = self.task.folder if isinstance(self.task, OwnTask) else args.data
-        self.device = pick_device(args.device)
+        self.device = pick_device(parallel.device(args.device))
+        if args.shard and not parallel.several():
+            raise InputError("--shard: one process has nothing to split; start by torchrun")
         files = weight_files(find_folder(args.model, args.revision))
         n_bytes = sum(path.stat().st_size for path in files)
         dtype = pick_dtype(args.dtype, self.device, n_bytes)
@@ -149,7 +155,8 @@ class Session:
         self.folder = run_folder(args, run_suffix)
         if fold is not None:
             self.title, self.folder = f"{self.title} fold {fold}", self.folder / f"fold{fold}"
-        self.model = load_tuned(args.model, args.revision, dtype, self.device)
+        shards = Shards(self.device) if args.shard else None
+        self.model = load_tuned(args.model, args.revision, dtype, self.device, shards)
         self.tokenizer = load_tokenizer(args.model, args.revision, not args.chat)
         self.chat, self.plain = args.chat, args.plain
         self.wrap = load_chat_template(args.model, args.revision) if args.chat else str
@@ -160,22 +167,28 @@ class Session:
         self.settings: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
         self._log, self.log_failed = self.folder / "log.jsonl", False
         self.unfinished, self.digests = self.folder / f"{script}.unfinished", {}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock_folder(self.folder)
-            sweep_partials(self.folder)
-            self._log.touch()
-            if args.fresh:
-                self.finish()
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be written ({error.strerror}); choose another by --run"
-            ) from None
+        if parallel.is_first():
+            self._open_folder(args.fresh)
+        # behind what the first does to the folder, which all read from
+        parallel.agree("dtype and weights", [str(dtype), self.model.source.fingerprint])
         print(
             f"{args.model}: {self.n_base:,} parameters, {self.model.config.num_hidden_layers}"
             f" layers x {self.model.config.num_attention_heads} heads,"
             f" {self.settings['dtype']} on {self.device} -> {self.folder}/"
         )
+
+    def _open_folder(self, fresh: bool) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(self.folder)
+            sweep_partials(self.folder)
+            self._log.touch()
+            if fresh:
+                self.finish()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another by --run"
+            ) from None
 
     def setting(self, name: str, flag: object, default: object, origin: str | None = None):
         """A setting's value: the flag if given, else the default; prints it with its origin."""
@@ -203,6 +216,8 @@ class Session:
 
     def log(self, record: dict) -> None:
         """Append a record to log.jsonl. Where that fails the run goes on, and says so once."""
+        if not parallel.is_first():
+            return
         line = json.dumps({"script": self.script, "time": time.time()} | record)
         try:
             with self._log.open("a", encoding="utf-8") as file:
@@ -229,7 +244,8 @@ class Session:
 
     def finish(self) -> None:
         """The run is whole: what was kept for going on with it is no longer needed."""
-        self.unfinished.unlink(missing_ok=True)
+        if parallel.is_first():
+            self.unfinished.unlink(missing_ok=True)
 
     def read(self, split: str, n: int | None = None) -> list[Example]:
         """The examples of a split, or n of them, drawn by the seed. Raises InputError if the files
@@ -269,7 +285,7 @@ class Session:
             texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
         found = kind(self.model, self.tokenizer, texts, where, self.plain)
         self.digests[split] = digest((texts, found.texts()))
-        return found
+        return shared(found, partial(gathered, self.model), partial(in_step, self.model))
 
     def fit(
         self, parameters: list, train: Objective, val: list[Example], schedule: Schedule, when: str
@@ -307,12 +323,25 @@ class Session:
         """The scores of each example with the model's present edits, and what they are based on:
         a prediction, or the log-probabilities of the given answers."""
         way = self._choose if examples[0].right else self._predict
-        if self.plain:
-            return way(examples, batch_size, description, keep)
+        if parallel.several():  # batches are of their number: what is kept is what all found
+            each, keep_all = compute, keep
+        else:
+            each, keep_all = keep, compute
+
+        def score(own: list[Example]) -> list[dict]:
+            with in_step(self.model):
+                return way(own, batch_size, description, each) if own else []
+
+        with nullcontext() if self.plain or is_sharded(self.model) else self._folded():
+            return keep_all(lambda _: parallel.spread(examples, score), [])
+
+    @contextmanager
+    def _folded(self) -> Iterator[None]:
+        """Of a split model there is nothing to fold into, nor to pack."""
         # a compiler sees no further than the packed products
         packed = packed_weights if self.decode_step is decode_step else nullcontext
         with folded_offsets(self.model), packed(self.model):
-            return way(examples, batch_size, description, keep)
+            yield
 
     def _choose(self, examples: list, batch_size: int, description: str, keep: Keep) -> list[dict]:
         asked = [(self.wrap(e.question), [*e.right, *e.wrong]) for e in examples]

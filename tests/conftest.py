@@ -10,6 +10,9 @@ import io
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -181,6 +184,44 @@ def in_process(monkeypatch):
 
     monkeypatch.setattr(cells._Runner, "call", call)
     return calls
+
+
+# what torchrun does for scripts, without its own start
+GROUP = """
+import importlib, json, sys
+from lofit import parallel
+calls = json.loads(sys.argv[1])
+parallel.run(lambda: [importlib.import_module(name).main(argv) for name, argv in calls])
+"""
+
+
+def start_group(n: int, *calls: tuple[str, list[str]], port=None, ranks=None) -> list:
+    """n processes, or those of these ranks, that call `main` of these modules in turn."""
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    env |= {"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env |= {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", GROUP, json.dumps(calls)], cwd=REPO, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (range(n) if ranks is None else ranks)
+    ]  # fmt: skip
+
+
+def end_group(processes: list, timeout: float = 300) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each; none of them is left."""
+    try:
+        found = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, *texts) for p, texts in zip(processes, found, strict=True)]
 
 
 @pytest.fixture(scope="session")

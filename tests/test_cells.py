@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import REPO
@@ -131,3 +132,31 @@ def test_the_time_of_what_is_done_foretells_the_rest(step, tmp_path, capsys):
     capsys.readouterr()
     run_cells([Cell(name, [step(name)]) for name in ("a", "b", "c")], jobs=2)
     assert "2 to do, 2 at a time, about 10 minutes if" in capsys.readouterr().out
+
+
+def test_two_studies_at_once_run_a_shared_cell_once(step, tmp_path):
+    """As the jobs of an array do: who comes second waits, and finds it done."""
+    shared = step("shared")
+    script = Path(shared.script)
+    script.write_text(script.read_text() + "\ntime.sleep(3)\n")
+    code = (
+        "from pathlib import Path; from lofit.studies.cells import *\n"
+        f"folder = Path({str(shared.folder)!r})\n"
+        f"step = Step({shared.script!r}, {shared.args!r}, folder, ('result',))\n"
+        "assert run_cells([Cell('c', [step])]) == []"
+    )
+    studies = [subprocess.Popen([sys.executable, "-c", code], cwd=REPO) for _ in range(2)]
+    assert [study.wait(120) for study in studies] == [0, 0]
+    assert (tmp_path / "shared" / "result").read_text() == "x"
+
+
+def test_scripts_take_turns_on_the_gpus(step, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    seen, popen = [], subprocess.Popen
+    monkeypatch.setattr(
+        cells.subprocess,
+        "Popen",
+        lambda *a, **k: (seen.append(k["env"]["CUDA_VISIBLE_DEVICES"]), popen(*a, **k))[1],
+    )
+    run_cells([Cell(name, [step(name)]) for name in ("a", "b")], jobs=1)
+    assert seen == ["3", "5"]

@@ -20,6 +20,7 @@ from lofit.llm.checkpoint import (
 )
 from lofit.llm.config import ModelConfig
 from lofit.llm.model import CausalLM
+from lofit.llm.sharded import Shards
 
 # Beside a model's own tensors in the paper's released checkpoints: A and v of each head.
 RELEASED = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
@@ -126,16 +127,17 @@ def load_tuned(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    shards: Shards | None = None,
 ) -> CausalLM:
     """`load_model`; but a checkpoint that the paper released becomes its base model, with its
-    offsets attached. InputError as there."""
+    offsets attached. shards: as in `assemble`. InputError as there."""
     folder = find_folder(name, revision)
     config = ModelConfig.from_file(folder / "config.json")
     paths = weight_files(folder)
     released = read_released(paths)
     if released:
         config = replace(config, vocab_size=_rows_of_embedding(paths) or config.vocab_size)
-    model = assemble(str(name), revision, folder, config, base_name, dtype, device)
+    model = assemble(str(name), revision, folder, config, base_name, dtype, device, shards)
     if released:
         attach_offsets(model, *released)
     return model.requires_grad_(False)

@@ -21,6 +21,7 @@ from lofit.llm.checkpoint import (
     digest,
     find_folder,
     fingerprint,
+    sample,
     stored_tensors,
     text_name,
     weight_files,
@@ -183,7 +184,8 @@ def _scan(folder: Path, v: dict[int, torch.Tensor], dtype: torch.dtype | None) -
     found = _Scan({}, {}, {}, {})
     for key, tensor in stored_tensors(weight_files(folder), base_name):
         name = base_name(key)
-        found.digests[name], found.shapes[name] = digest(tensor), tensor.shape
+        found.digests[name] = digest(tensor.shape, sample(tensor, tensor.shape))
+        found.shapes[name] = tensor.shape
         o_proj = O_PROJ.match(name)
         if not o_proj or int(o_proj[1]) not in v:
             continue

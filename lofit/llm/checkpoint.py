@@ -20,6 +20,7 @@ from lofit.errors import InputError
 from lofit.files import open_tensors, read_json, save_tensors, write_atomic, write_json
 from lofit.llm.config import ModelConfig
 from lofit.llm.model import CausalLM
+from lofit.llm.sharded import Shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -90,15 +91,21 @@ def assemble(
     name_of: Callable[[str], str | None],
     dtype: torch.dtype,
     device: str,
+    shards: Shards | None = None,
 ) -> CausalLM:
     """The model that `config` describes, with a folder's weights. name_of: a stored tensor's name
-    in the model, None to leave it out. InputError unless each tensor has its place."""
+    in the model, None to leave it out; shards: to read and keep this process's part alone.
+    InputError unless each tensor has its place."""
+    files, rows = weight_files(folder), shards.rows if shards else None
     weights: dict[str, torch.Tensor] = {}
-    digests: dict[str, bytes] = {}
-    for key, tensor in stored_tensors(weight_files(folder), name_of):
+    samples: dict[str, list[float]] = {}
+    shapes = {name_of(key): shape for key, shape in stored_shapes(files, name_of)}
+    for key, tensor in stored_tensors(files, name_of, rows):
         check_values(tensor, f"{folder}: tensor {key}")
-        digests[name_of(key)] = digest(tensor)
+        samples[name_of(key)] = sample(tensor, shapes[name_of(key)], rows)
         weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
+    samples = shards.merge(samples) if shards else samples
+    digests = {name: digest(shapes[name], values) for name, values in samples.items()}
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         embedding = weights["model.embed_tokens.weight"]
         if not torch.equal(weights.get("lm_head.weight", embedding), embedding):
@@ -107,20 +114,39 @@ def assemble(
                 " (tie_word_embeddings); do both files belong together?"
             )
         weights["lm_head.weight"] = embedding
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = CausalLM(config)
-    check_tensors({key: w.shape for key, w in weights.items()}, model, folder)
+    check_tensors(shapes, model, folder)
+    model.requires_grad_(False)
+    if shards:
+        weights = shards.split(model, weights)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
+    if shards:
+        shards.begin(model)
     commit = folder.name if folder.parent.name == "snapshots" else revision
     model.source = Source(name, commit, fingerprint(digests, config))
     return model.requires_grad_(False).eval()
 
 
-def stored_tensors(
+def stored_shapes(
     paths: list[Path], wanted: Callable[[str], object]
+) -> Iterator[tuple[str, torch.Size]]:
+    """(name, shape) of all tensors in checkpoint files whose name is wanted."""
+    for path in paths:
+        with open_tensors(path) as file:
+            for key in filter(wanted, file.keys()):
+                yield key, torch.Size(file.get_slice(key).get_shape())
+
+
+def stored_tensors(
+    paths: list[Path],
+    wanted: Callable[[str], object],
+    rows: Callable[[int], slice] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all in checkpoint files whose name is wanted, read when its turn comes."""
+    """(name, tensor) of all in checkpoint files whose name is wanted, read when its turn comes; of
+    its n rows, rows(n)."""
     stored = []
     for path in paths:
         with open_tensors(path) as file:
@@ -128,7 +154,11 @@ def stored_tensors(
     for path, key in tqdm(stored, desc="reading", unit="tensor", disable=None, leave=False):
         # opened anew each time: while a file is open, all that was read of it stays in memory
         with open_tensors(path) as file:
-            tensor = file.get_tensor(key)
+            if rows is None:
+                tensor = file.get_tensor(key)
+            else:
+                part = file.get_slice(key)
+                tensor = part[rows(part.get_shape()[0])]
         yield key, tensor
 
 
@@ -190,11 +220,21 @@ def check_values(tensor: torch.Tensor, what: str) -> None:
         raise InputError(f"{what} has values that are not finite; fetch the checkpoint again")
 
 
-def digest(tensor: torch.Tensor) -> bytes:
-    """Hash of a tensor's shape and of up to 64 of its values, evenly spread."""
-    flat = tensor.flatten()
-    sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float64)
-    return hashlib.sha256(f"{tuple(tensor.shape)} {sample.tolist()}".encode()).digest()
+def sample(
+    tensor: torch.Tensor, shape: torch.Size, rows: Callable[[int], slice] | None = None
+) -> list[float]:
+    """Up to 64 values, evenly spread, of a tensor of that shape; those among the rows that are
+    here."""
+    n, step = shape.numel(), max(1, shape.numel() // 64)
+    first = 0 if rows is None else rows(shape[0]).start * (n // shape[0])
+    number = -(-first // step)  # of the first one here
+    part = tensor.flatten()[number * step - first :: step][: max(0, 64 - number)]
+    return part.to("cpu", torch.float64).tolist()
+
+
+def digest(shape: torch.Size, values: list[float]) -> bytes:
+    """Hash of a tensor's shape and of its `sample`."""
+    return hashlib.sha256(f"{tuple(shape)} {values}".encode()).digest()
 
 
 def fingerprint(digests: dict[str, bytes], config: ModelConfig) -> str:

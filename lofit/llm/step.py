@@ -17,8 +17,10 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch: int, length: int, like: torch.Tensor):
         """`like` gives device and dtype. length: prompt plus new tokens."""
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length)
-        self.k = like.new_zeros(*shape, config.head_dim)
-        self.v = like.new_zeros(*shape, config.head_dim)
+        # not like.new_zeros: of a split weight that would be split too
+        kind = {"dtype": like.dtype, "device": like.device}
+        self.k = torch.zeros(*shape, config.head_dim, **kind)
+        self.v = torch.zeros(*shape, config.head_dim, **kind)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""

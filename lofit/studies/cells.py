@@ -6,15 +6,18 @@ it was. Files are written whole or not at all; `cell.json` beside them says by w
 """
 
 import argparse
+import fcntl
 import os
+import queue
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from lofit.files import read_json, write_json
 from lofit.session import find_task
 from lofit.studies.tables import keep_items
 
-RECORD, OUTPUT = "cell.json", "output.txt"
+RECORD, OUTPUT, LOCK = "cell.json", "output.txt", ".cell.lock"
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,9 @@ class _Runner:
         self.jobs, self.device, self.total = jobs, device, total
         self.children: set[subprocess.Popen] = set()
         self.stopping = threading.Event()
+        self.gpus = queue.SimpleQueue()  # those that no script has, where there are several
+        for i in _gpus() if device in ("auto", "cuda") else []:
+            self.gpus.put(i)
         self.began = time.time()
 
     def run(self, waiting: list[Cell]) -> list[Cell]:
@@ -188,22 +194,42 @@ class _Runner:
 
     def _fill(self, cell: Cell) -> None:
         for step in cell.todo():
-            began = time.time()
-            self.call(step)
-            if self.stopping.is_set():
-                return
-            if step.script == "eval.py":
-                keep_items(step.folder)
-            made = {"args": list(step.args), "seconds": round(time.time() - began, 1)}
-            write_json(step.folder / RECORD, _record(step.folder) | {step.script: made})
+            with self._turn(step.folder):
+                if self.stopping.is_set():
+                    return
+                if step.done():  # by another study, meanwhile
+                    continue
+                began = time.time()
+                self.call(step)
+                if self.stopping.is_set():
+                    return
+                if step.script == "eval.py":
+                    keep_items(step.folder)
+                made = {"args": list(step.args), "seconds": round(time.time() - began, 1)}
+                write_json(step.folder / RECORD, _record(step.folder) | {step.script: made})
+
+    @contextmanager
+    def _turn(self, folder: Path) -> Iterator[None]:
+        """Wait while another study fills this folder: the cells of a job array share some."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOCK).open("w") as lock:
+            while not self.stopping.is_set():
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self.stopping.wait(1)
+            yield
 
     def call(self, step: Step) -> None:
         """Run a script; its output goes to the folder. Raises InputError with its last line."""
         step.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *step.script.split(), *step.args, "--device", self.device]
         log = step.folder / OUTPUT
+        gpu = None if self.gpus.empty() else self.gpus.get()
         threads = max(1, torch.get_num_threads() // self.jobs)
         share = {"OMP_NUM_THREADS": str(threads)} if self.jobs > 1 else {}
+        share |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with log.open("a", encoding="utf-8") as output:
             print("$", shlex.join(command), file=output, flush=True)
             if self.stopping.is_set():
@@ -214,6 +240,8 @@ class _Runner:
             self.children.add(child)
             code = child.wait()
             self.children.discard(child)
+            if gpu is not None:
+                self.gpus.put(gpu)
         if code and not self.stopping.is_set():
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1].removeprefix("error: ")
             raise InputError(f"{step.script} ended with {code}: {last} -> {log}")
@@ -227,6 +255,12 @@ class _Runner:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
+
+
+def _gpus() -> list[str]:
+    """The visible GPUs, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _with_needs(cells: Iterable[Cell]) -> list[Cell]:

@@ -1,0 +1,160 @@
+"""What several processes cost and hold, beside one.
+
+python tests/measure_parallel.py weights --processes 2 4 --gigabytes 2
+python tests/measure_parallel.py step
+python tests/measure_parallel.py training --model weights/smollm2-135m-instruct --data data/real
+
+weights: peak of the memory that each process takes to load a random bf16 checkpoint with --shard
+and to run a text through it; step: `lofit.plan` beside the measured peak of a step of selection;
+training: wall and CPU seconds of offset training in one process and in two, and the bytes sent.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from conftest import end_group, random_model, start_group
+from measure_loading import memory, write_checkpoint
+
+from lofit.heads import attach_scales, init_scales
+from lofit.llm.batches import collate
+from lofit.llm.checkpoint import assemble, text_name
+from lofit.llm.config import ModelConfig
+from lofit.llm.scoring import target_losses
+from lofit.llm.sharded import Shards, gathered
+from lofit.plan import training_bytes
+from lofit.session import Session
+
+SIZES = {"small": (256, 8), "middle": (512, 8), "large": (1024, 8)}  # hidden size, layers
+
+
+def config_of(size: str) -> ModelConfig:
+    hidden, layers = SIZES[size]
+    return ModelConfig(
+        vocab_size=32000, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64, head_dim=64, max_position_embeddings=2048,
+        rms_norm_eps=1e-5, eos_token_id=(2,),
+    )  # fmt: skip
+
+
+def restart_peak() -> int:
+    """Let VmHWM start anew; returns the present size."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def hold(folder: str) -> None:
+    """One process of `weights`: prints its peaks beyond what it began with."""
+    shards, path = Shards("cpu"), Path(folder)
+    config = ModelConfig.from_file(path / "config.json")
+    before = restart_peak()
+    model = assemble(folder, None, path, config, text_name, torch.bfloat16, "cpu", shards)
+    loading, kept = memory("VmHWM") - before, memory("VmRSS") - before
+    restart_peak()
+    with torch.no_grad(), gathered(model):
+        model.logits(model.model(torch.ones(1, 8, dtype=torch.int64)))
+    sys.__stdout__.write(f"{loading} {kept} {memory('VmHWM') - before}\n")
+
+
+def weights(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        n_bytes = 2 * write_checkpoint(Path(folder), args.gigabytes, 5)
+        print(f"{n_bytes / 1e9:.2f} GB of bf16 weights")
+        for n in args.processes:
+            ended = end_group(start_group(n, ("measure_parallel", ["hold", folder])), 600)
+            assert not any(code for code, _, _ in ended), ended
+            found = [[int(x) / n_bytes for x in out.split()] for _, out, _ in ended]
+            most = [max(column) for column in zip(*found, strict=True)]
+            print(
+                f"{n} processes: peak of loading {most[0]:.1%} of the weights, kept {most[1]:.1%},"
+                f" peak of a pass {most[2]:.1%} (1/N {1 / n:.1%})",
+                flush=True,
+            )
+
+
+def one_step(size: str) -> None:
+    """One process of `step`: a step's peak beyond the model, and what the plan says."""
+    config = config_of(size)
+    model = random_model(config).requires_grad_(False)
+    parameters = attach_scales(model, init_scales(model, 0))
+    text = ([1] * 128, [-100] * 112 + [1] * 16)
+    target_losses(model, collate([text], "cpu")).mean().backward()  # what libraries take for good
+    before = restart_peak()
+    target_losses(model, collate([text] * 8, "cpu")).mean().backward()
+    measured = memory("VmHWM") - before + 4 * sum(p.nbytes for p in parameters)
+    planned = training_bytes(config, torch.float32, 8, 128, 16)
+    print(f"{size}: measured {measured / 1e6:.0f} MB, plan {planned / 1e6:.0f} MB,"
+          f" {planned / measured - 1:+.1%}", flush=True)  # fmt: skip
+
+
+def timed(flags: list[str]) -> None:
+    """One process of `training`: seconds of the training loop, bytes sent."""
+    import train
+
+    inner, objectives = Session.fit, []
+
+    def fit(self, parameters, objective, *rest):
+        objectives.append(objective)
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = inner(self, parameters, objective, *rest)
+        seconds = time.perf_counter() - wall, time.process_time() - cpu
+        sent = getattr(objectives[0], "sent", {})
+        told = {"wall": seconds[0], "cpu": seconds[1], "sent": sent}
+        sys.__stdout__.write(f"@{json.dumps(told)}\n")
+        return found
+
+    Session.fit = fit
+    train.main(flags)
+
+
+def training(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--model", args.model, "--data", str(args.data), "--heads", "random"]
+        flags += ["--n-train", str(args.n_train), "--epochs", str(args.epochs)]
+        flags += ["--dtype", args.dtype, "--validate", "last", "--run", folder, "--fresh"]
+        for _ in range(args.rounds):
+            for n in (1, 2):
+                ended = end_group(start_group(n, ("measure_parallel", ["timed", *flags])), 900)
+                assert not any(code for code, _, _ in ended), ended
+                lines = "".join(out for _, out, _ in ended).splitlines()
+                each = [json.loads(line[1:]) for line in lines if line.startswith("@")]
+                wall, cpu = (max(e[kind] for e in each) for kind in ("wall", "cpu"))
+                print(
+                    f"{n}: wall {wall:.1f} s, CPU {cpu:.1f} s, sent {each[0]['sent']}", flush=True
+                )
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("weights", "step", "training"))
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--model", default="weights/mini-llama")
+    parser.add_argument("--data", type=Path, default=Path("data/mini"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--n-train", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    inner = {"hold": lambda flags: hold(*flags), "timed": timed, "one": lambda f: one_step(*f)}
+    if argv and argv[0] in inner:
+        return inner[argv[0]](argv[1:])
+    args = parse_args(argv)
+    if args.what == "step":
+        for size in SIZES:  # each in a process of its own, whose peak is then the step's
+            subprocess.run([sys.executable, __file__, "one", size], check=True)
+    else:
+        {"weights": weights, "training": training}[args.what](args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
