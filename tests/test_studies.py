@@ -51,6 +51,14 @@ def test_heads_takes_the_best_lr_on_validation_and_compares_with_random_draws(st
     assert rows[0]["lrs"] == [evaluated]
     again, same, none = study(heads, *flags, "--lr-factors", "1", "30")
     assert (again, same, none) == (rows, lines, [])
+    for path in study.out.rglob("predictions.jsonl"):  # cells as they are published
+        path.unlink()
+    again, _, calls = study(heads, *flags, "--lr-factors", "1", "30", "--jobs", "0")
+    assert (again, calls) == (rows, [])
+    again, _, calls = study(heads, *flags, "--lr-factors", "1", "30")
+    assert again == rows and [(call[0], "--base-only" in call) for call in calls] == [
+        ("eval.py", True)
+    ]
 
 
 def test_methods_sets_baselines_beside_lofit(study):

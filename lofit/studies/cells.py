@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lofit.artefacts import ADAPTER_CONFIG
+from lofit.artefacts import ADAPTER_CONFIG, PREDICTIONS
 from lofit.errors import InputError
 from lofit.files import read_json, write_json
 from lofit.session import find_task
@@ -100,9 +100,16 @@ class Setting:
         return self._step("train.py", folder, ADAPTER_CONFIG, flags)
 
     def evaluate(self, folder: Path, *flags: str) -> Step:
-        """flags: --base-only, or --base-from where that was done."""
+        """flags: --base-from where the base model was asked."""
         flags = ("--split", self.split, *flags)
         return self._step("eval.py", folder, "results.json", flags, whole=True)
+
+    def ask_base(self, folder: Path) -> Step:
+        """Done only while its predictions are there, which --base-from reads: they hold the data's
+        words, and are not published with a cell."""
+        predictions = self._step("eval.py", folder, PREDICTIONS, ()).files
+        step = self.evaluate(folder, "--base-only")
+        return replace(step, files=(*step.files, *predictions))
 
     def _step(self, script, folder, file, flags, whole=False) -> Step:
         args = ("--model", self.model, "--task", self.task, "--data", self.data)

@@ -56,7 +56,7 @@ class Plan:
         """The cell that asks the base model, and the flag by which an evaluation takes it."""
         folder = self.folder(setting, f"base-{setting.split}")
         first = replace(setting, seed=self.args.seeds[0])
-        cell = self._once(folder, f"{setting.name} base", first.evaluate(folder, "--base-only"))
+        cell = self._once(folder, f"{setting.name} base", first.ask_base(folder))
         return cell, ("--base-from", str(folder))
 
     def selection(self, setting: Setting, by: str, *flags: str, name: str = "") -> Cell:

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     cells = []
     for each in settings.values():
         folder = args.out / each[0].name / "base"
-        asked = Cell(f"{each[0].name} base", [each[0].evaluate(folder, "--base-only")])
+        asked = Cell(f"{each[0].name} base", [each[0].ask_base(folder)])
         cells += [cell for setting in each for cell in cells_of(args, setting, asked)]
     failed = run_cells(cells, args.jobs, args.device)
     rows = [table_row(args, each, k) for each in settings.values() for k in args.heads]
