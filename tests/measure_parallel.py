@@ -53,9 +53,9 @@ def hold(folder: str) -> None:
     """One process of `weights`: prints its peaks beyond what it began with."""
     shards, path = Shards("cpu"), Path(folder)
     config = ModelConfig.from_file(path / "config.json")
-    before = restart_peak()
+    before, anonymous = restart_peak(), memory("RssAnon")  # without pages of mapped files
     model = assemble(folder, None, path, config, text_name, torch.bfloat16, "cpu", shards)
-    loading, kept = memory("VmHWM") - before, memory("VmRSS") - before
+    loading, kept = memory("VmHWM") - before, memory("RssAnon") - anonymous
     restart_peak()
     with torch.no_grad(), gathered(model):
         model.logits(model.model(torch.ones(1, 8, dtype=torch.int64)))
