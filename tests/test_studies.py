@@ -41,14 +41,16 @@ def test_heads_takes_the_best_lr_on_validation_and_compares_with_random_draws(st
     assert [len(row["score"]["scores"]) for row in rows] == [1, 1, 2]
     assert rows[2]["less_random"] is None and rows[0]["less_random"] is not None
     scripts = [script for script, *_ in calls]
-    # base, and one run of the best of two: 4 selections, 8 trainings, 4 evaluations
-    assert (scripts.count("select_heads.py"), scripts.count("train.py")) == (4, 8)
-    assert scripts.count("eval.py") == 5
+    # two selections; each way's first run is one of two tried, the second draw takes its choice
+    assert (scripts.count("select_heads.py"), scripts.count("train.py")) == (2, 7)
+    assert scripts.count("eval.py") == 5  # with the base model's
     (top,) = study.out.glob("*/mquake/seed1/scales-2")
     tried = {run.name: validation(run, "em_stripped") for run in top.iterdir()}
     (evaluated,) = [run.name for run in top.iterdir() if (run / "results.json").exists()]
     assert len(tried) == 2 and tried[evaluated] == max(tried.values())
-    assert rows[0]["lrs"] == [evaluated]
+    assert rows[0]["lrs"] == [evaluated] and "recipe" in tried
+    drawn = [[run.name for run in study.out.glob(f"*/mquake/seed{n}/random-2/*")] for n in (1, 2)]
+    assert len(drawn[0]) == 2 and rows[2]["lrs"] == 2 * drawn[1]
     again, same, none = study(heads, *flags, "--lr-factors", "1", "30")
     assert (again, same, none) == (rows, lines, [])
     for path in study.out.rglob("predictions.jsonl"):  # cells as they are published

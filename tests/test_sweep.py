@@ -27,12 +27,12 @@ def test_the_table_is_what_the_runs_wrote(tiny_folder, small_data, tmp_path, in_
         metric = task.split("(")[1].strip(")")
         assert (name, title, heads, values) == (tiny_folder.name, task, str(k), f"{8 * k}")
         tuned = {}
-        for choice, cell in zip(("lofit", "random"), choices, strict=True):
+        for choice, cell in zip(("scales", "random"), choices, strict=True):
             if k == 12 and choice == "random":
                 assert (cell, less, numbers["random"]) == ("–", "–", None)
                 continue
             label = "all" if k == 12 else f"{choice}-{k}"
-            runs = [out / task.split()[0] / f"seed{seed}-{label}" for seed in (1, 2)]
+            runs = [out / task.split()[0] / f"seed{seed}" / label / "recipe" for seed in (1, 2)]
             results = [json.loads((run / "results.json").read_text()) for run in runs]
             assert [r["seed"] for r in results] == [1, 2]
             folds = [r["heads"] if metric == "mc1" else [r["heads"]] for r in results]
@@ -51,12 +51,14 @@ def test_the_table_is_what_the_runs_wrote(tiny_folder, small_data, tmp_path, in_
                 f"{(one + two) / 2:.1%} ({points:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]):"
                 f" {100 * one:.1f} {100 * two:.1f}"
             )
-            assert numbers[choice]["scores"] == pytest.approx([one, two])
+            found = numbers["random" if choice == "random" else "lofit"]
+            assert found["scores"] == pytest.approx([one, two])
         if k != 12:
-            low, high = paired_bootstrap(tuned["random"], tuned["lofit"])
+            low, high = paired_bootstrap(tuned["random"], tuned["scales"])
             assert less.endswith(f"[{100 * low:+.1f}, {100 * high:+.1f}]")
-    scores = json.loads((out / "mquake" / "seed1" / "heads.json").read_text())["scores"]
-    few = json.loads((out / "mquake" / "seed1-lofit-2" / "results.json").read_text())
+    runs = out / "mquake" / "seed1"
+    scores = json.loads((runs / "by-scales" / "heads.json").read_text())["scores"]
+    few = json.loads((runs / "scales-2" / "recipe" / "results.json").read_text())
     assert few["heads"] == [list(head) for head in rank_heads(torch.tensor(scores), 2)]
     assert few["settings"]["lr"] == 0.1
     # one selection a task and seed serves both numbers of heads, and nothing runs twice
@@ -73,10 +75,22 @@ def test_the_table_is_what_the_runs_wrote(tiny_folder, small_data, tmp_path, in_
     assert "\n".join(lines) in (tmp_path / "out" / "sweep.md").read_text()
 
 
-def test_a_run_that_fails_is_named_with_its_reason(tmp_path, in_process, capsys):
-    flags = ["--model", "nowhere", "--task", "mquake", "--seeds", "1", "--heads", "all"]
-    with pytest.raises(InputError, match="2 cells failed"):
-        sweep.main([*flags, "--out", str(tmp_path)])
+def test_a_run_that_fails_is_named_with_its_reason(tiny_folder, tmp_path, in_process, capsys):
+    flags = ["--model", str(tiny_folder), "--task", "mquake", "--seeds", "1", "--heads", "all"]
+    data = tmp_path / "nowhere"
+    with pytest.raises(InputError, match="3 cells failed"):
+        sweep.main([*flags, "--data", str(data), "--out", str(tmp_path)])
     told = capsys.readouterr().err
-    assert "nowhere/mquake base: nowhere: no such folder" in told
-    assert "nowhere/mquake seed 1 all: what it needs failed" in told
+    assert f"mquake base: {data}" in told
+    assert "mquake seed 1 all recipe: " in told
+    assert "mquake seed 1 all evaluated: what it needs failed" in told
+
+
+def test_seeds_of_a_job_array_share_the_base_models_answers(
+    tiny_folder, small_data, tmp_path, in_process
+):
+    flags = ["--model", str(tiny_folder), "--data", str(small_data), "--out", str(tmp_path)]
+    flags += ["--task", "mquake", "--heads", "all", "--train-flags", "--epochs 1"]
+    for seed in ("1", "2"):
+        sweep.main([*flags, "--seeds", seed])
+    assert [call[0] for call in in_process].count("eval.py") == 3

@@ -14,7 +14,7 @@ from lofit.studies.tables import cell, lines_of, markdown, picture, points, writ
 ABOUT = (
     "{split} split; mean score, points above the base [95 % interval over the items]: seeds"
     " {seeds}. Beside it the mean less {first}'s. Heads are selected, and a learning rate chosen on"
-    " the whole validation split, for each number of examples"
+    " the whole validation split with the first seed, for each number of examples"
 )
 HEADER = ["model", "task", "examples", "method", "score", "less {first}", "chosen"]
 

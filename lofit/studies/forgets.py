@@ -35,20 +35,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return known_methods(parser.parse_args(argv))
 
 
-def text_cell(plan: Plan, other: Setting, trained: Trials, evaluated: Cell) -> Path:
+def text_cell(plan: Plan, other: Setting, trained: Trials) -> Path:
     """The folder with text_loss.json, of the other task's prompts under the run's offsets."""
     name = plan.args.text.stem if plan.args.text else find_task(other.task)[0]
     folder = trained.folder / f"text-{name}"
 
     def steps() -> list[Step]:
-        best = trained.best()
+        best = trained.results()
         best = best / "fold0" if (best / "fold0").is_dir() else best
         args = ["--model", other.model, "--task", other.task, "--data", other.data]
         args += ["--dtype", other.dtype, "--run", str(folder), "--offsets", str(best)]
         args += ["--text", str(plan.args.text)] if plan.args.text else []
         return [Step("-m lofit.studies.text_loss", tuple(args), folder, ("text_loss.json",))]
 
-    plan.cells.append(Cell(f"{trained.folder} text of {name}", steps, (evaluated,)))
+    plan.cells.append(Cell(f"{trained.folder} text of {name}", steps, (trained.evaluated,)))
     return folder
 
 
@@ -80,16 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     plan, runs = Plan(args), []
     of = {(each[0].model, each[0].task): each for each in plan.settings()}
     for (model, task), method in itertools.product(of, args.methods):
-        trained = [
-            (setting, run_of(plan, setting, method), plan.cells[-1]) for setting in of[model, task]
-        ]
+        trained = [(setting, run_of(plan, setting, method)) for setting in of[model, task]]
         for other in args.task:
             if other == task:
                 continue
             asked, texts = [], []
-            for (setting, trials, evaluated), target in zip(trained, of[model, other], strict=True):
+            for (setting, trials), target in zip(trained, of[model, other], strict=True):
                 asked.append(with_offsets_of(plan, target, setting, trials))
-                texts.append(text_cell(plan, target, trials, evaluated))
+                texts.append(text_cell(plan, target, trials))
             runs.append((model, task, method, other, asked, texts))
     failed = run_cells(plan.cells, args.jobs, args.device)
     rows = []

@@ -2,8 +2,9 @@
 
     python -m lofit.studies.heads --model weights/mini-llama --task mquake
 
-The offsets' learning rate is chosen on validation for each run, since it and the choice interact.
-Ways that draw (random, spread) stand for --draws draws under the first seed, others for all seeds.
+The offsets' learning rate is chosen on validation for each way and number of heads, since they
+interact: with the first seed, for all. Ways that draw (random, spread) have --draws seeds from the
+first one on.
 """
 
 import argparse
@@ -31,10 +32,10 @@ from lofit.studies.tables import (
 DRAWN = ("random", "spread")
 WAYS = ["scales", "gradient", "offsets", "gates", "probe", *DRAWN]
 ABOUT = (
-    "{split} split; mean score, points above the base [95 % interval over the items]: each run"
-    " (seeds {seeds}; draws of random and spread). Beside it the mean less that of random draws,"
-    " and the standard deviation of the runs, in points. The learning rate of each run is the best"
-    " of {factors} times the recipe's on validation"
+    "{split} split; mean score, points above the base [95 % interval over the items]: each run, of"
+    " seeds {seeds}, and of {draws} from the first on where heads are drawn. Beside it the mean"
+    " less that of random draws, and the standard deviation of the runs, in points. The learning"
+    " rate is the first run's best of {factors} times the recipe's on validation"
 )
 HEADER = ["model", "task", "heads", "chosen by", "score", "less random", "± runs", "lr"]
 
@@ -48,14 +49,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def runs_of(plan: Plan, settings: list[Setting], way: str, k: str) -> list[Trials]:
-    """A way's runs at K heads: of each seed, or of each draw."""
-    if way not in DRAWN:
-        return [plan.lofit(s, f"{way}-{k}", k, plan.selection(s, way)) for s in settings]
-    first, runs = settings[0], []
-    for draw in range(plan.args.draws):
-        drawn = plan.selection(replace(first, seed=draw), way)
-        runs.append(plan.lofit(first, f"{way}{draw}-{k}", k, drawn))
-    return runs
+    """A way's runs at K heads: of each seed, or, of ways that draw, of as many seeds as draws."""
+    if way in DRAWN:
+        first = settings[0]
+        settings = [replace(first, seed=first.seed + i) for i in range(plan.args.draws)]
+    return [plan.lofit(setting, way, k) for setting in settings]
 
 
 def rows_of(settings: list[Setting], k: str, runs: dict[str, list[Trials]]) -> list[dict]:
@@ -94,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     failed = run_cells(plan.cells, args.jobs, args.device)
     rows = [row for (i, k), each in runs.items() for row in rows_of(plan.settings()[i], k, each)]
     seeds = " ".join(map(str, args.seeds))
-    about = ABOUT.format(split=args.split, seeds=seeds, factors=args.lr_factors)
+    about = ABOUT.format(split=args.split, seeds=seeds, draws=args.draws, factors=args.lr_factors)
     write_table(args.out, "heads", about, markdown(HEADER, map(as_text, rows)), rows, argv)
     picture(args.out / "heads.png", lines_of(rows, x="k", line="by"), "heads", "score")
     finish(failed)

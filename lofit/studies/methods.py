@@ -33,9 +33,9 @@ GRIDS = {
 }
 ABOUT = (
     "{split} split; mean score, points above the base [95 % interval over the items]: seeds"
-    " {seeds}. Beside it the mean less LoFiT's at {heads} of heads. Each run's learning rate (of"
-    " iti and repe the strength) is the best of {n} on validation; seconds are those of one"
-    " selection and one training"
+    " {seeds}. Beside it the mean less LoFiT's at {heads} of heads. The learning rate (of iti and"
+    " repe the strength) is the best on validation with the first seed, of {n} for LoFiT and 3 for"
+    " others; seconds are those of one selection and one training"
 )
 HEADER = ["model", "task", "method", "values", "seconds", "score", "less LoFiT", "chosen"]
 
@@ -66,14 +66,12 @@ def run_of(plan: Plan, setting: Setting, method: str, extra: tuple[str, ...] = (
     --n-train; they name the folder too."""
     name, _, k = method.partition(" ")
     suffix = "".join(extra).replace("--", "-")
-    if name != "lofit":
-        flag, values = GRIDS[name]
-        tried = [(flag, value) for value in values]
-        return plan.trials(setting, name + suffix, ("--method", name, *extra), tried)
-    chosen = None
-    if k != "all":
+    if name == "lofit":
         chosen = plan.selection(setting, "scales", *extra, name=f"scales{suffix}")
-    return plan.lofit(setting, f"scales-{k}{suffix}", k, chosen, extra)
+        return plan.lofit(setting, "scales", k, chosen, extra)
+    flag, values = GRIDS[name]
+    tried = [(flag, value) for value in values]
+    return plan.trials(setting, name + suffix, ("--method", name, *extra), tried)
 
 
 def row_of(settings: list[Setting], method: str, runs: list[Trials], best: list[Trials]) -> dict:

@@ -35,20 +35,22 @@ HEADER = ["model", "tested on", "what", "from", "score", "less own"]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = study_parser(__doc__)
     parser.add_argument("--heads", default="10%")
+    parser.add_argument("--by", default="scales", help="the way of choosing heads")
     return parser.parse_args(argv)
 
 
 def with_heads_of(plan: Plan, target: Setting, source: Setting) -> Trials:
     """Offsets trained on the target with the heads that were chosen for the source."""
-    own, k = plan.selection(source, "scales"), plan.args.heads
+    by, k = plan.args.by, plan.args.heads
+    own = plan.selection(source, by)
     if source == target:
-        return plan.lofit(target, f"scales-{k}", k, own)
+        return plan.lofit(target, by, k)
     other = find_task(source.task)[0]
-    by = f"task:{own.steps[0].folder}"
-    folder = plan.folder(target, f"seed{target.seed}", f"by-{other}")
-    taken = Cell(f"{target.name} seed {target.seed} by {other}",
-                 [target.select(folder, "--by", by)], (own,))  # fmt: skip
-    return plan.lofit(target, f"{other}-{k}", k, taken)
+    theirs = f"{other}-{by}"
+    folder = plan.folder(target, f"seed{target.seed}", f"by-{theirs}")
+    step = target.select(folder, "--by", f"task:{own.steps[0].folder}")
+    taken = Cell(f"{target.name} seed {target.seed} by {theirs}", [step], (own,))
+    return plan.lofit(target, theirs, k, taken)
 
 
 def with_offsets_of(plan: Plan, target: Setting, source: Setting, trained: Trials) -> Path:
@@ -57,15 +59,13 @@ def with_offsets_of(plan: Plan, target: Setting, source: Setting, trained: Trial
     folder = trained.folder / f"on-{find_task(target.task)[0]}-{target.split}"
     folds = find_task(source.task)[1].FOLDS and not find_task(target.task)[1].FOLDS
     base, from_base = plan.base(target)
-    evaluated = next(c for c in reversed(plan.cells) if c.name.endswith(
-        f"{source.name} seed {source.seed} {trained.folder.name} evaluated"))  # fmt: skip
 
     def steps() -> list:
-        best = trained.best() / "fold0" if folds else trained.best()
+        best = trained.results() / "fold0" if folds else trained.results()
         return [target.evaluate(folder, "--offsets", str(best), *from_base)]
 
     name = f"{target.name} seed {target.seed} offsets of {find_task(source.task)[0]}"
-    plan.cells.append(Cell(name, steps, (base, evaluated)))
+    plan.cells.append(Cell(name, steps, (base, trained.evaluated)))
     return folder
 
 
