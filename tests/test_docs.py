@@ -14,7 +14,7 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 FOLDERS = ("lofit", "weights", "data", "tests", "docs")
 # what commands make, and what is fetched
 MADE = ("data/real", "weights/smollm2-135m-instruct", "weights/gemma-3-270m")
-PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./-]*\w|\b\w+\.(?:py|md)\b")
+PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./%-]*\w|\b\w+\.(?:py|md)\b")
 
 
 def blocks(page: Path) -> list[str]:
