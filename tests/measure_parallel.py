@@ -4,16 +4,20 @@ python tests/measure_parallel.py weights --processes 2 4 --gigabytes 2
 python tests/measure_parallel.py step
 python tests/measure_parallel.py training --model weights/smollm2-135m-instruct --data data/real
 
-weights: peak of the memory that each process takes to load a random bf16 checkpoint with --shard
-and to run a text through it; step: `lofit.plan` beside the measured peak of a step of selection;
-training: wall and CPU seconds of offset training in one process and in two, and the bytes sent.
+weights: what each process keeps of a random bf16 checkpoint with --shard, and its peak in loading
+it and in running a text through it, with the pages of the mapped files, which the system takes
+back, and without; step: `lofit.plan` beside the measured peak of a step of selection, as the C
+library keeps what was freed and with that given back at once (as in `weights`); training: wall and
+CPU seconds of offset training in one process and in two, and the bytes sent.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -25,12 +29,15 @@ from lofit.heads import attach_scales, init_scales
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import assemble, text_name
 from lofit.llm.config import ModelConfig
+from lofit.llm.model import CausalLM
 from lofit.llm.scoring import target_losses
 from lofit.llm.sharded import Shards, gathered
 from lofit.plan import training_bytes
 from lofit.session import Session
 
 SIZES = {"small": (256, 8), "middle": (512, 8), "large": (1024, 8)}  # hidden size, layers
+# glibc: memory that was freed goes back to the system, and is not kept for the next tensor
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def config_of(size: str) -> ModelConfig:
@@ -49,31 +56,57 @@ def restart_peak() -> int:
     return memory("VmRSS")
 
 
+class Peak:
+    """Inside, `found` is the peak of this process's own memory (in samples) and of all (VmHWM), in
+    bytes beyond what it began with."""
+
+    def __enter__(self) -> "Peak":
+        self.all, self.own = restart_peak(), memory("RssAnon")
+        self.highest, self.through = self.own, threading.Event()
+        self.thread = threading.Thread(target=self._sample)
+        self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.through.wait(0.002):
+            self.highest = max(self.highest, memory("RssAnon"))
+
+    def __exit__(self, *_) -> None:
+        self.through.set()
+        self.thread.join()
+        self.found = self.highest - self.own, memory("VmHWM") - self.all
+
+
 def hold(folder: str) -> None:
-    """One process of `weights`: prints its peaks beyond what it began with."""
+    """One process of `weights`: prints its peaks, and what it keeps."""
     shards, path = Shards("cpu"), Path(folder)
     config = ModelConfig.from_file(path / "config.json")
-    before, anonymous = restart_peak(), memory("RssAnon")  # without pages of mapped files
-    model = assemble(folder, None, path, config, text_name, torch.bfloat16, "cpu", shards)
-    loading, kept = memory("VmHWM") - before, memory("RssAnon") - anonymous
-    restart_peak()
-    with torch.no_grad(), gathered(model):
+    with Peak() as loading:
+        model = assemble(folder, None, path, config, text_name, torch.bfloat16, "cpu", shards)
+    with torch.no_grad(), Peak() as running, gathered(model):
         model.logits(model.model(torch.ones(1, 8, dtype=torch.int64)))
-    sys.__stdout__.write(f"{loading} {kept} {memory('VmHWM') - before}\n")
+    kept = sum(p.to_local().nbytes for p in model.parameters())
+    numbers = [kept, *loading.found, *(kept + n for n in running.found)]
+    sys.__stdout__.write(" ".join(map(str, numbers)) + "\n")
 
 
 def weights(args: argparse.Namespace) -> None:
+    os.environ |= GIVE_BACK
     with tempfile.TemporaryDirectory() as folder:
         n_bytes = 2 * write_checkpoint(Path(folder), args.gigabytes, 5)
         print(f"{n_bytes / 1e9:.2f} GB of bf16 weights")
+        config = ModelConfig.from_file(Path(folder) / "config.json")
+        with torch.device("meta"):
+            block = 2 * sum(p.numel() for p in CausalLM(config).model.layers[0].parameters())
         for n in args.processes:
             ended = end_group(start_group(n, ("measure_parallel", ["hold", folder])), 600)
             assert not any(code for code, _, _ in ended), ended
             found = [[int(x) / n_bytes for x in out.split()] for _, out, _ in ended]
             most = [max(column) for column in zip(*found, strict=True)]
             print(
-                f"{n} processes: peak of loading {most[0]:.1%} of the weights, kept {most[1]:.1%},"
-                f" peak of a pass {most[2]:.1%} (1/N {1 / n:.1%})",
+                f"{n} processes, of the weights: kept {most[0]:.1%}, peak of loading {most[1]:.1%}"
+                f" (with mapped files {most[2]:.1%}), of a pass {most[3]:.1%} ({most[4]:.1%}); 1/N"
+                f" and a block are {1 / n + block / n_bytes:.1%}",
                 flush=True,
             )
 
@@ -89,8 +122,18 @@ def one_step(size: str) -> None:
     target_losses(model, collate([text] * 8, "cpu")).mean().backward()
     measured = memory("VmHWM") - before + 4 * sum(p.nbytes for p in parameters)
     planned = training_bytes(config, torch.float32, 8, 128, 16)
-    print(f"{size}: measured {measured / 1e6:.0f} MB, plan {planned / 1e6:.0f} MB,"
-          f" {planned / measured - 1:+.1%}", flush=True)  # fmt: skip
+    print(
+        f"{size}{', freed at once' if GIVE_BACK.items() <= os.environ.items() else ''}: measured"
+        f" {measured / 1e6:.0f} MB, plan {planned / 1e6:.0f} MB, {planned / measured - 1:+.1%}",
+        flush=True,
+    )
+
+
+def step(args: argparse.Namespace) -> None:
+    for size in SIZES:  # each in a process of its own, whose peak is then the step's
+        for more in ({}, GIVE_BACK):
+            command = [sys.executable, __file__, "one", size]
+            subprocess.run(command, check=True, env=os.environ | more)
 
 
 def timed(flags: list[str]) -> None:
@@ -149,11 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] in inner:
         return inner[argv[0]](argv[1:])
     args = parse_args(argv)
-    if args.what == "step":
-        for size in SIZES:  # each in a process of its own, whose peak is then the step's
-            subprocess.run([sys.executable, __file__, "one", size], check=True)
-    else:
-        {"weights": weights, "training": training}[args.what](args)
+    {"weights": weights, "step": step, "training": training}[args.what](args)
 
 
 if __name__ == "__main__":
