@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lofit import artefacts, errors, parallel
+from lofit.arguments import add_common_args, folds_of, run_folder, whole
 from lofit.export.adapters import find_offsets
 from lofit.files import write_json
 from lofit.heads import Head, attached_heads, edits_off, gather_offsets
 from lofit.llm.generate import compiled_step
-from lofit.session import Session, add_common_args, folds_of, run_folder, whole
+from lofit.session import Session
 from lofit.summary import print_results, results_table, summarize
 
 # by what made the offsets: the last four by a baseline, which has no heads

@@ -8,10 +8,11 @@ python select_heads.py --by gradient       # another way of choosing: see lofit/
 import argparse
 
 from lofit import errors, parallel
+from lofit.arguments import add_common_args, folds_of, real, real_or_0, whole
 from lofit.artefacts import HEADS, PICTURE, load_heads, other_task, save_heads
 from lofit.heads import rank_heads
 from lofit.recipes import count_heads
-from lofit.session import Session, add_common_args, folds_of, real, real_or_0, whole
+from lofit.session import Session
 from lofit.summary import head_map, head_picture
 from lofit.ways import WAYS, ground_of
 

@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 from lofit import errors, parallel
+from lofit.arguments import add_common_args, folds_of, real, whole
 from lofit.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
 from lofit.baselines import run as baselines
 from lofit.heads import (
@@ -21,7 +22,7 @@ from lofit.heads import (
     rank_heads,
 )
 from lofit.recipes import count_heads
-from lofit.session import Session, add_common_args, folds_of, real, whole
+from lofit.session import Session
 from lofit.training import Schedule
 
 

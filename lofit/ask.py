@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lofit import errors
+from lofit.arguments import TASKS, whole
 from lofit.errors import InputError
 from lofit.export.adapters import Adapter, open_adapter, open_tuned
 from lofit.heads import edits_off
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES
+from lofit.llm.device import pick_device
 from lofit.llm.generate import generate_all
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.session import TASKS, pick_device, whole
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lofit import errors
+from lofit.arguments import whole
 from lofit.heads import attach_scales
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import DTYPES, find_folder
@@ -25,7 +26,6 @@ from lofit.llm.generate import prefill
 from lofit.llm.model import CausalLM
 from lofit.llm.scoring import target_losses
 from lofit.llm.step import KVCache
-from lofit.session import whole
 
 GB = 10**9
 GATHERED = 2  # times a layer's bytes: as it comes from all processes, and as it is used

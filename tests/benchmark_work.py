@@ -16,6 +16,7 @@ from baselines import (
     unhook,
 )
 
+from lofit.arguments import TASKS
 from lofit.heads import attach_offsets, attach_scales, folded_offsets, init_offsets, init_scales
 from lofit.llm import load_model, load_tokenizer
 from lofit.llm.batches import n_shared
@@ -26,7 +27,6 @@ from lofit.llm.packed import packed_weights
 from lofit.llm.scoring import score_answers
 from lofit.llm.tokenizer import Tokenizer
 from lofit.objectives import CrossEntropy
-from lofit.session import TASKS
 from lofit.training import Schedule, fit, optimizer_for, train_step
 
 COMMON = dict(max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,))

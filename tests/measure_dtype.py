@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from lofit.arguments import TASKS
 from lofit.heads import attach_offsets
 from lofit.llm import load_model, load_tokenizer
 from lofit.objectives import CrossEntropy
-from lofit.session import TASKS
 
 KINDS = (torch.float32, torch.bfloat16)
 

@@ -24,11 +24,11 @@ from conftest import MINI_GEMMA, REPO, make_run, random_model
 from servers import PROGRAMS, Server, environment, must
 
 from lofit import errors
+from lofit.arguments import find_task
 from lofit.errors import InputError
 from lofit.files import read_json, read_jsonl, write_json
 from lofit.llm.checkpoint import save_model
 from lofit.llm.config import ARCHITECTURES, ModelConfig
-from lofit.session import find_task
 
 N_BYTES = 262  # of mini-gemma's tokenizer: control tokens, then the bytes
 

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
+from lofit.arguments import find_task
 from lofit.artefacts import ADAPTER_CONFIG, PREDICTIONS
 from lofit.errors import InputError
 from lofit.files import read_json, write_json
-from lofit.session import find_task
 from lofit.studies.tables import keep_items
 
 RECORD, OUTPUT, LOCK = "cell.json", "output.txt", ".cell.lock"

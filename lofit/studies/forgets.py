@@ -11,8 +11,8 @@ import itertools
 from pathlib import Path
 
 from lofit import errors
+from lofit.arguments import find_task
 from lofit.files import read_json
-from lofit.session import find_task
 from lofit.studies.cells import Cell, Setting, Step, finish, run_cells
 from lofit.studies.methods import known_methods, methods_arg, run_of
 from lofit.studies.plan import Plan, Trials, study_parser

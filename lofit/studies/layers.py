@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from lofit import errors
+from lofit.arguments import find_task
 from lofit.files import read_json
 from lofit.heads import rank_heads
 from lofit.recipes import count_heads
-from lofit.session import find_task
 from lofit.studies.cells import finish, run_cells
 from lofit.studies.plan import Plan, config_of, study_parser
 from lofit.studies.tables import markdown, picture, write_table

@@ -7,12 +7,12 @@ import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lofit.arguments import find_task
 from lofit.artefacts import ADAPTER_CONFIG
 from lofit.files import read_json
 from lofit.llm.checkpoint import find_folder
 from lofit.llm.config import ModelConfig
 from lofit.recipes import count_heads, find_recipe
-from lofit.session import find_task
 from lofit.studies.cells import Cell, Setting, Step, add_study_args
 from lofit.summary import mean
 

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from lofit import errors
+from lofit.arguments import add_common_args
 from lofit.artefacts import load_offsets
 from lofit.export.adapters import find_offsets
 from lofit.files import read_text, write_json
 from lofit.heads import edits_off
 from lofit.llm.model import CausalLM
-from lofit.session import Session, add_common_args
+from lofit.session import Session
 
 N_TEXTS = 200
 
