@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lofit import artefacts, errors, parallel
-from lofit.arguments import add_common_args, folds_of, run_folder, whole
+from lofit.arguments import common_parser, folds_of, run_folder, whole
 from lofit.export.adapters import find_offsets
 from lofit.files import write_json
 from lofit.heads import Head, attached_heads, edits_off, gather_offsets
@@ -23,10 +23,7 @@ TOLD = ("seed", "settings", "method", "trained_values", "share_of_base", "offset
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_args(parser)
+    parser = common_parser(__doc__)
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--base-only", action="store_true", help="no offsets, the base model alone")

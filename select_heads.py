@@ -8,7 +8,7 @@ python select_heads.py --by gradient       # another way of choosing: see lofit/
 import argparse
 
 from lofit import errors, parallel
-from lofit.arguments import add_common_args, folds_of, real, real_or_0, whole
+from lofit.arguments import common_parser, folds_of, real, real_or_0, whole
 from lofit.artefacts import HEADS, PICTURE, load_heads, other_task, save_heads
 from lofit.heads import rank_heads
 from lofit.recipes import count_heads
@@ -18,10 +18,7 @@ from lofit.ways import WAYS, ground_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_args(parser)
+    parser = common_parser(__doc__)
     parser.add_argument(
         "--by",
         default="scales",

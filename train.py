@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 from lofit import errors, parallel
-from lofit.arguments import add_common_args, folds_of, real, whole
+from lofit.arguments import common_parser, folds_of, real, whole
 from lofit.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
 from lofit.baselines import run as baselines
 from lofit.heads import (
@@ -27,10 +27,7 @@ from lofit.training import Schedule
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_args(parser)
+    parser = common_parser(__doc__)
     parser.add_argument(
         "--heads",
         help="FILE, run folder of select_heads.py, random or all (default: this run's folder)",

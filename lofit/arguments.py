@@ -15,8 +15,12 @@ TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
 
 
-def add_common_args(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every script has. What is left out takes the value that is printed."""
+def common_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that every script has. What is left out takes the value that is
+    printed."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arg = parser.add_argument
     arg("--model", default="weights/mini-llama", help="a folder or a hub id (default: %(default)s)")
     arg("--revision", help="branch, tag or commit of a hub id")
@@ -45,6 +49,7 @@ def add_common_args(parser: argparse.ArgumentParser) -> None:
     arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
     arg("--fresh", action="store_true", help="start anew where a stopped run could go on")
     arg("--plain", action="store_true", help="leave out no work that could be, as the paper's code")
+    return parser
 
 
 def whole(low: int) -> Callable[[str], int]:

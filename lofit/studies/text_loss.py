@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lofit import errors
-from lofit.arguments import add_common_args
+from lofit.arguments import common_parser
 from lofit.artefacts import load_offsets
 from lofit.export.adapters import find_offsets
 from lofit.files import read_text, write_json
@@ -24,10 +24,7 @@ N_TEXTS = 200
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_args(parser)
+    parser = common_parser(__doc__)
     parser.add_argument("--offsets", required=True, help="run folder or adapter")
     parser.add_argument("--text", type=Path, help="a file, one text a line")
     return parser.parse_args(argv)
