@@ -40,8 +40,7 @@ SIZES = {"small": (256, 8), "middle": (512, 8), "large": (1024, 8)}  # hidden si
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def config_of(size: str) -> ModelConfig:
-    hidden, layers = SIZES[size]
+def config_of(hidden: int, layers: int) -> ModelConfig:
     return ModelConfig(
         vocab_size=32000, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers, num_attention_heads=hidden // 64,
@@ -113,7 +112,7 @@ def weights(args: argparse.Namespace) -> None:
 
 def one_step(size: str) -> None:
     """One process of `step`: a step's peak beyond the model, and what the plan says."""
-    config = config_of(size)
+    config = config_of(*SIZES[size])
     model = random_model(config).requires_grad_(False)
     parameters = attach_scales(model, init_scales(model, 0))
     text = ([1] * 128, [-100] * 112 + [1] * 16)

@@ -4,8 +4,8 @@ python tests/measure_scaling.py                      # all
 python tests/measure_scaling.py --only length K
 
 A random model, one thread. Each point runs in a process of its own: once to warm up, then twice,
-of which the faster stands; memory is the peak beyond the model, freed memory given back at
-once. "x" is the ratio to the line above; where work grows with the thing itself that is 2.0.
+of which the faster stands; memory is the peak beyond the model, freed memory given back at once.
+"x" is the ratio to the line above; where work grows with the thing itself that is 2.0.
 """
 
 import argparse
@@ -17,13 +17,12 @@ import sys
 import time
 
 import torch
-from benchmark_work import Ids
+from benchmark_work import Ids, text
 from conftest import random_model
 from measure_loading import memory
-from measure_parallel import GIVE_BACK, restart_peak
+from measure_parallel import GIVE_BACK, config_of, restart_peak
 
 from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
-from lofit.llm.config import ModelConfig
 from lofit.llm.generate import generate_all
 from lofit.llm.scoring import score_answers
 from lofit.objectives import CrossEntropy
@@ -43,36 +42,26 @@ WORK = {  # and what it does not depend on
     "greedy": ("K", "answers"),
     "choices": ("K",),
 }
+HIDDEN = 256
 N_NEW = 8  # tokens of an answer
 BATCH = 8
 
 
-def config_of(depth: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=depth,
-        num_attention_heads=8, num_key_value_heads=8, head_dim=32, max_position_embeddings=2048,
-        rms_norm_eps=1e-5, eos_token_id=(2,),
-    )  # fmt: skip
-
-
-def words(rng: random.Random, n: int) -> str:
-    return "".join(f" {rng.randrange(3, 4096)}" for _ in range(n))
-
-
 def work_of(name: str, depth: int, length: int, examples: int, k: int, answers: int):
     """What does a piece of work once."""
-    model, rng = random_model(config_of(depth)).requires_grad_(False), random.Random(0)
-    asked = [(words(rng, length - N_NEW), words(rng, N_NEW)) for _ in range(examples)]
+    model, rng = random_model(config_of(HIDDEN, depth)).requires_grad_(False), random.Random(0)
+    asked = [(text(rng, length - N_NEW), text(rng, N_NEW)) for _ in range(examples)]
     if name == "greedy":
         prompts = [[*map(int, prompt.split())] for prompt, _ in asked]
         return lambda: generate_all(model, prompts, N_NEW, (), BATCH, "")
     if name == "choices":
-        choices = [(prompt, [words(rng, N_NEW) for _ in range(answers)]) for prompt, _ in asked]
+        choices = [(prompt, [text(rng, N_NEW) for _ in range(answers)]) for prompt, _ in asked]
         return lambda: score_answers(model, Ids(), choices, BATCH, "")
     if name == "selection":
         parameters, epochs = attach_scales(model, init_scales(model, 0)), 1
     else:  # the same heads in a model of any depth would be below or above most of it: spread
-        heads = [(i * depth // k, i % 8) for i in range(k)]
+        n = model.config.num_attention_heads
+        heads = [(i * depth // k, i % n) for i in range(k)]
         parameters, epochs = attach_offsets(model, heads, init_offsets(model, k, 0)), 2
 
     def train() -> None:

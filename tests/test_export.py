@@ -1,4 +1,4 @@
-"""Exports against stock transformers and peft, our own adapter's round trip, the hub."""
+"""Exports against stock transformers and peft, our own adapter's round trip."""
 
 import json
 import logging
@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 from lofit.artefacts import load_offsets, save_offsets
 from lofit.errors import InputError
-from lofit.export import formats
 from lofit.heads import edits_off, gather_offsets
 from lofit.llm.checkpoint import load_model
 from lofit.llm.generate import generate_all
@@ -265,47 +264,6 @@ def test_our_own_format_has_one_dtype(tiny_folder, tmp_path):
     make_run(tmp_path / "run", tiny_folder)
     with pytest.raises(InputError, match="offsets are float32"):
         run_export(tmp_path / "run", "lofit", tmp_path / "out", "--dtype", "bfloat16")
-
-
-def test_push_to_hub(tiny_folder, tmp_path, monkeypatch, capsys):
-    make_run(tmp_path / "run", tiny_folder)
-    calls = []
-
-    class Api:
-        def whoami(self):
-            calls.append("whoami")
-
-        def create_repo(self, repo, exist_ok):
-            calls.append(repo)
-            return f"https://huggingface.co/{repo}"
-
-        def upload_folder(self, repo_id, folder_path):
-            calls.append(sorted(path.name for path in folder_path.iterdir()))
-
-    monkeypatch.setattr(formats.huggingface_hub, "HfApi", Api)
-    out = run_export(tmp_path / "run", "peft", tmp_path / "out", "--push-to-hub", "me/tuned")
-    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    assert calls == ["whoami", "me/tuned", files]
-    assert "https://huggingface.co/me/tuned" in capsys.readouterr().out
-    assert 'from_pretrained(base, "me/tuned")' in (out / "README.md").read_text()
-
-    def fail(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(Api, "upload_folder", fail)
-    with pytest.raises(InputError, match="no network; .* is complete: upload it with"):
-        run_export(tmp_path / "run", "peft", tmp_path / "kept", "--push-to-hub", "me/tuned")
-    assert (tmp_path / "kept" / "adapter_config.json").exists()
-    monkeypatch.setattr(Api, "whoami", fail)
-    for repo in ("me/tuned", "not an id"):
-        with pytest.raises(InputError, match="set HF_TOKEN"):
-            run_export(tmp_path / "run", "peft", tmp_path / "new", "--push-to-hub", repo)
-    assert not (tmp_path / "new").exists()
-
-
-def test_the_hub_is_asked_before_any_work(tmp_path):
-    with pytest.raises(InputError, match="--push-to-hub me/tuned: .*set HF_TOKEN"):  # offline here
-        run_export(tmp_path / "none", "peft", tmp_path / "out", "--push-to-hub", "me/tuned")
 
 
 def test_a_link_out_of_the_base_folder_is_not_followed(tiny_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Models by hub id: from the cache, and what the hub's refusals say to do."""
+"""Models by hub id: from the cache, and what the hub's refusals say to do; exports pushed there."""
 
 import fnmatch
 import http.server
@@ -10,8 +10,10 @@ import threading
 
 import huggingface_hub
 import pytest
-from conftest import REPO
+from conftest import REPO, make_run, run_export
 
+from lofit.errors import InputError
+from lofit.export import formats
 from lofit.llm.checkpoint import find_folder, load_model
 
 
@@ -99,3 +101,44 @@ def test_the_hubs_refusals_say_what_to_do(hub, tmp_path, name, offline, message)
     wanted = (f"/api/models/{name}/revision/main", "Bearer hf_mine")
     assert (wanted in asked) == (offline == "0")
     assert not (tmp_path / "run").exists()
+
+
+def test_push_to_hub(tiny_folder, tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run", tiny_folder)
+    calls = []
+
+    class Api:
+        def whoami(self):
+            calls.append("whoami")
+
+        def create_repo(self, repo, exist_ok):
+            calls.append(repo)
+            return f"https://huggingface.co/{repo}"
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append(sorted(path.name for path in folder_path.iterdir()))
+
+    monkeypatch.setattr(formats.huggingface_hub, "HfApi", Api)
+    out = run_export(tmp_path / "run", "peft", tmp_path / "out", "--push-to-hub", "me/tuned")
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert calls == ["whoami", "me/tuned", files]
+    assert "https://huggingface.co/me/tuned" in capsys.readouterr().out
+    assert 'from_pretrained(base, "me/tuned")' in (out / "README.md").read_text()
+
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(Api, "upload_folder", fail)
+    with pytest.raises(InputError, match="no network; .* is complete: upload it with"):
+        run_export(tmp_path / "run", "peft", tmp_path / "kept", "--push-to-hub", "me/tuned")
+    assert (tmp_path / "kept" / "adapter_config.json").exists()
+    monkeypatch.setattr(Api, "whoami", fail)
+    for repo in ("me/tuned", "not an id"):
+        with pytest.raises(InputError, match="set HF_TOKEN"):
+            run_export(tmp_path / "run", "peft", tmp_path / "new", "--push-to-hub", repo)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_hub_is_asked_before_any_work(tmp_path):
+    with pytest.raises(InputError, match="--push-to-hub me/tuned: .*set HF_TOKEN"):  # offline here
+        run_export(tmp_path / "none", "peft", tmp_path / "out", "--push-to-hub", "me/tuned")

@@ -73,6 +73,11 @@ def test_the_table_is_what_the_runs_wrote(tiny_folder, small_data, tmp_path, in_
     assert len(in_process) == len(called)
     assert [line for line in again.splitlines() if line.startswith("|")] == lines
     assert "\n".join(lines) in (tmp_path / "out" / "sweep.md").read_text()
+    tiny_folder.rename(
+        tmp_path / "elsewhere"
+    )  # who has the cells needs no checkpoint for the table
+    sweep.main([*flags, "--jobs", "0"])
+    assert [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")] == lines
 
 
 def test_a_run_that_fails_is_named_with_its_reason(tiny_folder, tmp_path, in_process, capsys):

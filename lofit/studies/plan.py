@@ -176,7 +176,9 @@ def config_of(setting: Setting) -> ModelConfig:
 
 def offset_lrs(setting: Setting, k: str, factors: list[float]) -> list[tuple[str, ...]]:
     """For each factor the flags that multiply the recipe's learning rate for K heads ("all", a
-    number, a share); of 1 none: the recipe itself."""
+    number, a share); of 1 none: the recipe itself, for which no config.json is read."""
+    if set(factors) == {1}:
+        return [()]
     config = config_of(setting)
     total = config.num_hidden_layers * config.num_attention_heads
     n = total if k == "all" else count_heads(k, config)
