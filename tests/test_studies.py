@@ -103,6 +103,17 @@ def test_transfer_takes_heads_and_offsets_of_the_other_task(study):
     assert len(asked) == 2 and all(call[0] == "eval.py" for call in asked)
 
 
+def test_transfer_to_one_task_alone(study):
+    flags = ("--heads", "2", "--lr-factors", "1", "--tested", "mquake")
+    rows, _, calls = study(transfer, *flags, tasks=("mquake", "clutrr"))
+    assert [(row["task"], row["what"], row["from"]) for row in rows] == [
+        ("mquake", "heads", "mquake"), ("mquake", "heads", "clutrr"),
+        ("mquake", "offsets", "clutrr"), ("clutrr", "heads", "clutrr"),
+    ]  # fmt: skip
+    trained = [call for call in calls if call[0] == "train.py"]
+    assert ["mquake", "mquake", "clutrr"] == [c[c.index("--task") + 1] for c in trained]
+
+
 def test_forgets_asks_the_other_task_and_plain_text(study):
     flags = ("--methods", "lofit 2", "bias", "--lr-factors", "30")
     rows, _, _ = study(forgets, *flags, tasks=("mquake", "clutrr"))
@@ -112,6 +123,8 @@ def test_forgets_asks_the_other_task_and_plain_text(study):
     ]  # fmt: skip
     for row in rows:
         assert row["text"]["tuned"] != row["text"]["base"] > 0
+    again, _, calls = study(forgets, *flags, "--tuned", "clutrr", tasks=("mquake", "clutrr"))
+    assert again == rows[2:] and not calls
 
 
 def test_layers_counts_where_heads_sit(study):

@@ -2,8 +2,8 @@
 
     python -m lofit.studies.forgets --model weights/mini-llama --task mquake clutrr
 
-Every task is the tuned one once; the others are what it may forget. Plain text: the other tasks'
-prompts, or --text FILE, one a line.
+Every task, or each of --tuned, is the tuned one once; the others are what it may forget. Plain
+text: the other tasks' prompts, or --text FILE, one a line.
 """
 
 import argparse
@@ -31,6 +31,7 @@ HEADER = ["model", "tuned on", "by", "asked", "base", "change", "loss of text"]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = study_parser(__doc__)
     methods_arg(parser, ["lofit 3%", "lofit 10%", "lofit all", "lora", "red"])
+    parser.add_argument("--tuned", nargs="+", help="the tasks to tune on (default: all)")
     parser.add_argument("--text", type=Path, help="plain text instead of prompts, one text a line")
     return known_methods(parser.parse_args(argv))
 
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     plan, runs = Plan(args), []
     of = {(each[0].model, each[0].task): each for each in plan.settings()}
     for (model, task), method in itertools.product(of, args.methods):
+        if task not in (args.tuned or args.task):
+            continue
         trained = [(setting, run_of(plan, setting, method)) for setting in of[model, task]]
         for other in args.task:
             if other == task:

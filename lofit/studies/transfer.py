@@ -3,7 +3,7 @@
     python -m lofit.studies.transfer --model weights/mini-llama --heads 10%
 
 Heads: chosen on one task, offsets trained and tested on another. Offsets: trained on one task,
-tested on another as they are.
+tested on another as they are. Tested is every task, or each of --tested.
 """
 
 import argparse
@@ -36,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = study_parser(__doc__)
     parser.add_argument("--heads", default="10%")
     parser.add_argument("--by", default="scales", help="the way of choosing heads")
+    parser.add_argument("--tested", nargs="+", help="the tasks to test on (default: all)")
     return parser.parse_args(argv)
 
 
@@ -91,8 +92,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     plan, heads, offsets = Plan(args), {}, {}
     of = {(each[0].model, each[0].task): each for each in plan.settings()}
-    pairs = [(m, t, s) for m in args.model for t, s in itertools.product(args.task, args.task)]
-    for model, task, source in sorted(pairs, key=lambda p: p[1] != p[2]):  # their own first
+    tested = args.tested or args.task
+    pairs = [
+        (model, task, source)
+        for model, task, source in itertools.product(args.model, args.task, args.task)
+        if task in tested or task == source  # whose offsets are tested elsewhere
+    ]
+    for model, task, source in sorted(pairs, key=lambda p: (p[1] not in tested, p[1] != p[2])):
         both = list(zip(of[model, task], of[model, source], strict=True))
         heads[model, task, source] = [with_heads_of(plan, t, s) for t, s in both]
     for model, task, source in pairs:
