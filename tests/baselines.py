@@ -88,14 +88,15 @@ def hf_batch(texts: list[tuple[list[int], list[int]]], device: str) -> dict[str,
 def hf_generate(
     twin: transformers.LlamaForCausalLM, prompts: list[list[int]], n: int
 ) -> list[list[int]]:
-    """n greedy tokens after each prompt of a batch, left-padded."""
+    """n greedy tokens after each prompt of a batch, left-padded; an end of text ends nothing."""
+    twin.generation_config.eos_token_id = None
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=twin.device)
     mask = torch.tensor(
         [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=twin.device
     )
     out = twin.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=n, min_new_tokens=n,
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=n,
         pad_token_id=0,
     )  # fmt: skip
     return out[:, width:].tolist()

@@ -3,12 +3,14 @@
 python tests/measure_parallel.py weights --processes 2 4 --gigabytes 2
 python tests/measure_parallel.py step
 python tests/measure_parallel.py training --model weights/smollm2-135m-instruct --data data/real
+python tests/measure_parallel.py same --model weights/mini-gemma
 
 weights: what each process keeps of a random bf16 checkpoint with --shard, and its peak in loading
 it and in running a text through it, with the pages of the mapped files, which the system takes
 back, and without; step: `lofit.plan` beside the measured peak of a step of selection, as the C
 library keeps what was freed and with that given back at once (as in `weights`); training: wall and
-CPU seconds of offset training in one process and in two, and the bytes sent.
+CPU seconds of offset training in one process and in two, and the bytes sent; same: heads and
+offsets of whole runs in two and three processes beside those in one, of all tasks.
 """
 
 import argparse
@@ -24,7 +26,11 @@ from pathlib import Path
 import torch
 from conftest import end_group, random_model, start_group
 from measure_loading import memory, write_checkpoint
+from safetensors.torch import load_file
 
+from lofit import session
+from lofit.arguments import TASKS
+from lofit.files import read_json
 from lofit.heads import attach_scales, init_scales
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import assemble, text_name
@@ -33,7 +39,6 @@ from lofit.llm.model import CausalLM
 from lofit.llm.scoring import target_losses
 from lofit.llm.sharded import Shards, gathered
 from lofit.plan import training_bytes
-from lofit.session import Session
 
 SIZES = {"small": (256, 8), "middle": (512, 8), "large": (1024, 8)}  # hidden size, layers
 # glibc: memory that was freed goes back to the system, and is not kept for the next tensor
@@ -136,22 +141,24 @@ def step(args: argparse.Namespace) -> None:
 
 
 def timed(flags: list[str]) -> None:
-    """One process of `training`: seconds of the training loop, bytes sent."""
+    """One process of `training`: seconds of the training loop, without validation; bytes sent."""
     import train
 
-    inner, objectives = Session.fit, []
+    inner = session.fit
 
-    def fit(self, parameters, objective, *rest):
-        objectives.append(objective)
-        wall, cpu = time.perf_counter(), time.process_time()
-        found = inner(self, parameters, objective, *rest)
-        seconds = time.perf_counter() - wall, time.process_time() - cpu
-        sent = getattr(objectives[0], "sent", {})
-        told = {"wall": seconds[0], "cpu": seconds[1], "sent": sent}
+    def fit(parameters, lengths, loss_of, *rest):
+        steps, wall, cpu = inner(parameters, lengths, loss_of, *rest), 0.0, 0.0
+        while True:
+            began = time.perf_counter(), time.process_time()
+            epoch = next(steps, None)
+            wall, cpu = wall + time.perf_counter() - began[0], cpu + time.process_time() - began[1]
+            if epoch is None:
+                break
+            yield epoch
+        told = {"wall": wall, "cpu": cpu, "sent": getattr(loss_of.__self__, "sent", {})}
         sys.__stdout__.write(f"@{json.dumps(told)}\n")
-        return found
 
-    Session.fit = fit
+    session.fit = fit
     train.main(flags)
 
 
@@ -172,9 +179,34 @@ def training(args: argparse.Namespace) -> None:
                 )
 
 
+def whole_run(n: int, model: str, task: str, out: Path) -> tuple:
+    """(scores [layer, head], heads, offsets [K, head_dim]) of both steps in n processes."""
+    flags = ["--model", model, "--task", task, "--dtype", "float32", "--run", str(out)]
+    flags += ["--fold", "0"] if TASKS[task].FOLDS else []
+    calls = ("select_heads", flags), ("train", [*flags, "--validate", "last"])
+    ended = end_group(start_group(n, *calls), 3000)
+    assert not any(code for code, _, _ in ended), ended
+    found = load_file(next(out.rglob("offsets.safetensors")))
+    scores = torch.tensor(read_json(next(out.rglob("heads.json")))["scores"])
+    return scores, found["heads"], found["offsets"]
+
+
+def same(args: argparse.Namespace) -> None:
+    for task in TASKS:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [whole_run(n, args.model, task, Path(folder, str(n))) for n in (1, 2, 3)]
+        for n, (scores, heads, offsets) in enumerate(runs[1:], start=2):
+            far = (scores - runs[0][0]).abs().max(), (offsets - runs[0][2]).abs().max()
+            print(
+                f"{task}, {n} processes: heads {'same' if heads.equal(runs[0][1]) else 'differ'},"
+                f" scores {far[0]:.1e}, offsets {far[1]:.1e} of {offsets.abs().max():.2f}",
+                flush=True,
+            )
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("weights", "step", "training"))
+    parser.add_argument("what", choices=("weights", "step", "training", "same"))
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--model", default="weights/mini-llama")
@@ -191,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] in inner:
         return inner[argv[0]](argv[1:])
     args = parse_args(argv)
-    {"weights": weights, "step": step, "training": training}[args.what](args)
+    {"weights": weights, "step": step, "training": training, "same": same}[args.what](args)
 
 
 if __name__ == "__main__":
