@@ -9,11 +9,13 @@ weights: what each process keeps of a random bf16 checkpoint with --shard, and i
 it and in running a text through it, with the pages of the mapped files, which the system takes
 back, and without; step: `lofit.plan` beside the measured peak of a step of selection, as the C
 library keeps what was freed and with that given back at once (as in `weights`); training: wall and
-CPU seconds of offset training in one process and in two, and the bytes sent; same: heads and
+CPU seconds of offset training in one process, in two, and of two runs in one process each at the
+same time, which the machine's memory slows too; and the bytes sent; same: heads and
 offsets of whole runs in two and three processes beside those in one, of all tasks.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -39,6 +41,7 @@ from lofit.llm.model import CausalLM
 from lofit.llm.scoring import target_losses
 from lofit.llm.sharded import Shards, gathered
 from lofit.plan import training_bytes
+from lofit.summary import mean
 
 SIZES = {"small": (256, 8), "middle": (512, 8), "large": (1024, 8)}  # hidden size, layers
 # glibc: memory that was freed goes back to the system, and is not kept for the next tensor
@@ -163,20 +166,20 @@ def timed(flags: list[str]) -> None:
 
 
 def training(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--model", args.model, "--data", str(args.data), "--heads", "random"]
-        flags += ["--n-train", str(args.n_train), "--epochs", str(args.epochs)]
-        flags += ["--dtype", args.dtype, "--validate", "last", "--run", folder, "--fresh"]
-        for _ in range(args.rounds):
-            for n in (1, 2):
-                ended = end_group(start_group(n, ("measure_parallel", ["timed", *flags])), 900)
-                assert not any(code for code, _, _ in ended), ended
-                lines = "".join(out for _, out, _ in ended).splitlines()
-                each = [json.loads(line[1:]) for line in lines if line.startswith("@")]
-                wall, cpu = (max(e[kind] for e in each) for kind in ("wall", "cpu"))
-                print(
-                    f"{n}: wall {wall:.1f} s, CPU {cpu:.1f} s, sent {each[0]['sent']}", flush=True
-                )
+    flags = ["--model", args.model, "--data", str(args.data), "--heads", "random"]
+    flags += ["--n-train", str(args.n_train), "--epochs", str(args.epochs)]
+    flags += ["--dtype", args.dtype, "--validate", "last", "--fresh", "--run"]
+    kinds = {"1 process": (1, 1), "2 processes": (2, 1), "2 runs at the same time": (1, 2)}
+    for _, (name, (n, runs)) in itertools.product(range(args.rounds), kinds.items()):
+        with tempfile.TemporaryDirectory() as folder:
+            calls = [("measure_parallel", ["timed", *flags, f"{folder}/{i}"]) for i in range(runs)]
+            groups = [start_group(n, call) for call in calls]
+            ended = [end for group in groups for end in end_group(group, 900)]
+        assert not any(code for code, _, _ in ended), ended
+        lines = "".join(out for _, out, _ in ended).splitlines()
+        each = [json.loads(line[1:]) for line in lines if line.startswith("@")]
+        wall, cpu = (mean([e[kind] for e in each]) for kind in ("wall", "cpu"))
+        print(f"{name}: wall {wall:.1f} s, CPU {cpu:.1f} s, sent {each[0]['sent']}", flush=True)
 
 
 def whole_run(n: int, model: str, task: str, out: Path) -> tuple:
