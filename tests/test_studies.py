@@ -150,5 +150,7 @@ def test_picture_has_a_line_for_each_label(tmp_path):
     interval = (pytest.approx(0.3), pytest.approx(0.5))
     assert lines == {"m, t": {"scales": [("1", 0.4, *interval), ("2", 0.4, *interval)]}}
     assert picture(tmp_path / "a.png", lines, "heads", "score")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert picture(tmp_path / "points.png", lines, "method", "score", joined=False)
+    line, points = ((tmp_path / f"{name}.png").read_bytes() for name in ("a", "points"))
+    assert line.startswith(b"\x89PNG") and points.startswith(b"\x89PNG") and line != points
     assert not picture(tmp_path / "b.png", {}, "heads", "score")

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     about = ABOUT.format(split=args.split, seeds=seeds, text=text)
     write_table(args.out, "forgets", about, markdown(HEADER, map(as_text, rows)), rows, argv)
     lines = lines_of(rows, x="method", line="tuned_on")
-    picture(args.out / "forgets.png", lines, "tuned by", "score on another task")
+    picture(args.out / "forgets.png", lines, "tuned by", "score on another task", joined=False)
     finish(failed)
 
 

@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     seeds, n = " ".join(map(str, args.seeds)), len(args.lr_factors)
     about = ABOUT.format(split=args.split, seeds=seeds, heads=args.heads[0], n=n)
     write_table(args.out, "methods", about, markdown(HEADER, map(as_text, rows)), rows, argv)
-    picture(args.out / "methods.png", lines_of(rows, x="method", line="task"), "method", "score")
+    lines = lines_of(rows, x="method", line="task")
+    picture(args.out / "methods.png", lines, "method", "score", joined=False)
     finish(failed)
 
 

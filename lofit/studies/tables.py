@@ -119,8 +119,11 @@ def lines_of(rows: list[dict], x: str, line: str) -> dict[str, dict[str, Line]]:
     return panels
 
 
-def picture(path: Path, panels: dict[str, dict[str, Line]], xlabel: str, ylabel: str) -> bool:
-    """Lines with their intervals as a PNG; False (and no file) where there is no matplotlib."""
+def picture(
+    path: Path, panels: dict[str, dict[str, Line]], xlabel: str, ylabel: str, joined: bool = True
+) -> bool:
+    """Lines with their intervals as a PNG, or points, where x has no order (joined=False); False
+    (and no file) where there is no matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -135,9 +138,12 @@ def picture(path: Path, panels: dict[str, dict[str, Line]], xlabel: str, ylabel:
     for ax, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for label, points_ in lines.items():
             xs, ys, lows, highs = zip(*points_, strict=True)
-            (drawn,) = ax.plot(xs, ys, marker="o", label=label)
-            if None not in lows:
+            style = "-" if joined else ""
+            (drawn,) = ax.plot(xs, ys, marker="o", linestyle=style, label=label)
+            if None not in lows and joined:
                 ax.fill_between(xs, lows, highs, alpha=0.15, color=drawn.get_color())
+            elif None not in lows:
+                ax.vlines(xs, lows, highs, color=drawn.get_color())
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         ax.legend(fontsize="small")
     write_atomic(path, lambda p: figure.savefig(p, dpi=120, format="png"))

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     about = ABOUT.format(split=args.split, k=args.heads, seeds=seeds)
     write_table(args.out, "transfer", about, markdown(HEADER, map(as_text, rows)), rows, argv)
     lines = lines_of(rows, x="from", line="what")
-    picture(args.out / "transfer.png", lines, "heads or offsets of", "score")
+    picture(args.out / "transfer.png", lines, "heads or offsets of", "score", joined=False)
     finish(failed)
 
 
