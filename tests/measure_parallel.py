@@ -3,7 +3,7 @@
 python tests/measure_parallel.py weights --processes 2 4 --gigabytes 2
 python tests/measure_parallel.py step
 python tests/measure_parallel.py training --model weights/smollm2-135m-instruct --data data/real
-python tests/measure_parallel.py same --model weights/mini-gemma
+python tests/measure_parallel.py same --model weights/mini-gemma --n-train 40
 
 weights: what each process keeps of a random bf16 checkpoint with --shard, and its peak in loading
 it and in running a text through it, with the pages of the mapped files, which the system takes
@@ -11,7 +11,7 @@ back, and without; step: `lofit.plan` beside the measured peak of a step of sele
 library keeps what was freed and with that given back at once (as in `weights`); training: wall and
 CPU seconds of offset training in one process, in two, and of two runs in one process each at the
 same time, which the machine's memory slows too; and the bytes sent; same: heads and
-offsets of whole runs in two and three processes beside those in one, of all tasks.
+offsets of both steps in two and three processes beside those in one, of all tasks.
 """
 
 import argparse
@@ -182,9 +182,9 @@ def training(args: argparse.Namespace) -> None:
         print(f"{name}: wall {wall:.1f} s, CPU {cpu:.1f} s, sent {each[0]['sent']}", flush=True)
 
 
-def whole_run(n: int, model: str, task: str, out: Path) -> tuple:
+def both_steps(n: int, model: str, task: str, more: list[str], out: Path) -> tuple:
     """(scores [layer, head], heads, offsets [K, head_dim]) of both steps in n processes."""
-    flags = ["--model", model, "--task", task, "--dtype", "float32", "--run", str(out)]
+    flags = ["--model", model, "--task", task, "--dtype", "float32", "--run", str(out), *more]
     flags += ["--fold", "0"] if TASKS[task].FOLDS else []
     calls = ("select_heads", flags), ("train", [*flags, "--validate", "last"])
     ended = end_group(start_group(n, *calls), 3000)
@@ -195,9 +195,10 @@ def whole_run(n: int, model: str, task: str, out: Path) -> tuple:
 
 
 def same(args: argparse.Namespace) -> None:
+    more = ["--n-train", str(args.n_train), "--epochs", str(args.epochs)]
     for task in TASKS:
         with tempfile.TemporaryDirectory() as folder:
-            runs = [whole_run(n, args.model, task, Path(folder, str(n))) for n in (1, 2, 3)]
+            runs = [both_steps(n, args.model, task, more, Path(folder, str(n))) for n in (1, 2, 3)]
         for n, (scores, heads, offsets) in enumerate(runs[1:], start=2):
             far = (scores - runs[0][0]).abs().max(), (offsets - runs[0][2]).abs().max()
             print(
