@@ -63,6 +63,17 @@ def text(rng: random.Random, n: int) -> str:
     return "".join(f" {rng.randrange(3, 32000)}" for _ in range(n))
 
 
+def random_model(shape: dict, dtype: torch.dtype, device: str) -> CausalLM:
+    """A frozen model of a shape of SHAPES, its weights drawn where they stay."""
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = CausalLM(ModelConfig(**shape, **COMMON))
+    torch.set_default_dtype(torch.float32)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
+    return model.eval().requires_grad_(False)
+
+
 class Bench:
     """The model, its twins and the data; each method is one side of one piece of work."""
 
@@ -81,12 +92,12 @@ class Bench:
         torch.manual_seed(0)
         self.device, self.epochs = device, epochs
         if shape in SHAPES:
-            self.random_model(shape, dtype)
+            self.model = random_model(SHAPES[shape], dtype, device)
             self.random_texts(random.Random(0))
         else:
             self.model = load_model(shape, dtype=dtype, device=device)
-            self.config = self.model.config
             self.real_texts(load_tokenizer(shape), data, task)
+        self.config = self.model.config
         self.prompts = [[*map(int, prompt.split())] for prompt, _ in self.examples[:16]]
         questions = [[*map(int, question.split())] for question, _ in self.asked]
         self.shared = n_shared(questions)  # tokens that all questions begin with
@@ -99,16 +110,6 @@ class Bench:
             self.twin = hf_twin(self.model)
         if "lora" in sides:
             self.lora, self.lora_parameters = lora(hf_twin(self.model))
-
-    def random_model(self, shape: str, dtype: torch.dtype) -> None:
-        self.config = ModelConfig(**SHAPES[shape], **COMMON)
-        torch.set_default_dtype(dtype)
-        with torch.device(self.device):
-            self.model = CausalLM(self.config)
-        torch.set_default_dtype(torch.float32)
-        for p in self.model.parameters():
-            torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
-        self.model.eval().requires_grad_(False)
 
     def random_texts(self, rng: random.Random) -> None:
         """8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, lengths drawn;

@@ -27,6 +27,7 @@ from lofit.arguments import find_task
 from lofit.artefacts import ADAPTER_CONFIG, PREDICTIONS
 from lofit.errors import InputError
 from lofit.files import read_json, write_json
+from lofit.llm.device import pick_device
 from lofit.studies.tables import keep_items
 
 RECORD, OUTPUT, LOCK = "cell.json", "output.txt", ".cell.lock"
@@ -156,6 +157,8 @@ class _Runner:
 
     def __init__(self, jobs: int, device: str, total: int):
         self.jobs, self.device, self.total = jobs, device, total
+        cuda = pick_device(device).startswith("cuda")
+        self.machine = torch.cuda.get_device_name() if cuda else "cpu"  # told in every record
         self.children: set[subprocess.Popen] = set()
         self.stopping = threading.Event()
         self.gpus = queue.SimpleQueue()  # those that no script has, where there are several
@@ -213,6 +216,7 @@ class _Runner:
                 if step.script == "eval.py":
                     keep_items(step.folder)
                 made = {"args": list(step.args), "seconds": round(time.time() - began, 1)}
+                made["device"] = self.machine
                 write_json(step.folder / RECORD, _record(step.folder) | {step.script: made})
 
     @contextmanager
