@@ -124,9 +124,10 @@ def test_whoever_ends_a_study_ends_its_scripts(step, tmp_path, how):
 
 
 def test_the_time_of_what_is_done_foretells_the_rest(step, tmp_path, capsys):
-    run_cells([Cell("a", [step("a")])])
+    run_cells([Cell("a", [step("a")])], device="cpu")
     record = json.loads((tmp_path / "a" / "cell.json").read_text())
     (script,) = record
+    assert record[script]["device"] == "cpu"
     record[script]["seconds"] = 600
     (tmp_path / "a" / "cell.json").write_text(json.dumps(record))
     capsys.readouterr()

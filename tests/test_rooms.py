@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import REPO
 
-METHOD = {f"lofit.{name}" for name in ("heads", "losses", "objectives", "training")}
+METHOD = [f"lofit.{name}" for name in ("heads", "losses", "objectives", "training")]
 SCRIPTS = {"select_heads", "train", "eval"}
 
 
