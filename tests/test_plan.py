@@ -15,6 +15,7 @@ from lofit.llm.config import ModelConfig
 from lofit.llm.generate import prefill
 from lofit.llm.scoring import target_losses
 from lofit.llm.step import KVCache
+from lofit.training import optimizer_for
 
 # hidden size, vocabulary and inner size are primes, which no number of processes divides
 CONFIG = ModelConfig(
@@ -68,13 +69,19 @@ def allocated(call) -> int:
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_a_training_step_is_that_of_real_tensors(kind):
-    model = random_model(KINDS[kind]).requires_grad_(False)
+@pytest.mark.parametrize(("batch", "length", "new"), [(6, 48, 8), (1, 3, 1)])
+def test_a_training_step_is_that_of_real_tensors(kind, batch, length, new):
+    """Of few tokens, it is for a good part the parameters, their gradients and AdamW's state."""
+    config = replace(KINDS[kind], vocab_size=101, num_attention_heads=64)
+    model = random_model(config).requires_grad_(False)
     parameters = attach_scales(model, init_scales(model, 0))
-    batch = collate([([1] * 48, [-100] * 40 + [1] * 8)] * 6, "cpu")
-    taken = allocated(lambda: target_losses(model, batch).mean().backward())
-    taken += 3 * sum(p.nbytes for p in parameters)
-    found = plan.training_bytes(KINDS[kind], torch.float32, 6, 48, 8)
+    optimizer = optimizer_for(parameters, 0.1)
+    texts = collate([([1] * length, [-100] * (length - new) + [1] * new)] * batch, "cpu")
+    taken = allocated(lambda: target_losses(model, texts).mean().backward())
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    taken += sum(t.nbytes for t in [*parameters, *states])
+    found = plan.training_bytes(config, torch.float32, batch, length, new)
     assert found == pytest.approx(taken, rel=0.02)
 
 

@@ -125,6 +125,9 @@ def examine(one, split) -> dict:
         for _ in range(2):
             split.logits(split.model(batch.ids[:1]))
     found["passes"] = list(watch.events)
+    with watch.watching(), torch.no_grad():
+        split(batch.ids[:1])  # as at its beginning
+    found["called"] = list(watch.events)
     found["held"].append(watch.held())
     own, n = ([ids[:1], ids], 4) if first else ([ids[:2]], 2)
     with in_step(split):
@@ -216,6 +219,8 @@ def test_the_next_pass_begins_without_lm_head(found, kind):
     for process in found[kind]:
         # a tied one is whole already
         assert process["passes"] == expected(kind, back=False) + again[kind == "tied" :]
+        parts = [[e for e in events if e != "gather"] for events in (process["called"], again)]
+        assert parts[0] == parts[1]
 
 
 def test_a_split_model_and_an_unsplit_one_go_the_same_way(tiny_config, small_data, tmp_path):
