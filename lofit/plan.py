@@ -28,7 +28,7 @@ from lofit.llm.scoring import target_losses
 from lofit.llm.step import KVCache
 
 GB = 10**9
-GATHERED = 2  # times a layer's bytes: as it comes from all processes, and as it is used
+GATHERED = 2  # times the bytes of what is gathered: as it comes from all, and as it is used
 
 
 class Alive(TorchDispatchMode):
@@ -94,16 +94,17 @@ def evaluation_bytes(config: ModelConfig, dtype: torch.dtype, batch: int, length
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, n: int) -> dict[str, int]:
-    """All weights; with --shard on n processes the rows of one, and what it gathers beside them:
-    lm_head and the last norm, and a layer."""
+    """All weights; with --shard on n processes the rows of one, and the most that it gathers beside
+    them: a layer, the embedding, or lm_head with the last norm, one at a time (see sharded.py). A
+    tied embedding stays gathered beside the layers."""
     with torch.device("meta"):
         model = empty_model(config, dtype)
     parameters = dict(model.named_parameters())
     own = sum(p.nbytes // p.shape[0] * math.ceil(p.shape[0] / n) for p in parameters.values())
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
-    head = model.lm_head.weight.nbytes + model.model.norm.weight.nbytes
-    table = 0 if config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes
-    gathered = head + GATHERED * max(block, table)
+    ends = model.lm_head.weight.nbytes + model.model.norm.weight.nbytes
+    tied = config.tie_word_embeddings
+    gathered = max(GATHERED * ends, GATHERED * block + (ends if tied else 0))
     return {"all": sum(p.nbytes for p in parameters.values()), "own": own, "gathered": gathered}
 
 
@@ -117,7 +118,7 @@ def reckon(config: ModelConfig, args: argparse.Namespace) -> dict[str, tuple[int
     kept = args.examples * args.length * config.hidden_size * dtype.itemsize
     parts = {
         "weights": (weights["all"], weights["own"]),
-        "gathered layers": (0, weights["gathered"]),
+        "gathered at once": (0, weights["gathered"]),
         "training step": (step, step),
         "evaluation's cache": (cache, cache),
         "its activations": (asked - cache, asked - cache),

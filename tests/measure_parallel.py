@@ -6,12 +6,13 @@ python tests/measure_parallel.py training --model weights/smollm2-135m-instruct 
 python tests/measure_parallel.py same --model weights/mini-gemma --n-train 40
 
 weights: what each process keeps of a random bf16 checkpoint with --shard, and its peak in loading
-it and in running a text through it, with the pages of the mapped files, which the system takes
-back, and without; step: `lofit.plan` beside the measured peak of a step of selection, as the C
-library keeps what was freed and with that given back at once (as in `weights`); training: wall and
-CPU seconds of offset training in one process, in two, and of two runs in one process each at the
-same time, which the machine's memory slows too; and the bytes sent; same: heads and
-offsets of both steps in two and three processes beside those in one, of all tasks.
+it, in running a text through it and in a training step, with the pages of the mapped files, which
+the system takes back, and without; seconds of a pass, and of gathering lm_head alone; step:
+`lofit.plan` beside the measured peak of a step of selection, as the C library keeps what was freed
+and with that given back at once (as in `weights`); training: wall and CPU seconds of offset
+training in one process, in two, and of two runs in one process each at the same time, which the
+machine's memory slows too; and the bytes sent; same: heads and offsets of both steps in two and
+three processes beside those in one, of all tasks.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -85,16 +87,33 @@ class Peak:
 
 
 def hold(folder: str) -> None:
-    """One process of `weights`: prints its peaks, and what it keeps."""
-    shards, path = Shards("cpu"), Path(folder)
+    """One process of `weights`: prints what it keeps, its peaks, and seconds."""
+    shards, path, ids = Shards("cpu"), Path(folder), torch.ones(1, 8, dtype=torch.int64)
     config = ModelConfig.from_file(path / "config.json")
     with Peak() as loading:
         model = assemble(folder, None, path, config, text_name, torch.bfloat16, "cpu", shards)
-    with torch.no_grad(), Peak() as running, gathered(model):
-        model.logits(model.model(torch.ones(1, 8, dtype=torch.int64)))
     kept = sum(p.to_local().nbytes for p in model.parameters())
-    numbers = [kept, *loading.found, *(kept + n for n in running.found)]
-    sys.__stdout__.write(" ".join(map(str, numbers)) + "\n")
+    with torch.no_grad(), Peak() as running, gathered(model):
+        model.logits(model.model(ids))
+    with torch.no_grad(), gathered(model):
+        a_pass = median_seconds(lambda: model.logits(model.model(ids)))
+        model.reshard()
+        a_gathering = median_seconds(lambda: (model.unshard(), model.reshard()))
+    attach_scales(model, init_scales(model, 0))
+    batch = collate([([1] * 8, [-100] * 4 + [1] * 4)], "cpu")
+    with Peak() as training, gathered(model):
+        target_losses(model, batch).mean().backward()
+    peaks = *loading.found, *(kept + n for n in (*running.found, *training.found))
+    sys.__stdout__.write(" ".join(map(str, (kept, *peaks, a_pass, a_gathering))) + "\n")
+
+
+def median_seconds(call: Callable[[], object], times: int = 3) -> float:
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return sorted(found)[times // 2]
 
 
 def weights(args: argparse.Namespace) -> None:
@@ -108,12 +127,16 @@ def weights(args: argparse.Namespace) -> None:
         for n in args.processes:
             ended = end_group(start_group(n, ("measure_parallel", ["hold", folder])), 600)
             assert not any(code for code, _, _ in ended), ended
-            found = [[int(x) / n_bytes for x in out.split()] for _, out, _ in ended]
-            most = [max(column) for column in zip(*found, strict=True)]
+            found = [list(map(float, out.split())) for _, out, _ in ended]
+            *most, a_pass, a_gathering = [max(column) for column in zip(*found, strict=True)]
+            kept, load, load_mapped, run, run_mapped, step, step_mapped = (
+                f"{size / n_bytes:.1%}" for size in most
+            )
             print(
-                f"{n} processes, of the weights: kept {most[0]:.1%}, peak of loading {most[1]:.1%}"
-                f" (with mapped files {most[2]:.1%}), of a pass {most[3]:.1%} ({most[4]:.1%}); 1/N"
-                f" and a block are {1 / n + block / n_bytes:.1%}",
+                f"{n} processes, of the weights: kept {kept}, peak of loading {load} (with mapped"
+                f" files {load_mapped}), of a pass {run} ({run_mapped}), of a training step {step}"
+                f" ({step_mapped}); 1/N and a block are {1 / n + block / n_bytes:.1%}; a pass takes"
+                f" {a_pass:.2f} s, of which gathering lm_head {a_gathering:.2f} s",
                 flush=True,
             )
 

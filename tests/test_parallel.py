@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 import eval as eval_script
 import select_heads
 import train
-from lofit.errors import InputError
 
 FAST = ["--epochs", "2", "--lr", "0.02", "--batch-size", "5"]
 # run -> flags: batches of 5 and a last one of 4, 2 or 5; a batch of fewer rows than processes
@@ -89,21 +88,6 @@ def test_the_whole_way_through_is_that_of_one_process(flags, tmp_path, n, runs):
         assert_same(folder_of(tmp_path / "one", name), folder_of(tmp_path / "group", name))
     assert "95 % interval" in ended[0][1]
     assert [(out, error) for _, out, error in ended[1:]] == [("", "")] * (n - 1)
-
-
-def test_a_split_model_and_an_unsplit_one_do_the_same(flags, tmp_path):
-    runs = ["mquake", "truthfulqa"]
-    group = start_group(2, *calls([*flags, "--shard"], tmp_path / "group", runs))
-    alone(calls(flags, tmp_path / "one", runs))
-    ended = end_group(group)
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    for name in runs:
-        assert_same(folder_of(tmp_path / "one", name), folder_of(tmp_path / "group", name))
-
-
-def test_split_needs_several(flags):
-    with pytest.raises(InputError, match="--shard: one process has nothing to split"):
-        select_heads.main([*flags, "--shard"])
 
 
 def one_line(ended, message, code=2):

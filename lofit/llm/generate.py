@@ -40,7 +40,7 @@ def decode_step(
     A row's position starts at its own prompt length, so the step overwrites the padding's keys, and
     no row ever looks past its own position.
     """
-    return model(token[:, None], position[:, None], cache)[:, 0]
+    return model.logits(model.model(token[:, None], position[:, None], cache))[:, 0]
 
 
 def compiled_step() -> Step:

@@ -1,8 +1,8 @@
 """A frozen model whose weights are split over the processes by FSDP2.
 
 Each process keeps its rows of every tensor, and reads no others from disk. A layer is gathered when
-it runs and let go of behind it; lm_head (with a tied embedding) and the last norm for as long as
-`gathered` says. All processes must therefore run the same layers in the same order.
+it runs and let go of behind it, the embedding too; lm_head and the last norm as `gather_ends` says.
+All processes must therefore run the same layers in the same order.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,12 @@ class Shards:
         tied = model.config.tie_word_embeddings
         for part in [*model.model.layers, *([] if tied else [model.model.embed_tokens])]:
             fully_shard(part, mesh=mesh)
-        fully_shard(model, mesh=mesh)  # what is left: lm_head and the last norm
+            if mesh.device_type == "cpu":
+                # none ahead in the backward pass: gloo would do it through a third copy, and first
+                part.set_modules_to_backward_prefetch([part])
+        # what is left: lm_head (with a tied embedding) and the last norm
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        gather_ends(model)
         return {
             name: DTensor.from_local(
                 own[name], mesh, p.placements, shape=p.shape, stride=p.stride()
@@ -54,32 +59,53 @@ class Shards:
 
     def begin(self, model: CausalLM) -> None:
         """To be called once the model has its weights."""
-        with torch.no_grad():  # FSDP2 takes the first module that is called for the root of all
+        with gathered(model), torch.no_grad():
+            # FSDP2 takes the first module that is called for the root of all
             model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
-        model.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "unshard")
 
 
+def gather_ends(model: CausalLM) -> None:
+    """Let each pass gather lm_head and the last norm of a split model when it comes to that norm.
+    They stay until the gradient is back there, `gathered` ends or the next pass begins: the layers
+    run without them. But a tied embedding, which a pass needs at both ends, stays from its
+    beginning.
+
+    lm_head itself gathers nothing: a loss calls it for each of its parts, and of those one process
+    has more than another.
+    """
+
+    def whole(*_) -> None:
+        model.unshard()
+
+    def parted(*_) -> None:
+        model.reshard()
+
+    table, norm, tied = model.model.embed_tokens, model.model.norm, model.config.tie_word_embeddings
+    table.register_forward_pre_hook(whole if tied else parted, prepend=True)
+    norm.register_forward_pre_hook(whole)
+    norm.register_full_backward_hook(parted)
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, lm_head and the last norm of a split model are whole."""
-    if not is_sharded(model):
-        yield
-        return
-    model.unshard()
+    """A pass with what needs its lm_head, the loss and its gradients; behind it, a split model is
+    split in all its parts."""
     try:
         yield
     finally:
-        model.reshard()
+        if is_sharded(model):
+            model.reshard()
 
 
 @contextmanager
 def in_step(model: CausalLM) -> Iterator[None]:
     """Inside, each process may run a split model as often as it likes, without gradients. Before
-    each pass it tells the others, and whoever is through runs along until all are."""
+    each pass it tells the others, and whoever is through runs along until all are. A pass is one of
+    `model.model`: to call the model as a whole gathers lm_head before the others are told."""
     if not is_sharded(model):
         yield
         return
