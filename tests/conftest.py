@@ -29,6 +29,12 @@ from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
 from lofit.studies import cells  # noqa: E402
 
+
+def pytest_configure(config) -> None:
+    """Tests run on the CPU, also where there is a GPU: `auto` would take it, and bf16 with it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
 MINI = REPO / "weights" / "mini-llama"
