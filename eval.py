@@ -9,14 +9,16 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from lofit import artefacts, errors, parallel
-from lofit.arguments import common_parser, folds_of, run_folder, whole
-from lofit.export.adapters import find_offsets
+from lofit import errors
+from lofit.distributed import group as parallel
 from lofit.files import write_json
 from lofit.heads import Head, attached_heads, edits_off, gather_offsets
 from lofit.llm.generate import compiled_step
-from lofit.session import Session
-from lofit.summary import print_results, results_table, summarize
+from lofit.run import artefacts
+from lofit.run.adapters import find_offsets
+from lofit.run.arguments import common_parser, folds_of, run_folder, whole
+from lofit.run.session import Session
+from lofit.run.summary import print_results, results_table, summarize
 
 # by what made the offsets: the last four by a baseline, which has no heads
 TOLD = ("seed", "settings", "method", "trained_values", "share_of_base", "offsets_hash")

@@ -2,19 +2,20 @@
 
 python select_heads.py                     # -> runs/mini-llama/mquake/heads.json
 python select_heads.py --model meta-llama/Llama-2-7b-hf --data data/real --heads 3%
-python select_heads.py --by gradient       # another way of choosing: see lofit/ways.py
+python select_heads.py --by gradient       # another way of choosing: see lofit/compare/selection.py
 """
 
 import argparse
 
-from lofit import errors, parallel
-from lofit.arguments import common_parser, folds_of, real, real_or_0, whole
-from lofit.artefacts import HEADS, PICTURE, load_heads, other_task, save_heads
+from lofit import errors
+from lofit.compare.selection import WAYS, ground_of
+from lofit.distributed import group as parallel
 from lofit.heads import rank_heads
 from lofit.recipes import count_heads
-from lofit.session import Session
-from lofit.summary import head_map, head_picture
-from lofit.ways import WAYS, ground_of
+from lofit.run.arguments import common_parser, folds_of, real, real_or_0, whole
+from lofit.run.artefacts import HEADS, PICTURE, load_heads, other_task, save_heads
+from lofit.run.session import Session
+from lofit.run.summary import head_map, head_picture
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,10 +8,9 @@ import argparse
 import random
 from pathlib import Path
 
-from lofit import errors, parallel
-from lofit.arguments import common_parser, folds_of, real, whole
-from lofit.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
-from lofit.baselines import run as baselines
+from lofit import errors
+from lofit.compare import methods as baselines
+from lofit.distributed import group as parallel
 from lofit.heads import (
     SIGMA_TEXTS,
     Head,
@@ -22,7 +21,9 @@ from lofit.heads import (
     rank_heads,
 )
 from lofit.recipes import count_heads
-from lofit.session import Session
+from lofit.run.arguments import common_parser, folds_of, real, whole
+from lofit.run.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
+from lofit.run.session import Session
 from lofit.training import Schedule
 
 

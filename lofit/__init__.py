@@ -1,14 +1,22 @@
 """LoFiT: localized fine-tuning of attention heads (arXiv 2406.01563), from scratch."""
 
-from lofit import early  # noqa: F401
-
-__all__ = ["load_model", "load_tokenizer"]
+_HOME = {
+    "load_model": "lofit.llm.checkpoint",
+    "load_tokenizer": "lofit.llm.tokenizer",
+    "attach_scales": "lofit.heads",
+    "attach_offsets": "lofit.heads",
+    "head_scores": "lofit.heads",
+    "rank_heads": "lofit.heads",
+    "edits_off": "lofit.heads",
+    "load_offsets": "lofit.run.artefacts",
+}
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str):
-    """Imported when asked for: a script takes Ctrl-C before the seconds that torch needs."""
-    if name not in __all__:
+    """Import a name when it is asked for: `import lofit` alone must not take torch's seconds."""
+    if name not in _HOME:
         raise AttributeError(f"module 'lofit' has no attribute {name!r}")
-    from lofit import llm
+    from importlib import import_module
 
-    return getattr(llm, name)
+    return getattr(import_module(_HOME[name]), name)

@@ -9,15 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
+from safetensors import SafetensorError
 
 from lofit.errors import InputError, held_back
-from lofit.parallel import is_first
+from lofit.llm.files import open_tensors, parse_json, read_text, save_tensors
 
 _HELD: dict[Path, int] = {}  # folders that this process has locked
 Write = Callable[[Path], object]  # fills a file of this name
 IN_DATA = "; --data names the folder above it"
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes: under torchrun rank 0 alone, else always."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def write_atomic(path: Path, write: Write, beside: dict[Path, Write | None] | None = None) -> None:
@@ -130,14 +135,6 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> N
     write_atomic(path, as_tensors(tensors, info))
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """`save_file` with the permissions that any new file has; its own are for the owner alone."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(mode)
-
-
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Inverse of `as_tensors`. Raises InputError if missing, damaged or not ours."""
     with open_tensors(path) as file:
@@ -148,26 +145,6 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         if not isinstance(info, dict):
             raise InputError(f"{path}: 'lofit' in its header: expected a JSON object")
         return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
-
-
-def open_tensors(path: Path, device: str = "cpu") -> safe_open:
-    """`safe_open` with errors that say what to do."""
-    try:
-        return safe_open(path, framework="pt", device=device)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({error}); fetch it again"
-        ) from None
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises InputError that names the file and line."""
-    value = parse_json(read_text(path), str(path), lines=True)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def read_json_list(path: Path) -> Iterator[tuple[str, dict]]:
@@ -205,29 +182,6 @@ def _rows(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
         yield from reader
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
-
-
-def parse_json(text: str, where: str, lines: bool = False) -> object:
-    """The value of a JSON text. InputError that names `where` (and the line in it, of several)."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"{where}, line {error.lineno}" if lines else where
-        raise InputError(f"{at}: not valid JSON ({error.msg})") from None
-    except RecursionError:
-        raise InputError(f"{where}: not usable JSON (nested too deep)") from None
-    except ValueError:  # Python's bound on the digits of a whole number
-        raise InputError(f"{where}: not usable JSON (a number has too many digits)") from None
-
-
-def read_text(path: Path, hint: str = "") -> str:
-    """Read a UTF-8 text file. Raises InputError; `hint` is added where there is no such file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable ({error})") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lofit.errors import InputError, held_back
 from lofit.llm.batches import draw_batches
 from lofit.losses import l1_norm
-from lofit.resume import Progress
+from lofit.run.resume import Progress
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 
-from lofit.artefacts import load_offsets, save_offsets  # noqa: E402
 from lofit.export import formats  # noqa: E402
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
 from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
 from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
+from lofit.run.artefacts import load_offsets, save_offsets  # noqa: E402
 from lofit.studies import cells  # noqa: E402
 
 
@@ -195,7 +195,7 @@ def in_process(monkeypatch):
 # what torchrun does for scripts, without its own start
 GROUP = """
 import importlib, json, sys
-from lofit import parallel
+from lofit.distributed import group as parallel
 calls = json.loads(sys.argv[1])
 parallel.run(lambda: [importlib.import_module(name).main(argv) for name, argv in calls])
 """

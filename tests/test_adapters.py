@@ -13,10 +13,10 @@ import eval as eval_script
 import train
 from lofit.errors import InputError
 from lofit.export import formats
-from lofit.export.adapters import load_tuned, open_adapter
 from lofit.heads import attach_offsets, attached_heads, edits_off
 from lofit.llm.generate import generate
 from lofit.llm.tokenizer import load_tokenizer
+from lofit.run.adapters import load_tuned, open_adapter
 
 TRAIN = ["--epochs", "2", "--lr", "1", "--heads", "random", "--top", "3"]
 

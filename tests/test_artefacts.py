@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 import train
-from lofit.artefacts import offsets_hash, read_offsets
 from lofit.errors import InputError
-from lofit.export.adapters import open_adapter
+from lofit.run.adapters import open_adapter
+from lofit.run.artefacts import offsets_hash, read_offsets
 
 
 @pytest.fixture

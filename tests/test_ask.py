@@ -6,10 +6,10 @@ import sys
 import pytest
 from conftest import MINI, make_run
 
-from lofit import ask
+from lofit import load_tokenizer
 from lofit.errors import InputError
 from lofit.heads import edits_off
-from lofit.llm import load_tokenizer
+from lofit.inspect import ask
 from lofit.llm.generate import generate
 from lofit.tasks import clutrr, mquake, truthfulqa
 

@@ -4,7 +4,7 @@ import json
 
 from conftest import MINI, MINI_GEMMA, make_run, run_export
 
-from lofit.artefacts import offsets_hash, read_offsets
+from lofit.run.artefacts import offsets_hash, read_offsets
 
 
 def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):

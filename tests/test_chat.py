@@ -101,7 +101,7 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
     )
     train.main([*flags, "--heads", "all", "--epochs", "60", "--lr", "0.3"])
     monkeypatch.setattr(
-        "lofit.session.generate_all",
+        "lofit.run.session.generate_all",
         lambda model, prompts, *args: asked.extend(prompts) or [[5]] * len(prompts),
     )
     eval_run = [*flags[:4], "--run", str(tmp_path / "runs")]
@@ -123,7 +123,7 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
 def test_given_answers_stand_behind_the_template_too(chatty, small_data, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "lofit.session.score_answers",
+        "lofit.run.session.score_answers",
         lambda model, tokenizer, questions, *args: (
             asked.extend(questions) or [[0.0, -1.0, -1.0] for _ in questions]
         ),

@@ -70,9 +70,9 @@ def test_a_signal_while_imports_run_is_one_line_too(tmp_path, by, code):
     for name in ("__init__.py", "early.py"):
         shutil.copy(REPO / "lofit" / name, tmp_path / "lofit" / name)
     lines = "import os, signal, lofit; os.kill(os.getpid(), signal.SIG); import torch"
-    for path in ("train.py", "lofit/report.py"):
+    for path in ("train.py", "lofit/inspect/report.py"):
         (tmp_path / path).write_text(lines.replace("SIG", by))
-    for command in (["train.py"], ["-m", "lofit.report"]):
+    for command in (["train.py"], ["-m", "lofit.inspect.report"]):
         done = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path
         )

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import LOUD_GEMMAS, MINI, difference, make_run
 
-from lofit import explain
+from lofit import load_tokenizer
 from lofit.errors import InputError
-from lofit.export.adapters import Adapter
 from lofit.heads import attach_offsets
-from lofit.llm import load_tokenizer
+from lofit.inspect import explain
 from lofit.llm.checkpoint import load_model, save_model
+from lofit.run.adapters import Adapter
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from conftest import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lofit.artefacts import load_offsets, save_offsets
 from lofit.errors import InputError
 from lofit.heads import edits_off, gather_offsets
 from lofit.llm.checkpoint import load_model
 from lofit.llm.generate import generate_all
 from lofit.llm.tokenizer import load_tokenizer
+from lofit.run.artefacts import load_offsets, save_offsets
 from lofit.tasks import mquake
 
 IDS = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(0))

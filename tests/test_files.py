@@ -7,8 +7,6 @@ import torch
 
 from lofit.errors import InputError
 from lofit.files import (
-    open_tensors,
-    read_json,
     read_jsonl,
     read_tensors,
     write_atomic,
@@ -16,6 +14,7 @@ from lofit.files import (
     write_tensors,
     write_text,
 )
+from lofit.llm.files import open_tensors, read_json
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

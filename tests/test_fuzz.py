@@ -16,13 +16,13 @@ from conftest import MINI, REPO, make_run
 
 import eval as evaluate
 import train
-from lofit.artefacts import load_heads, load_offsets, save_heads
 from lofit.errors import LONGEST, InputError, one_line
 from lofit.files import lock_folder, sweep_partials, write_text
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
 from lofit.llm.tokenizer import load_tokenizer
+from lofit.run.artefacts import load_heads, load_offsets, save_heads
 from lofit.tasks import clutrr, mquake, truthfulqa
 
 DEEP = "[" * 200_000 + "]" * 200_000
@@ -230,7 +230,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path):
 def test_a_log_that_cannot_be_written_does_not_end_the_run(
     tiny_folder, small_data, tmp_path, monkeypatch, capsys
 ):
-    from lofit.session import Session
+    from lofit.run.session import Session
 
     run = tmp_path / "run"
     before = Session.__init__

@@ -7,7 +7,6 @@ import torch
 from conftest import LOUD_GEMMAS, TOLERANCE, difference, random_model
 from safetensors.torch import load_file
 
-from lofit.artefacts import load_heads, load_offsets, save_heads, save_offsets
 from lofit.errors import InputError
 from lofit.heads import (
     attach_offsets,
@@ -24,6 +23,7 @@ from lofit.heads import (
     rank_heads,
 )
 from lofit.llm.checkpoint import load_model
+from lofit.run.artefacts import load_heads, load_offsets, save_heads, save_offsets
 
 HEADS = [(2, 1), (0, 3), (2, 0)]
 

@@ -5,9 +5,9 @@ import torch
 from conftest import difference
 from torch import nn
 
-from lofit.llm import packed
+from lofit.fast import packed
+from lofit.fast.packed import packed_weights
 from lofit.llm.checkpoint import load_model
-from lofit.llm.packed import packed_weights
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lofit.arguments import TASKS
 from lofit.errors import InputError
 from lofit.llm.config import ModelConfig
 from lofit.recipes import count_heads, find_recipe
+from lofit.run.arguments import TASKS
 
 
 def config(layers, heads, model_type="llama"):

@@ -11,8 +11,8 @@ from conftest import make_run
 
 import eval as eval_script
 import train
-from lofit import report
 from lofit.errors import InputError
+from lofit.inspect import report
 
 WICKED = '<script>alert(1)</script> & "quotes"'
 

@@ -14,12 +14,13 @@ from conftest import MINI, random_model
 import eval as eval_script
 import select_heads
 import train
-from lofit import objectives, resume
-from lofit.artefacts import save_heads, save_offsets, save_results
+from lofit import objectives
 from lofit.errors import InputError
 from lofit.files import as_text
 from lofit.llm import generate, scoring
 from lofit.llm.checkpoint import save_model
+from lofit.run import resume
+from lofit.run.artefacts import save_heads, save_offsets, save_results
 from lofit.training import Schedule, fit
 
 FAST = ["--epochs", "3", "--lr", "0.05", "--batch-size", "2"]

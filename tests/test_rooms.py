@@ -33,7 +33,7 @@ def within(names: set[str], *rooms: str) -> set[str]:
 @pytest.mark.parametrize(
     ("room", "must_not_know"),
     [
-        ("lofit/llm/*.py", [*METHOD, "lofit.tasks", "lofit.export", "lofit.session"]),
+        ("lofit/llm/*.py", [*METHOD, "lofit.tasks", "lofit.export", "lofit.run.session"]),
         ("lofit/tasks/*.py", ["lofit.llm", "torch", *METHOD]),
         *[(f"{name.replace('.', '/')}.py", ["lofit.tasks", "lofit.export"]) for name in METHOD],
     ],
@@ -54,4 +54,4 @@ def test_the_language_model_alone_loads_nothing_of_the_method():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     loaded = set(done.stdout.split())
     assert "lofit.llm.model" in loaded
-    assert not within(loaded, *METHOD, "lofit.tasks", "lofit.export", "lofit.session")
+    assert not within(loaded, *METHOD, "lofit.tasks", "lofit.export", "lofit.run.session")

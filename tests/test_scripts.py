@@ -16,7 +16,7 @@ import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
-from lofit.session import Session
+from lofit.run.session import Session
 
 FAST = ["--epochs", "2", "--lr", "0.05"]
 

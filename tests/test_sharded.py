@@ -15,17 +15,17 @@ from test_parallel import alone, assert_same, calls, folder_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import select_heads
+from lofit.distributed.sharded import Shards, gathered, in_step
 from lofit.errors import InputError
 from lofit.heads import attach_offsets, attach_scales, attention_layers, head_sigma, init_scales
+from lofit.inspect.memory import weight_bytes
 from lofit.llm import scoring
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import assemble, load_model, save_model, text_name
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import generate
 from lofit.llm.scoring import target_losses
-from lofit.llm.sharded import Shards, gathered, in_step
 from lofit.objectives import FrozenLayers
-from lofit.plan import weight_bytes
 
 # 2 processes divide none of these but the heads
 CONFIG = ModelConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lofit.files import write_atomic
-from lofit.summary import head_map, head_picture, paired_bootstrap, results_table
+from lofit.run.summary import head_map, head_picture, paired_bootstrap, results_table
 
 SCORES = torch.tensor([[0.0, 1.0, 0.5], [0.2, 0.0, 0.9]])
 

@@ -7,8 +7,8 @@ import torch
 
 from lofit.errors import InputError
 from lofit.heads import rank_heads
+from lofit.run.summary import paired_bootstrap
 from lofit.studies import sweep
-from lofit.summary import paired_bootstrap
 
 
 def test_the_table_is_what_the_runs_wrote(tiny_folder, small_data, tmp_path, in_process, capsys):

@@ -24,8 +24,9 @@ import torch
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import read_json, save_tensors, write_json, write_text
+from lofit.files import write_json, write_text
 from lofit.llm.checkpoint import HF_METADATA, SINGLE
+from lofit.llm.files import read_json, save_tensors
 
 HERE = Path(__file__).parent
 GGUF = "model.gguf"

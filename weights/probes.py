@@ -16,10 +16,10 @@ import torch
 from data.tables import CHAINS, RELATIONS, noun, question
 from data.world import World
 from lofit import errors
-from lofit.artefacts import load_offsets
 from lofit.llm.checkpoint import load_model
 from lofit.llm.model import CausalLM
 from lofit.llm.tokenizer import Tokenizer, load_tokenizer
+from lofit.run.artefacts import load_offsets
 from lofit.tasks import clutrr, mquake
 from weights.corpus import Corpus
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from lofit.export.adapters import Adapter
 from lofit.export.folding import FoldedBase
-from lofit.summary import results_table
+from lofit.run.adapters import Adapter
+from lofit.run.summary import results_table
 
 LIBRARY = {
     "hf": "transformers", "gguf": "gguf", "peft": "peft", "steered": "lm-eval", "lofit": "lofit",
@@ -56,7 +56,7 @@ python eval.py --model BASE --offsets DIR
 ```
 """,
 }
-# Where a family's exports were seen to answer as they should: tests/measure_serving.py, --check,
+# Where a family's exports were seen to answer as they should: tests/measure/serving.py, --check,
 # docs/export.md. What is in neither table was not tried.
 _STOCK = "transformers 5.24.0"
 SEEN = {

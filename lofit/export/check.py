@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from lofit.artefacts import PREDICTIONS
 from lofit.errors import InputError
-from lofit.export.adapters import Adapter, open_tuned
 from lofit.export.folding import FoldedBase
 from lofit.files import read_jsonl
 from lofit.heads import edits_off
 from lofit.llm.chat import load_chat_template
 from lofit.llm.generate import generate_all
 from lofit.llm.tokenizer import load_tokenizer
+from lofit.run.adapters import Adapter, open_tuned
+from lofit.run.artefacts import PREDICTIONS
 
 N, NEW_TOKENS = 20, 16
 ENOUGH = 0.9  # of the answers: rounding may turn one

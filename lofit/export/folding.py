@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 
 from lofit.errors import InputError
-from lofit.export.adapters import RELEASED, Adapter, base_name
-from lofit.files import read_json
 from lofit.heads import attach_offsets
 from lofit.llm.checkpoint import (
     ROPE_TABLE,
@@ -27,7 +25,9 @@ from lofit.llm.checkpoint import (
     weight_files,
 )
 from lofit.llm.config import ModelConfig
+from lofit.llm.files import read_json
 from lofit.llm.model import CausalLM
+from lofit.run.adapters import RELEASED, Adapter, base_name
 
 O_PROJ = re.compile(r"model\.layers\.(\d+)\.self_attn\.o_proj\.(weight|bias)$")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq")

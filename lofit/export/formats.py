@@ -20,15 +20,16 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
 
-from lofit.artefacts import OFFSETS, save_offsets
 from lofit.errors import InputError
 from lofit.export import gguf
-from lofit.export.adapters import Adapter, open_adapter
 from lofit.export.card import model_card
 from lofit.export.check import check, find_prompts
 from lofit.export.folding import FoldedBase, fold
-from lofit.files import save_tensors, write_json, write_text
+from lofit.files import write_json, write_text
 from lofit.llm.checkpoint import DTYPES, HF_METADATA, INDEX, LICENCES, stored_tensors, weight_files
+from lofit.llm.files import save_tensors
+from lofit.run.adapters import Adapter, open_adapter
+from lofit.run.artefacts import OFFSETS, save_offsets
 
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",

@@ -14,11 +14,11 @@ import torch
 
 from lofit.errors import InputError
 from lofit.export.folding import FoldedBase
-from lofit.files import read_json
+from lofit.llm.files import read_json
 
 MODEL = "model.gguf"
 # Those where llama.cpp has a bias behind o_proj. It does not load a Gemma 1, 2 or 3 with one (wrong
-# number of tensors: tests/measure_serving.py --families).
+# number of tensors: tests/measure/serving.py --families).
 FAMILIES = ("llama",)
 OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 

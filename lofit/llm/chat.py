@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lofit.errors import InputError
-from lofit.files import read_json, read_text
 from lofit.llm import render
 from lofit.llm.checkpoint import find_folder
+from lofit.llm.files import read_json, read_text
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 

@@ -16,11 +16,12 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
+from lofit.distributed.sharded import Shards
 from lofit.errors import InputError
-from lofit.files import open_tensors, read_json, save_tensors, write_atomic, write_json
+from lofit.files import write_atomic, write_json
 from lofit.llm.config import ModelConfig
+from lofit.llm.files import open_tensors, read_json, save_tensors
 from lofit.llm.model import CausalLM
-from lofit.llm.sharded import Shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lofit.errors import InputError
-from lofit.files import read_json
+from lofit.llm.files import read_json
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names of layer types
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")

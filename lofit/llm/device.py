@@ -29,7 +29,7 @@ def pick_dtype(name: str, device: str, n_bytes: int) -> torch.dtype:
     That is where matrix units compute it (a GPU, a CPU with AMX), and on AMD's CPUs with
     AVX512-bf16 for models that are not tiny: 1.4 to 1.8 times as fast at 0.1 to 0.3 B parameters,
     but 0.7 to 0.9 times at the miniatures' 6 M. An Intel CPU with AVX512-bf16 and no AMX was 0.6
-    and 0.4 times as fast (tests/measure_dtype.py).
+    and 0.4 times as fast (tests/measure/dtype.py).
     """
     if name != "auto":
         return DTYPES[name]

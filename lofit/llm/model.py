@@ -83,7 +83,7 @@ def plain_attention(
 ) -> torch.Tensor:
     """The formula that the fused kernels compute, all heads alike; arguments as in `attend`.
 
-    Soft caps take this one; tests/measure_attention.py compares the two.
+    Soft caps take this one; tests/measure/attention.py compares the two.
     """
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()

@@ -6,9 +6,9 @@ import sentencepiece
 import tokenizers
 
 from lofit.errors import InputError
-from lofit.files import read_json
 from lofit.llm.checkpoint import find_folder
 from lofit.llm.config import ModelConfig
+from lofit.llm.files import read_json
 
 
 class Tokenizer:

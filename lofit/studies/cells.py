@@ -23,11 +23,12 @@ from pathlib import Path
 
 import torch
 
-from lofit.arguments import find_task
-from lofit.artefacts import ADAPTER_CONFIG, PREDICTIONS
 from lofit.errors import InputError
-from lofit.files import read_json, write_json
+from lofit.files import write_json
 from lofit.llm.device import pick_device
+from lofit.llm.files import read_json
+from lofit.run.arguments import find_task
+from lofit.run.artefacts import ADAPTER_CONFIG, PREDICTIONS
 from lofit.studies.tables import keep_items
 
 RECORD, OUTPUT, LOCK = "cell.json", "output.txt", ".cell.lock"

@@ -11,14 +11,14 @@ import itertools
 from pathlib import Path
 
 from lofit import errors
-from lofit.arguments import find_task
-from lofit.files import read_json
+from lofit.llm.files import read_json
+from lofit.run.arguments import find_task
+from lofit.run.summary import mean, paired_bootstrap
 from lofit.studies.cells import Cell, Setting, Step, finish, run_cells
 from lofit.studies.methods import known_methods, methods_arg, run_of
 from lofit.studies.plan import Plan, Trials, study_parser
 from lofit.studies.tables import lines_of, markdown, picture, points, summary, write_table
 from lofit.studies.transfer import with_offsets_of
-from lofit.summary import mean, paired_bootstrap
 
 ABOUT = (
     "{split} split, seeds {seeds}: what was tuned on one task changes on another, in points [95 %"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lofit import errors
-from lofit.arguments import find_task
+from lofit.run.arguments import find_task
 from lofit.studies.cells import Setting, finish, run_cells
 from lofit.studies.plan import Plan, Trials, study_parser
 from lofit.studies.tables import (

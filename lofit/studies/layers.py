@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from lofit import errors
-from lofit.arguments import find_task
-from lofit.files import read_json
 from lofit.heads import rank_heads
+from lofit.llm.files import read_json
 from lofit.recipes import count_heads
+from lofit.run.arguments import find_task
+from lofit.run.summary import mean
 from lofit.studies.cells import finish, run_cells
 from lofit.studies.plan import Plan, config_of, study_parser
 from lofit.studies.tables import markdown, picture, write_table
-from lofit.summary import mean
 
 ABOUT = (
     "{k} of heads by {way}, seeds {seeds}: layers as mean and range; how many of the heads two"

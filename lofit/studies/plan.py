@@ -7,14 +7,14 @@ import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lofit.arguments import find_task
-from lofit.artefacts import ADAPTER_CONFIG
-from lofit.files import read_json
 from lofit.llm.checkpoint import find_folder
 from lofit.llm.config import ModelConfig
+from lofit.llm.files import read_json
 from lofit.recipes import count_heads, find_recipe
+from lofit.run.arguments import find_task
+from lofit.run.artefacts import ADAPTER_CONFIG
+from lofit.run.summary import mean
 from lofit.studies.cells import Cell, Setting, Step, add_study_args
-from lofit.summary import mean
 
 OUT = "runs/studies"  # one folder for all: what one study selected, trained or asked serves others
 SEED = 42

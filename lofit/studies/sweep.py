@@ -12,8 +12,8 @@ import itertools
 from pathlib import Path
 
 from lofit import errors
-from lofit.arguments import find_task
-from lofit.files import read_json
+from lofit.llm.files import read_json
+from lofit.run.arguments import find_task
 from lofit.studies.cells import Setting, finish, run_cells
 from lofit.studies.plan import Plan, Trials, study_parser
 from lofit.studies.tables import cell, compare, markdown, points, summary, write_table

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from lofit.files import read_json, read_jsonl, write_atomic, write_json, write_text
-from lofit.summary import mean, paired_bootstrap
+from lofit.files import read_jsonl, write_atomic, write_json, write_text
+from lofit.llm.files import read_json
+from lofit.run.summary import mean, paired_bootstrap
 
 SCORES = "scores.json"
 

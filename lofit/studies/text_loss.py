@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from lofit import errors
-from lofit.arguments import common_parser
-from lofit.artefacts import load_offsets
-from lofit.export.adapters import find_offsets
-from lofit.files import read_text, write_json
+from lofit.files import write_json
 from lofit.heads import edits_off
+from lofit.llm.files import read_text
 from lofit.llm.model import CausalLM
-from lofit.session import Session
+from lofit.run.adapters import find_offsets
+from lofit.run.arguments import common_parser
+from lofit.run.artefacts import load_offsets
+from lofit.run.session import Session
 
 N_TEXTS = 200
 

@@ -11,7 +11,7 @@ import itertools
 from pathlib import Path
 
 from lofit import errors
-from lofit.arguments import find_task
+from lofit.run.arguments import find_task
 from lofit.studies.cells import Cell, Setting, finish, run_cells
 from lofit.studies.plan import Plan, Trials, study_parser
 from lofit.studies.tables import (

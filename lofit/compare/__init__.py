@@ -1,0 +1,1 @@
+"""What LoFiT is compared with: other ways to choose heads, other methods of fine-tuning."""

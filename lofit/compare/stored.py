@@ -1,0 +1,26 @@
+"""A baseline's tensors in the run's file of offsets: which kind they are, and attaching them."""
+
+import hashlib
+
+import torch
+
+from lofit.compare import bias, lora, red, repe
+from lofit.compare.edits import Edit, attach
+from lofit.llm.model import CausalLM
+
+KINDS: dict[str, type[Edit]] = {
+    "lora": lora.LoRA, "red": red.RED, "bias": bias.Bias, "repe": repe.RepE,
+}  # fmt: skip
+
+
+def attach_stored(model: CausalLM, tensors: dict[str, torch.Tensor], info: dict) -> None:
+    """Attach what `run.train_fold` wrote. InputError if it does not fit the model."""
+    attach(model, KINDS[info["method"]], tensors)
+
+
+def hash_of(tensors: dict[str, torch.Tensor]) -> str:
+    """16 hex digits over names and values, as `artefacts.offsets_hash`."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

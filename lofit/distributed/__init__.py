@@ -1,0 +1,1 @@
+"""Several processes under torchrun: one loss computed by all, weights split over them."""

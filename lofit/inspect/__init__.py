@@ -1,0 +1,1 @@
+"""Looking at a run (ask, explain, report), and at the memory that one will need."""

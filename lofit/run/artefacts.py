@@ -1,0 +1,166 @@
+"""What the steps hand to one another: heads.json and offsets.safetensors, read strictly."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from lofit.compare.stored import KINDS, attach_stored
+from lofit.errors import InputError
+from lofit.files import Write, as_json, as_tensors, as_text, read_jsonl, read_tensors, write_atomic
+from lofit.heads import Head, attach_offsets, check_heads
+from lofit.llm.files import read_json
+from lofit.llm.model import CausalLM
+
+OFFSETS, ADAPTER_CONFIG = "offsets.safetensors", "lofit_config.json"  # an adapter's two files
+HEADS, PICTURE = "heads.json", "heads.png"
+RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+
+
+def save_heads(
+    path: Path, heads: list[Head], scores: torch.Tensor, info: dict, picture: Write | None = None
+) -> None:
+    """Write heads.json: `info` (model, task, seed, settings), heads, scores [layer][head]; and the
+    picture beside it."""
+    told = as_json(info | {"heads": heads, "scores": scores.tolist()})
+    write_atomic(path, told, {path.with_name(PICTURE): picture})
+
+
+def find_heads(path: Path, fold: int | None) -> Path:
+    """heads.json of a run folder, of a fold where it has folders of folds; a file as it is."""
+    if not path.is_dir():
+        return path
+    of_fold = path / f"fold{fold}"
+    return (of_fold if fold is not None and of_fold.is_dir() else path) / HEADS
+
+
+def other_task(name: str, folder: Path, fold: int | None) -> Path:
+    """heads.json of another task's run: a folder, or the task's name if it lies beside the run
+    `folder`. Of a run in folds the same one, or the first. InputError if there is none."""
+    top = folder if fold is None else folder.parent
+    other = Path(name) if Path(name).is_dir() else top.parent / name
+    path = find_heads(other, fold or 0)
+    if not path.exists():
+        raise InputError(
+            f"--by task:{name}: {path}: no such file; run select_heads.py --task"
+            f" {Path(name).name} first, or name a run folder"
+        )
+    return path
+
+
+def load_heads(path: Path, model: CausalLM) -> tuple[list[Head], torch.Tensor]:
+    """Read heads.json -> (heads descending, scores [layer, head]). InputError on a mismatch."""
+    found = read_json(path)
+    check_base(model, found, path)
+    try:
+        heads = [(layer, head) for layer, head in found["heads"]]
+        if not all(type(number) is int for head in heads for number in head):
+            raise TypeError("heads are pairs of whole numbers")
+        scores = torch.tensor(found["scores"], dtype=torch.float32)
+        config = model.config
+        if scores.shape != (config.num_hidden_layers, config.num_attention_heads):
+            raise ValueError(f"scores {list(scores.shape)}: expected one for each head")
+        if not scores.isfinite().all():
+            raise ValueError("a score is not finite")
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(f"{path}: 'heads' or 'scores' is missing or malformed ({error})") from None
+    check_heads(model, heads, str(path))
+    return heads, scores
+
+
+def save_offsets(path: Path, heads: list[Head], offsets: torch.Tensor, info: dict) -> None:
+    """Write offsets.safetensors: heads [K, 2] int64, offsets [K, head_dim] fp32, and `info`; the
+    latter also as lofit_config.json beside it, for whoever reads no safetensors headers."""
+    tensors = {"heads": torch.tensor(heads), "offsets": offsets.contiguous()}
+    told = as_json({"method": "LoFiT"} | info | {"heads": heads})
+    write_atomic(path, as_tensors(tensors, info), {path.with_name(ADAPTER_CONFIG): told})
+
+
+def save_results(folder: Path, results: dict, lines: list[dict]) -> None:
+    """Write results.json, and predictions.jsonl beside it: a line for each item. Of a fold: what
+    stands above it is no longer of both folds, and goes."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    beside = {folder / PREDICTIONS: as_text(text)}
+    if results["fold"] is not None:
+        beside[folder.parent / RESULTS] = None
+    write_atomic(folder / RESULTS, as_json(results), beside)
+
+
+def offsets_hash(heads: list[Head], offsets: torch.Tensor) -> str:
+    """16 hex digits over heads and offsets: results say by it which offsets they are of."""
+    numbers = torch.tensor(heads).numpy().tobytes() + offsets.float().cpu().numpy().tobytes()
+    return hashlib.sha256(numbers).hexdigest()[:16]
+
+
+def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
+    """Inverse of `save_offsets`, from the safetensors file alone. InputError if malformed."""
+    tensors, info = read_tensors(path)
+    if info.get("method") in KINDS:
+        raise InputError(
+            f"{path}: made by train.py --method {info['method']}; expected LoFiT's offsets"
+        )
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    heads, offsets = tensors.get("heads"), tensors.get("offsets")
+    if len(tensors) != 2 or heads is None or offsets is None or offsets.dim() != 2:
+        raise InputError(f"{path}: expected heads [K, 2] and offsets [K, head_dim], found {shapes}")
+    if heads.shape != (len(offsets), 2):
+        raise InputError(f"{path}: expected one (layer, head) for each offset, found {shapes}")
+    if heads.dtype != torch.int64 or offsets.dtype != torch.float32:
+        raise InputError(
+            f"{path}: expected heads in int64 and offsets in float32, found {heads.dtype} and"
+            f" {offsets.dtype}"
+        )
+    if not offsets.isfinite().all():
+        raise InputError(f"{path}: an offset is not finite; train again with a smaller --lr")
+    return [(layer, head) for layer, head in heads.tolist()], offsets, info
+
+
+def load_offsets(path: Path, model: CausalLM) -> tuple[list[Head], dict]:
+    """Attach the offsets of a file to the model; returns its heads and `info`. InputError on a
+    mismatch, with the model untouched. A baseline's file is attached too; it has no heads."""
+    tensors, info = read_tensors(Path(path))
+    if info.get("method") in KINDS:
+        check_base(model, info, path)
+        attach_stored(model, tensors, info)
+        return [], info
+    heads, offsets, info = read_offsets(Path(path))
+    check_base(model, info, path)
+    attach_offsets(model, heads, offsets)
+    return heads, info
+
+
+def check_base(model: CausalLM, info: dict, path: Path) -> None:
+    """Raise InputError unless `info` was made with the weights of this model."""
+    if info.get("fingerprint") != model.source.fingerprint:
+        raise InputError(
+            f"{path}: made with {info.get('model')} (fingerprint {info.get('fingerprint')}), but"
+            f" this is {model.source.name} ({model.source.fingerprint}); name that model with"
+            " --model, or run the step before again"
+        )
+
+
+def read_base(folder: Path, mine: dict, prompts: list[str]) -> list[dict]:
+    """The base model's scores of each item out of another run's results: a study asks it once.
+
+    mine: `Session.info` and the split of the run that wants them. InputError unless the same
+    weights were asked the same questions in the same way.
+    """
+    path = folder / RESULTS
+    found = read_json(path)
+    for key in ("fingerprint", "task", "fold", "chat", "plain", "split"):
+        if found.get(key) != mine[key]:
+            raise InputError(
+                f"{path}: {key} {found.get(key)}, asked for {mine[key]}; leave --base-from out"
+            )
+    lines = [line for _, line in read_jsonl(folder / PREDICTIONS)]
+    asked, dtype = [line.get("prompt") for line in lines], found.get("settings", {}).get("dtype")
+    if (
+        asked != prompts
+        or dtype != mine["settings"]["dtype"]
+        or not all("base" in line for line in lines)
+    ):
+        raise InputError(
+            f"{folder}: other questions, or another --dtype ({dtype}); leave --base-from out"
+        )
+    return [line["base"] for line in lines]
