@@ -16,7 +16,6 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
-from lofit.distributed.sharded import Shards
 from lofit.errors import InputError
 from lofit.files import write_atomic, write_json
 from lofit.llm.config import ModelConfig
@@ -92,10 +91,11 @@ def assemble(
     name_of: Callable[[str], str | None],
     dtype: torch.dtype,
     device: str,
-    shards: Shards | None = None,
+    shards=None,
 ) -> CausalLM:
     """The model that `config` describes, with a folder's weights. name_of: a stored tensor's name
-    in the model, None to leave it out; shards: to read and keep this process's part alone.
+    in the model, None to leave it out; shards: a distributed.sharded.Shards, to read and keep this
+    process's part alone.
     InputError unless each tensor has its place."""
     files, rows = weight_files(folder), shards.rows if shards else None
     weights: dict[str, torch.Tensor] = {}
