@@ -10,8 +10,8 @@ it, in running a text through it and in a training step, with the pages of the m
 the system takes back, and without; seconds of a pass, and of gathering lm_head alone; step:
 `lofit.inspect.memory` beside the measured peak of a step of selection, as the C library keeps what
 was freed, and with that given back at once (as in `weights`); training: wall and CPU seconds of
-offset training in one process, in two, and of two runs in one process each at the same time, which the
-machine's memory slows too; and the bytes sent; same: heads and offsets of both steps in two and
+offset training in one process, in two, and of two runs in one process each at the same time, which
+the machine's memory slows too; and the bytes sent; same: heads and offsets of both steps in two and
 three processes beside those in one, of all tasks.
 """
 
