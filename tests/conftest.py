@@ -27,7 +27,7 @@ from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
 from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
 from lofit.run.artefacts import load_offsets, save_offsets  # noqa: E402
-from lofit.studies import cells  # noqa: E402
+from lofit.studies import runner  # noqa: E402
 
 
 def pytest_configure(config) -> None:
@@ -177,18 +177,20 @@ def small_data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def in_process(monkeypatch):
-    """A study's scripts called in this process, which spares many starts of torch; returns the
-    calls."""
+def in_process(monkeypatch, tmp_path):
+    """A study's scripts called in this process, which spares many starts of torch; their folders
+    lie in tmp_path / "work". Returns the calls: [script, *args]."""
     calls = []
 
-    def call(self, step):
-        calls.append((step.script, *step.args))
+    def call(self, made):
+        calls.append([made.script, *made.args()])
         with contextlib.redirect_stdout(io.StringIO()):
-            name = step.script.removeprefix("-m ").removesuffix(".py")
-            importlib.import_module(name).main(list(step.args))
+            name = made.script.removesuffix(".py")
+            name = "lofit.studies.text_loss" if name == runner.TEXT_LOSS else name
+            importlib.import_module(name).main(made.args())
 
-    monkeypatch.setattr(cells._Runner, "call", call)
+    monkeypatch.setattr(runner._Runner, "call", call)
+    monkeypatch.setattr(runner, "WORK", tmp_path / "work")
     return calls
 
 

@@ -1,156 +1,241 @@
-"""Each study on a tiny model: its runs are the scripts' own, its table theirs, nothing twice."""
+"""Each study: on a tiny model its calls are the scripts' own and nothing is made twice; from the
+recorded runs of docs/results its table prints without a checkpoint."""
 
 import json
 
 import pytest
 import torch
+from conftest import REPO
 
 from lofit.errors import InputError
-from lofit.studies import data, forgets, heads, layers, methods, transfer
-from lofit.studies.layers import agreement
-from lofit.studies.plan import validation
-from lofit.studies.tables import lines_of, picture
+from lofit.studies.__main__ import main, parse_args
+from lofit.studies.grid import agreement
+from lofit.studies.records import Records
+from lofit.studies.runner import WORK
 
 
 @pytest.fixture
 def study(tiny_folder, small_data, tmp_path, in_process, capsys):
-    """(study, flags) -> rows of its JSON, its table's lines, calls of the scripts."""
+    """(study's name, flags) -> rows of its table as {column: text}, calls of the scripts."""
 
-    def run(module, *flags, tasks=("mquake",), seeds=("1",)):
-        out = tmp_path / "out"
-        common = ["--model", str(tiny_folder), "--data", str(small_data), "--out", str(out)]
-        common += ["--task", *tasks, "--seeds", *seeds, "--train-flags", "--epochs 1"]
+    def run(name, *flags, tasks=("mquake",), seeds=("1",)):
+        common = ["--model", str(tiny_folder), "--data", str(small_data), "--task", *tasks]
+        common += ["--seeds", *seeds, "--records", str(run.records), "--device", "cpu"]
         before = len(in_process)
-        module.main([*common, "--select-flags", "--epochs 1", *flags])
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-        name = module.__name__.rpartition(".")[2]
-        rows = json.loads((out / f"{name}.json").read_text())["rows"]
-        assert len(rows) == len(lines)
-        text = (out / f"{name}.md").read_text()
-        assert "\n".join(lines) in text and f"python -m lofit.studies.{name} --model" in text
-        return rows, lines, in_process[before:]
+        main([name, *common, "--train-flags=--epochs 1", "--select-flags=--epochs 1", *flags])
+        return table_of(capsys.readouterr().out), in_process[before:]
 
-    run.out = tmp_path / "out"
+    run.records = tmp_path / "records"
     return run
 
 
-def test_heads_takes_the_best_lr_on_validation_and_compares_with_random_draws(study):
-    flags = ("--heads", "2", "--by", "scales", "gradient", "random", "--draws", "2")
-    rows, lines, calls = study(heads, *flags, "--lr-factors", "1", "30")
-    assert [row["by"] for row in rows] == ["scales", "gradient", "random"]
-    assert [len(row["score"]["scores"]) for row in rows] == [1, 1, 2]
-    assert rows[2]["less_random"] is None and rows[0]["less_random"] is not None
-    scripts = [script for script, *_ in calls]
-    # two selections; each way's first run is one of two tried, the second draw takes its choice
-    assert (scripts.count("select_heads.py"), scripts.count("train.py")) == (2, 7)
-    assert scripts.count("eval.py") == 5  # with the base model's
-    (top,) = study.out.glob("*/mquake/seed1/scales-2")
-    tried = {run.name: validation(run, "em_stripped") for run in top.iterdir()}
-    (evaluated,) = [run.name for run in top.iterdir() if (run / "results.json").exists()]
-    assert len(tried) == 2 and tried[evaluated] == max(tried.values())
-    assert rows[0]["lrs"] == [evaluated] and "recipe" in tried
-    drawn = [[run.name for run in study.out.glob(f"*/mquake/seed{n}/random-2/*")] for n in (1, 2)]
-    assert len(drawn[0]) == 2 and rows[2]["lrs"] == 2 * drawn[1]
-    again, same, none = study(heads, *flags, "--lr-factors", "1", "30")
-    assert (again, same, none) == (rows, lines, [])
-    for path in study.out.rglob("predictions.jsonl"):  # cells as they are published
-        path.unlink()
-    again, _, calls = study(heads, *flags, "--lr-factors", "1", "30", "--jobs", "0")
+def table_of(printed: str) -> list[dict]:
+    lines = [x[2:-2].split(" | ") for x in printed.splitlines() if x.startswith("|")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def recorded(printed_by, capsys) -> list[dict]:
+    main([*printed_by.split(), "--jobs", "0", "--records", str(REPO / "docs" / "results")])
+    return table_of(capsys.readouterr().out)
+
+
+def scripts(calls) -> list[str]:
+    return [script for script, *_ in calls]
+
+
+@pytest.mark.slow
+def test_sweep_prints_what_the_scripts_measured(study, tmp_path):
+    flags = ("--heads", "5", "2", "all")
+    rows, calls = study("sweep", *flags, seeds=("1", "2"))
+    assert [(row["heads"], row["values"]) for row in rows] == [
+        ("5", "40"), ("2", "16"), ("12", "96"),
+    ]  # fmt: skip
+    files = [json.loads(path.read_text()) for path in tmp_path.glob("work/**/results.json")]
+    for row in rows:
+        mine = [f for f in files if "tuned" in f and len(f["heads"]) == int(row["heads"])]
+        drawn = [f for f in mine if f["settings"]["heads"] == "random"]
+        for column, part in (
+            ("LoFiT", [f for f in mine if f not in drawn]),
+            ("random heads", drawn),
+        ):
+            each = [100 * f["tuned"]["em_stripped"] for f in sorted(part, key=lambda f: f["seed"])]
+            if part:
+                text = " ".join(f"{x:.1f}" for x in each)
+                assert row[column].endswith(f": {text}") and len(each) == 2
+                assert row[column].startswith(f"{sum(each) / 2:.1f}%")
+        assert row["base"] == f"{mine[0]['base']['em_stripped']:.1%}"
+    # one selection a seed serves both numbers of heads; the base model is asked once
+    assert scripts(calls).count("select_heads.py") == 2 and scripts(calls).count("train.py") == 10
+    asked = [call for call in calls if "--base-only" in call]
+    assert len(asked) == 1 and scripts(calls).count("eval.py") == 11
+    assert study("sweep", *flags, seeds=("1", "2")) == (rows, [])
+
+
+@pytest.mark.slow
+def test_a_task_in_folds_has_one_line_a_run(study):
+    rows, calls = study("sweep", "--heads", "2", tasks=("truthfulqa",))
+    (row,) = rows
+    assert row["heads"] == "2" and row["task"] == "truthfulqa (mc1)"
+    (path,) = study.records.glob("*.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    assert sorted(line["kind"] for line in lines) == ["base", "select", "train", "train"]
+    tuned = next(line for line in lines if line.get("by") == "scales" and line["kind"] == "train")
+    assert [len(heads) for heads in tuned["heads"]] == [2, 2] and tuned["n"] == [8, 8]
+    assert len(tuned["val"]) == 2 and set(tuned["hits"]["mc1"]) <= {"0", "1"}
+    assert tuned["settings"]["epochs"] == 1 and len(tuned["hits"]["mc2"]) == 16
+
+
+@pytest.mark.slow
+def test_heads_takes_the_best_lr_on_validation_for_all_draws(study):
+    flags = (
+        "--heads",
+        "2",
+        "--by",
+        "gradient",
+        "random",
+        "--draws",
+        "2",
+        "--lr-factors",
+        "1",
+        "30",
+    )
+    rows, calls = study("heads", *flags)
+    assert [row["chosen by"] for row in rows] == ["gradient", "random"]
+    assert rows[1]["less random"] == "–" != rows[0]["less random"]
+    # each way tries two rates with its first seed; the second draw takes the first one's choice
+    assert scripts(calls).count("train.py") == 2 + 3 and scripts(calls).count("eval.py") == 4
+    (path,) = study.records.glob("*.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    for way in ("gradient", "random"):
+        tried = [x for x in lines if x.get("by") == way and "val" in x and x["seed"] == 1]
+        best = max(tried, key=lambda line: line["val"]["em_stripped"])
+        (tested,) = [line for line in tried if "tuned" in line]
+        assert len(tried) == 2 and tested["val"] == best["val"]
+    again, calls = study("heads", *flags, "--jobs", "0")
     assert (again, calls) == (rows, [])
-    again, _, calls = study(heads, *flags, "--lr-factors", "1", "30")
-    assert again == rows and [(call[0], "--base-only" in call) for call in calls] == [
-        ("eval.py", True)
+
+
+@pytest.mark.slow
+def test_methods_and_data_set_baselines_beside_lofit(study):
+    flags = ("--heads", "2", "all", "--methods", "bias", "iti", "--lr-factors", "1")
+    rows, calls = study("methods", *flags)
+    assert [row["method"] for row in rows] == ["lofit 2", "lofit all", "bias", "iti"]
+    assert [row["values"] for row in rows] == ["16", "96", "96", "8"]
+    assert [row["less LoFiT"] == "–" for row in rows] == [True, False, False, False]
+    assert rows[2]["chosen"].startswith("lr") and rows[3]["chosen"].startswith("alpha")
+    flags = ("--examples", "5", "all", "--methods", "lofit 2", "bias", "--lr-factors", "1")
+    rows, calls = study("data", *flags)
+    assert [(row["examples"], row["method"]) for row in rows] == [
+        ("5", "lofit 2"), ("5", "bias"), ("all", "lofit 2"), ("all", "bias"),
+    ]  # fmt: skip
+    made = [c for c in calls if c[0] != "eval.py"]  # with all examples `methods` made them
+    assert scripts(made).count("select_heads.py") == 1 and scripts(made).count("train.py") == 4
+    assert all(call[call.index("--n-train") + 1] == "5" for call in made)
+
+
+def test_a_method_that_there_is_not(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["data", "--methods", "nonsense"])
+    assert 'nonsense: expected "lofit K", lora' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_transfer_and_forgets_use_the_same_runs(study):
+    flags = ("--heads", "2", "--lr-factors", "1", "--tested", "mquake")
+    rows, calls = study("transfer", *flags, tasks=("mquake", "truthfulqa"))
+    assert [(row["tested on"].split()[0], row["what"], row["from"]) for row in rows] == [
+        ("mquake", "heads", "mquake"), ("mquake", "heads", "truthfulqa"),
+        ("mquake", "offsets", "truthfulqa"), ("truthfulqa", "heads", "truthfulqa"),
+    ]  # fmt: skip
+    (asked,) = [call for call in calls if "--offsets" in call]
+    assert asked[asked.index("--offsets") + 1].endswith("/fold0")
+    taken = [c for c in calls if c[0] == "train.py" and c[c.index("--heads") + 1].endswith("fold0")]
+    assert len(taken) == 1 and taken[0][taken[0].index("--task") + 1] == "mquake"
+    flags = ("--methods", "lofit 2", "--lr-factors", "1", "--tuned", "mquake")
+    rows, calls = study("forgets", *flags, tasks=("mquake", "truthfulqa"))
+    assert scripts(calls) == ["eval.py", "text_loss"]
+    assert [row["asked"] for row in rows] == ["truthfulqa (mc1)"] and " → " in rows[0][
+        "loss of text"
     ]
 
 
-def test_methods_sets_baselines_beside_lofit(study):
-    flags = ("--heads", "2", "all", "--methods", "bias", "iti", "--lr-factors", "1")
-    rows, _, calls = study(methods, *flags)
-    assert [row["method"] for row in rows] == ["lofit 2", "lofit all", "bias", "iti"]
-    assert [row["values"] for row in rows] == [16, 96, 96, 8]
-    assert rows[0]["less_lofit"] is None and all(row["less_lofit"] for row in rows[1:])
-    assert all(row["seconds"][0] >= 0 for row in rows)
-    tried = [call for call in calls if call[0] == "train.py"]
-    assert len(tried) == 2 + 2 * 3
-    assert study(methods, *flags)[2] == []
-
-
-def test_data_trains_on_fewer_examples(study):
-    flags = ("--examples", "5", "all", "--methods", "lofit 2", "red", "--lr-factors", "1")
-    rows, _, calls = study(data, *flags)
-    assert [(row["examples"], row["method"]) for row in rows] == [
-        ("5", "lofit 2"), ("5", "red"), ("all", "lofit 2"), ("all", "red"),
-    ]  # fmt: skip
-    few = [call for call in calls if "--n-train" in call]
-    assert [call[0] for call in few].count("select_heads.py") == 1
-    assert all(call[call.index("--n-train") + 1] == "5" for call in few)
-    with pytest.raises(InputError, match="--methods nonsense: expected"):
-        data.parse_args(["--methods", "nonsense"])
-
-
-def test_transfer_takes_heads_and_offsets_of_the_other_task(study):
-    rows, _, calls = study(
-        transfer, "--heads", "2", "--lr-factors", "1", tasks=("mquake", "clutrr")
-    )
-    found = {(row["task"], row["what"], row["from"]) for row in rows}
-    both = [("mquake", "clutrr"), ("clutrr", "mquake")]
-    assert found == {(t, "heads", t) for t, _ in both} | {
-        (t, what, s) for t, s in both for what in ("heads", "offsets")
-    }
-    taken = [call for call in calls if any(str(flag).startswith("task:") for flag in call)]
-    assert len(taken) == 2
-    asked = [call for call in calls if "--offsets" in call]
-    assert len(asked) == 2 and all(call[0] == "eval.py" for call in asked)
-
-
-def test_transfer_to_one_task_alone(study):
-    flags = ("--heads", "2", "--lr-factors", "1", "--tested", "mquake")
-    rows, _, calls = study(transfer, *flags, tasks=("mquake", "clutrr"))
-    assert [(row["task"], row["what"], row["from"]) for row in rows] == [
-        ("mquake", "heads", "mquake"), ("mquake", "heads", "clutrr"),
-        ("mquake", "offsets", "clutrr"), ("clutrr", "heads", "clutrr"),
-    ]  # fmt: skip
-    trained = [call for call in calls if call[0] == "train.py"]
-    assert ["mquake", "mquake", "clutrr"] == [c[c.index("--task") + 1] for c in trained]
-
-
-def test_forgets_asks_the_other_task_and_plain_text(study):
-    flags = ("--methods", "lofit 2", "bias", "--lr-factors", "30")
-    rows, _, _ = study(forgets, *flags, tasks=("mquake", "clutrr"))
-    assert [(row["tuned_on"], row["method"], row["task"]) for row in rows] == [
-        ("mquake", "lofit 2", "clutrr"), ("mquake", "bias", "clutrr"),
-        ("clutrr", "lofit 2", "mquake"), ("clutrr", "bias", "mquake"),
-    ]  # fmt: skip
-    for row in rows:
-        assert row["text"]["tuned"] != row["text"]["base"] > 0
-    again, _, calls = study(forgets, *flags, "--tuned", "clutrr", tasks=("mquake", "clutrr"))
-    assert again == rows[2:] and not calls
-
-
 def test_layers_counts_where_heads_sit(study):
-    rows, _, calls = study(layers, "--heads", "2", tasks=("mquake", "clutrr"), seeds=("1", "2"))
-    assert len(rows) == 4 and {call[0] for call in calls} == {"select_heads.py"}
-    for row in rows:
-        assert sum(row["layers"].values()) == 4 and row["pairs"] == (
-            1 if row["task"] == row["beside"] else 4
-        )
-
-
-def test_agreement_of_two_choices():
+    rows, calls = study("layers", "--heads", "2", seeds=("1", "2"))
+    assert len(rows) == 1 and scripts(calls) == 2 * ["select_heads.py"]
+    assert float(rows[0]["shared"]) in (0, 0.5, 1) and "to" in rows[0]["layers"]
     scores = torch.arange(12.0).view(3, 4)
     assert agreement(scores, scores, 3) == (1.0, pytest.approx(1.0))
     assert agreement(scores, -scores, 3) == (0.0, pytest.approx(-1.0))
 
 
-def test_picture_has_a_line_for_each_label(tmp_path):
-    pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
-    score = {"base": 0.1, "mean": 0.4, "ci95": (0.2, 0.4)}
-    rows = [{"model": "m", "task": "t", "k": k, "by": "scales", "score": score} for k in (1, 2)]
-    lines = lines_of(rows, x="k", line="by")
-    interval = (pytest.approx(0.3), pytest.approx(0.5))
-    assert lines == {"m, t": {"scales": [("1", 0.4, *interval), ("2", 0.4, *interval)]}}
-    assert picture(tmp_path / "a.png", lines, "heads", "score")
-    assert picture(tmp_path / "points.png", lines, "method", "score", joined=False)
-    line, points = ((tmp_path / f"{name}.png").read_bytes() for name in ("a", "points"))
-    assert line.startswith(b"\x89PNG") and points.startswith(b"\x89PNG") and line != points
-    assert not picture(tmp_path / "b.png", {}, "heads", "score")
+@pytest.mark.slow
+def test_files_that_a_clone_lacks_are_made_again_and_the_records_stay(study, tmp_path):
+    study("sweep", "--heads", "2")
+    before = {path.name: path.read_bytes() for path in study.records.iterdir()}
+    (tmp_path / "work").rename(tmp_path / "elsewhere")
+    assert study("sweep", "--heads", "2")[1] == []
+    _, calls = study("sweep", "--heads", "3")
+    # three heads need the selection and the base model's answers, not the runs of two heads
+    assert sorted(scripts(calls)) == sorted(
+        ["select_heads.py", "eval.py", *2 * ["train.py", "eval.py"]]
+    )
+    (path,) = study.records.glob("*.jsonl")
+    assert path.read_bytes().startswith(before[path.name])
+
+
+def test_a_call_that_fails_is_named_with_its_reason(study, tmp_path, capsys):
+    flags = ("--heads", "2", "--data", str(tmp_path / "nowhere"), "--lr-factors", "1")
+    with pytest.raises(InputError, match="6 calls failed"):
+        study("sweep", *flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert any("select_heads.py" in line and "no such file" in line for line in lines)
+    assert sum("what it needs failed" in line for line in lines) == 3
+
+
+def test_recorded_tables_print_without_a_checkpoint(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no weights lie
+    real = "--model weights/smollm2-135m-instruct --data data/real --task mquake"
+    rows = recorded(f"methods {real} --methods lora repe --heads 10% 3%", capsys)
+    assert [row["chosen"].split()[0] for row in rows] == ["lr0.03", "recipe", "lr5e-4", "alpha0.5"]
+    assert rows[0]["score"].startswith("43.9% (+43.7 [") and rows[0]["score"].endswith(
+        "]): 44.7 43.8 43.3"
+    )
+    assert (rows[0]["seconds"], rows[2]["values"]) == ("212", "460,800")
+    rows = recorded(f"forgets {real} truthfulqa --tuned mquake --methods lora", capsys)
+    assert rows[0]["loss of text"].startswith("4.194 → 4.476 [+0.")
+    assert rows[0]["change"].startswith("-1.0 [")
+    rows = recorded(f"layers {real}", capsys)
+    assert list(rows[0].values())[4:] == ["11.2", "1 to 24", "0.95", "0.99"]
+
+
+def test_runs_with_options_that_are_gone_still_print(capsys):
+    """Offsets in units of sigma, and heads chosen by offsets: the code has neither any more."""
+    flags = "--model weights/gemma-3-270m --data data/real --task mquake --heads 3%".split()
+    records = ["--records", str(REPO / "docs" / "results"), "--jobs", "0"]
+    main(["sweep", *flags, *records, "--train-flags=--unit sigma --lr 0.3 --epochs 5"])
+    (row,) = table_of(capsys.readouterr().out)
+    assert row["LoFiT"].endswith(": 47.2 45.4 46.1")
+    (row,) = recorded(
+        "heads --model weights/mini-llama --task mquake --heads 3% --by offsets --lr-factors 1",
+        capsys,
+    )
+    assert row["score"].endswith(": 51.2 54.0 72.8") and row["± runs"] == "11.7"
+
+
+def test_every_recorded_run_is_whole():
+    for path in sorted((REPO / "docs" / "results").glob("*.jsonl")):
+        for number, line in enumerate(map(json.loads, path.open()), 1):
+            where = f"{path.name}, line {number}"
+            assert line["seconds"] and line["fingerprint"], where
+            if "hits" in line:
+                who = line.get("tuned", line["base"])
+                n = sum(line["n"]) if isinstance(line["n"], list) else line["n"]
+                for metric, hits in line["hits"].items():
+                    assert len(hits) == n, where
+                    mean = sum(map(float, hits)) / n
+                    assert mean == pytest.approx(who[metric], abs=1e-4), where
+
+
+def test_work_is_not_in_git():
+    assert str(WORK) == "runs/studies" and "runs/" in (REPO / ".gitignore").read_text().split()
+    assert Records(REPO / "docs" / "results").folder.is_dir()

@@ -16,7 +16,7 @@ from lofit.run.session import Session
 from lofit.training import Schedule
 
 # Peak learning rates of what is trained; strengths of what is not. To be tried on validation:
-# `python -m lofit.studies.methods` does.
+# `python -m lofit.studies methods` does.
 LR = {"lora": (lora.init, 5e-4), "red": (red.init, 5e-3), "bias": (bias.init, 5e-3)}
 ALPHA = {"iti": 15.0, "repe": 1.0}
 METHODS = ("lofit", *LR, *ALPHA)

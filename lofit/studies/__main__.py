@@ -1,0 +1,69 @@
+"""The studies behind docs/results.md.
+
+    python -m lofit.studies sweep              # both miniatures, all three tasks
+    python -m lofit.studies heads --model weights/mini-llama --task mquake
+    python -m lofit.studies sweep --jobs 0     # the table of what is recorded; runs nothing
+
+Studies: sweep, heads, methods, data, transfer, forgets, layers.
+"""
+
+import argparse
+from pathlib import Path
+
+from lofit import errors
+from lofit.studies.grid import STUDIES
+from lofit.studies.records import Records
+from lofit.studies.runner import run_missing
+from lofit.studies.tables import markdown
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    studies = parser.add_subparsers(dest="study", required=True)
+    for name, study in STUDIES.items():
+        sub = studies.add_parser(name, description=study.about)
+        arg = sub.add_argument
+        arg("--model", nargs="+", default=["weights/mini-llama", "weights/mini-gemma"])
+        arg("--task", nargs="+", default=["mquake", "clutrr", "truthfulqa"])
+        arg("--data", default="data/mini")
+        arg("--seeds", nargs="+", type=int, default=[42, 43, 44])
+        arg("--dtype", default="float32", help="of the base model's weights (default: %(default)s)")
+        arg("--lr-factors", nargs="+", type=float, default=[0.3, 1.0, 3.0],
+            help="of the recipe's offset lr: the first seed's best on validation")  # fmt: skip
+        for script in ("select", "train"):
+            text = 'more flags of its calls, like "--epochs 5"'
+            arg(f"--{script}-flags", default="", help=text)
+        arg("--device", default="auto")
+        arg("--jobs", type=int, default=1, help="calls side by side; 0: print what is recorded")
+        arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
+        for flag, about in study.arguments.items():
+            arg(flag, **about)
+        if name == "sweep":
+            sub.set_defaults(lr_factors=[1.0])
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    study, records = STUDIES[args.study], Records(args.records)
+    rows = list(study.rows(args))
+    picks = dict.fromkeys(p for row in rows for p in (*row.picks, *row.less, *row.texts))
+
+    def missing() -> list:
+        return [call for pick in picks for call in pick.missing(records)]
+
+    failed = run_missing(missing, records, args.jobs, args.device)
+    told = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
+    header = [title.format(**told) for title in (*study.labels, *study.columns)]
+    table = markdown(header, study.table(rows, records))
+    print(f"\n{study.about.format(**told)}.\n\n{table}")
+    if failed:
+        raise errors.InputError(
+            f"{failed} calls failed; mend what their logs say, and start the study again"
+        )
+
+
+if __name__ == "__main__":
+    errors.run(main)
