@@ -211,7 +211,7 @@ def start_group(n: int, *calls: tuple[str, list[str]], port=None, ranks=None) ->
             port = free.getsockname()[1]
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
     env |= {"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    env |= {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    env |= {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}:{REPO / 'tests' / 'measure'}"}
     return [
         subprocess.Popen(
             [sys.executable, "-c", GROUP, json.dumps(calls)], cwd=REPO, text=True,

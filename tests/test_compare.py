@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from baselines import hf_batch, hf_twin
 from conftest import difference, random_model
+from peers import hf_batch, hf_twin
 
 import eval as evaluate
 import train

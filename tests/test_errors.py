@@ -1,8 +1,6 @@
 """How a script ends on bad input."""
 
-import ast
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -64,21 +62,6 @@ def test_a_signal_is_one_line_and_its_exit_code(by, code):
     assert "interrupted" in told
 
 
-@pytest.mark.parametrize(("by", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_while_imports_run_is_one_line_too(tmp_path, by, code):
-    (tmp_path / "lofit").mkdir()
-    for name in ("__init__.py", "early.py"):
-        shutil.copy(REPO / "lofit" / name, tmp_path / "lofit" / name)
-    lines = "import os, signal, lofit; os.kill(os.getpid(), signal.SIG); import torch"
-    for path in ("train.py", "lofit/inspect/report.py"):
-        (tmp_path / path).write_text(lines.replace("SIG", by))
-    for command in (["train.py"], ["-m", "lofit.inspect.report"]):
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert (done.returncode, done.stderr) == (code, "\ninterrupted: nothing had begun\n")
-
-
 def test_a_signal_is_a_library_users_own(tmp_path):
     # a shell's background job starts with Ctrl-C ignored
     lines = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -90,15 +73,6 @@ def test_a_signal_is_a_library_users_own(tmp_path):
         env=os.environ | {"PYTHONPATH": str(REPO)},
     )  # fmt: skip
     assert done.stdout == "mine\n"
-
-
-@pytest.mark.parametrize("name", ["select_heads.py", "train.py", "eval.py"])
-def test_a_script_imports_lofit_before_anything_slow(name):
-    body = ast.parse((REPO / name).read_text()).body
-    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
-    before = names[: names.index("lofit")]
-    assert set(before) <= sys.stdlib_module_names
 
 
 def test_a_signal_waits_for_what_belongs_together_but_a_second_one_does_not():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from baselines import (
+from peers import (
     hf_batch,
     hf_generate,
     hf_score,

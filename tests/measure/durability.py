@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 RUNS = REPO / "runs"
 sys.path.insert(0, str(REPO))
 
@@ -34,8 +34,9 @@ import torch  # noqa: E402
 import eval as eval_script  # noqa: E402
 import select_heads  # noqa: E402
 import train  # noqa: E402
-from lofit import errors, resume, summary  # noqa: E402
+from lofit import errors  # noqa: E402
 from lofit.llm.checkpoint import load_model  # noqa: E402
+from lofit.run import resume, summary  # noqa: E402
 from lofit.run.resume import Progress  # noqa: E402
 from lofit.run.session import Session  # noqa: E402
 

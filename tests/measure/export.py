@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure_loading import memory, write_checkpoint
+from loading import memory, write_checkpoint
 
 from lofit.export import formats
 from lofit.llm.checkpoint import load_model

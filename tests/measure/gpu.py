@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 from benchmark_work import SHAPES, random_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import MINI, REPO, end_group, start_group
 from safetensors.torch import load_file
 
@@ -74,7 +76,7 @@ def both_steps(n: int, flags: list[str], out: Path) -> tuple[list[dict], tuple]:
         call = [script, *flags, "--run", str(out)]
         call += ["--validate", "last"] if script == "train" else []
         if n:
-            ended = end_group(start_group(n, ("measure_gpu", ["in", *call])), 600)
+            ended = end_group(start_group(n, ("gpu", ["in", *call])), 600)
         else:
             path = os.pathsep.join(map(str, (REPO, REPO / "tests")))
             done = subprocess.run(

@@ -28,8 +28,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import end_group, random_model, start_group
-from measure_loading import memory, write_checkpoint
+from loading import memory, write_checkpoint
 from safetensors.torch import load_file
 
 from lofit.distributed.sharded import Shards, gathered
@@ -125,7 +127,7 @@ def weights(args: argparse.Namespace) -> None:
         with torch.device("meta"):
             block = 2 * sum(p.numel() for p in CausalLM(config).model.layers[0].parameters())
         for n in args.processes:
-            ended = end_group(start_group(n, ("measure_parallel", ["hold", folder])), 600)
+            ended = end_group(start_group(n, ("parallel", ["hold", folder])), 600)
             assert not any(code for code, _, _ in ended), ended
             found = [list(map(float, out.split())) for _, out, _ in ended]
             *most, a_pass, a_gathering = [max(column) for column in zip(*found, strict=True)]
@@ -195,7 +197,7 @@ def training(args: argparse.Namespace) -> None:
     kinds = {"1 process": (1, 1), "2 processes": (2, 1), "2 runs at the same time": (1, 2)}
     for _, (name, (n, runs)) in itertools.product(range(args.rounds), kinds.items()):
         with tempfile.TemporaryDirectory() as folder:
-            calls = [("measure_parallel", ["timed", *flags, f"{folder}/{i}"]) for i in range(runs)]
+            calls = [("parallel", ["timed", *flags, f"{folder}/{i}"]) for i in range(runs)]
             groups = [start_group(n, call) for call in calls]
             ended = [end for group in groups for end in end_group(group, 900)]
         assert not any(code for code, _, _ in ended), ended

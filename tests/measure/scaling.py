@@ -15,12 +15,15 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from benchmark_work import Ids, text
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import random_model
-from measure_loading import memory
-from measure_parallel import GIVE_BACK, config_of, restart_peak
+from loading import memory
+from parallel import GIVE_BACK, config_of, restart_peak
 
 from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
 from lofit.llm.generate import generate_all

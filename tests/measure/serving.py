@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import MINI_GEMMA, REPO, make_run, random_model
 from servers import PROGRAMS, Server, environment, must
 
