@@ -76,9 +76,5 @@ def test_every_command_parses(page, monkeypatch, capsys):
             pytest.fail(f"{page.name}: {command}\n{capsys.readouterr().err}")
 
 
-def test_the_first_page_is_short():
-    assert len((REPO / "README.md").read_text().splitlines()) <= 200
-
-
 def test_there_is_something_to_check():
     assert sum(len(commands(page)) for page in PAGES) > 15

@@ -50,7 +50,7 @@ def test_nobody_imports_a_script():
 
 
 def test_the_language_model_alone_loads_nothing_of_the_method():
-    code = "import sys, lofit.llm; print(*[m for m in sys.modules if m.startswith('lofit')])"
+    code = "import sys, lofit.llm.model; print(*[m for m in sys.modules if m.startswith('lofit')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     loaded = set(done.stdout.split())
     assert "lofit.llm.model" in loaded
