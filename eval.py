@@ -18,7 +18,14 @@ from lofit.run import artefacts
 from lofit.run.adapters import find_offsets
 from lofit.run.arguments import common_parser, folds_of, run_folder, whole
 from lofit.run.session import Session
-from lofit.run.summary import print_results, results_table, summarize
+from lofit.run.summary import (
+    by_answer,
+    by_group,
+    print_details,
+    print_results,
+    results_table,
+    summarize,
+)
 
 # by what made the offsets: the last four by a baseline, which has no heads
 TOLD = ("seed", "settings", "method", "trained_values", "share_of_base", "offsets_hash")
@@ -110,6 +117,7 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[Session, dict,
         scored[label] = run.evaluate(examples, args.batch_size, f"{label} model", keep)
 
     results = summarize(about, told, scored, run.task.METRICS)
+    results |= by_answer(examples, scored) | by_group(examples, scored, run.task.METRICS)
     lines = [
         {key: value for key, value in asdict(example).items() if value}
         | {who: rows[i] for who, rows in scored.items()}
@@ -118,6 +126,7 @@ def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[Session, dict,
     artefacts.save_results(run.folder, results, lines)
     run.log({"results": results})
     print_results(f"{run.title}, {args.split} split ({len(examples)} items)", results)
+    print_details(results)
     print(f"-> {run.folder / artefacts.RESULTS}, predictions.jsonl")
     return run, results, scored
 

@@ -7,7 +7,7 @@ import pytest
 from lofit.errors import InputError
 from lofit.llm.config import ModelConfig
 from lofit.recipes import count_heads, find_recipe
-from lofit.run.arguments import TASKS
+from lofit.run.arguments import NAMED, TASKS
 
 
 def config(layers, heads, model_type="llama"):
@@ -82,3 +82,20 @@ def test_more_heads_than_there_are(text):
 def test_no_number_of_heads(text):
     with pytest.raises(InputError, match="expected a number like 32 or a share like 3%"):
         count_heads(text, config(8, 16))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (28, 16, "gemma"), (8, 16), (30, 9)])
+def test_the_tasks_with_a_name_have_recipes(shape):
+    """10 % of the heads, the paper's epochs and batch sizes, learning rates by the rule."""
+    found = {task: find_recipe(config(*shape), task) for task in NAMED}
+    assert all(origin.endswith("offsets by rule") for origin, _ in found.values())
+    plan = {
+        task: (r.heads, r.select_epochs, r.offset_epochs, r.batch_size)
+        for task, (_, r) in found.items()
+    }
+    choices, boolq, numbers = ("10%", 3, 3, 8), ("10%", 3, 3, 4), ("10%", 5, 5, 8)
+    assert plan == {
+        "siqa": choices, "arc_challenge": choices, "winogrande": choices, "boolq": boolq,
+        "boolq_passage": boolq, "svamp": numbers, "gsm8k": numbers, "listops": numbers,
+    }  # fmt: skip
+    assert {r.lr_of(27, 270) for _, r in found.values()} == {0.1}

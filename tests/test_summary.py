@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from lofit.files import write_atomic
-from lofit.run.summary import head_map, head_picture, paired_bootstrap, results_table
+from lofit.run.summary import (
+    by_answer,
+    by_group,
+    head_map,
+    head_picture,
+    paired_bootstrap,
+    results_table,
+)
+from lofit.tasks import Example
 
 SCORES = torch.tensor([[0.0, 1.0, 0.5], [0.2, 0.0, 0.9]])
 
@@ -56,3 +64,53 @@ def test_results_table():
     assert lines[1].split() == ["em", "12.5%", "87.5%", "+75.0", "[+70.0,", "+80.0]"]
     assert lines[2].split() == ["old_answer", "50.0%", "0.0%", "-50.0", "[-60.0,", "-40.0]"]
     assert results_table({"base": results["base"]}).splitlines()[1].split() == ["em", "12.5%"]
+
+
+def test_by_answer_counts_what_was_generated():
+    options = {"right": (" true",), "wrong": (" false",)}
+    examples = [Example("Q:", " true", references=(" true",), **options)] * 3
+    said = ["true", "so false, not true", "untold"]
+    found = by_answer(examples, {"base": [{"prediction": text} for text in said]})
+    assert found["always"] == {"answer": "true", "share": 1}
+    assert found["given"] == {"base": {"false": 1, "true": 1, "other": 1}}
+
+
+def test_by_answer_counts_the_most_probable_option():
+    examples = [
+        Example("Q:", right, right=(right,), wrong=wrong)
+        for right, wrong in ((" a", (" b", " c")), (" b", (" a", " c")))
+    ]
+    rows = [{"log_probs": {"right": [-2.0], "wrong": wrong}} for wrong in ([-3, -1], [-1, -3])]
+    found = by_answer(examples, {"base": rows, "tuned": rows})
+    assert found["given"]["tuned"] == {"a": 1, "b": 0, "c": 1, "other": 0}
+    assert found["always"]["share"] == 0.5
+
+
+def test_by_answer_of_texts_leaves_case_out_and_skips_free_answers():
+    examples = [Example("Q:", f" Word{i % 20}", references=("x",)) for i in range(40)]
+    rows = [{"prediction": "word3"}] * 39 + [{"prediction": "none of them"}]
+    given = by_answer(examples, {"base": rows})["given"]["base"]
+    assert (given["Word3"], given["other"], sum(given.values())) == (39, 1, 40)
+    one_more = [*examples, Example("Q:", "another", references=("x",))]
+    assert by_answer(one_more, {"base": [*rows, rows[0]]}) == {}
+
+
+def test_by_answer_of_numbers_counts_values():
+    examples = [Example("Q:", f" {n} + 0 = {n}", value=n) for n in (1200, 1200, 3.0)]
+    rows = [{"prediction": text} for text in ("1,200.0", "0 and 3", "none")]
+    found = by_answer(examples, {"base": rows})
+    assert found["always"] == {"answer": "1200", "share": 2 / 3}
+    assert found["given"]["base"] == {"1200": 1, "3": 1, "other": 1}
+
+
+def test_by_group():
+    examples = [Example("Q:", "a", group=f"depth {d}") for d in (10, 9, 9)]
+    scored = {"base": [{"em": em} for em in (0.0, 1.0, 0.0)]}
+    assert by_group(examples, scored, ("em",)) == {
+        "groups": {
+            "depth 9": {"n": 2, "base": {"em": 0.5}},
+            "depth 10": {"n": 1, "base": {"em": 0}},
+        }
+    }
+    assert list(by_group(examples, scored, ("em",))["groups"]) == ["depth 9", "depth 10"]
+    assert by_group([Example("Q:", "a")], {"base": scored["base"][:1]}, ("em",)) == {}

@@ -9,7 +9,7 @@ from types import ModuleType
 from lofit.errors import InputError
 from lofit.llm.checkpoint import DTYPES
 from lofit.tasks import clutrr, mquake, truthfulqa
-from lofit.tasks.own import OwnTask
+from lofit.tasks.own import NAMED, OwnTask
 
 TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
@@ -27,13 +27,13 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
     arg(
         "--task",
         default="mquake",
-        help=f"{', '.join(TASKS)}, or a folder with train.jsonl, val.jsonl, test.jsonl",
+        help=f"{', '.join((*TASKS, *NAMED))}, or a folder with train.jsonl, val.jsonl, test.jsonl",
     )
     arg(
         "--data",
         type=Path,
         default=Path("data/mini"),
-        help="folder that holds MQuAKE/, clutrr/, truthfulqa/ (default: %(default)s)",
+        help="folder that holds MQuAKE/, clutrr/, truthfulqa/, boolq/, ... (default: %(default)s)",
     )
     arg(
         "--fold",
@@ -83,12 +83,11 @@ def real_or_0(text: str) -> float:
 
 def find_task(name: str) -> tuple[str, Task]:
     """(name for folders and files, task) of --task. InputError if it is neither."""
-    if name in TASKS:
-        return name, TASKS[name]
+    if name in TASKS or name in NAMED:
+        return name, (TASKS | NAMED)[name]
     if not Path(name).is_dir():
-        raise InputError(
-            f"--task {name}: neither one of {', '.join(TASKS)} nor a folder with train.jsonl"
-        )
+        names = ", ".join((*TASKS, *NAMED))
+        raise InputError(f"--task {name}: neither one of {names} nor a folder with train.jsonl")
     return Path(name).resolve().name, OwnTask(Path(name))
 
 

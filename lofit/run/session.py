@@ -31,7 +31,6 @@ from lofit.run.arguments import find_task, model_name, run_folder
 from lofit.run.resume import Progress, Scored, digest
 from lofit.run.summary import mean
 from lofit.tasks import Example
-from lofit.tasks.own import OwnTask
 from lofit.training import Schedule, fit
 
 EVAL_BATCH = 64
@@ -48,7 +47,7 @@ class Session:
     ):
         self.script, self.seed, self.fold = script, args.seed, fold
         self.task_name, self.task = find_task(args.task)
-        self.data = self.task.folder if isinstance(self.task, OwnTask) else args.data
+        self.data = getattr(self.task, "folder", None) or args.data
         self.device = pick_device(parallel.device(args.device))
         if args.shard and not parallel.several():
             raise InputError("--shard: one process has nothing to split; start by torchrun")
@@ -225,16 +224,22 @@ class Session:
         self, examples: list[Example], batch_size: int, description: str, keep: Keep = compute
     ) -> list[dict]:
         """The scores of each example with the model's present edits, and what they are based on:
-        a prediction, or the log-probabilities of the given answers."""
-        way = self._choose if examples[0].right else self._predict
+        a prediction, the log-probabilities of the given answers, or both."""
+        ways = [self._predict] if examples[0].generated else []
+        ways += [self._choose] if examples[0].right else []
         if parallel.several():  # batches are of their number: what is kept is what all found
             each, keep_all = compute, keep
         else:
             each, keep_all = keep, compute
 
         def score(own: list[Example]) -> list[dict]:
-            with in_step(self.model):
-                return way(own, batch_size, description, each) if own else []
+            found = []
+            for i, way in enumerate(ways):
+                with in_step(self.model):
+                    found.append(way(own, batch_size, description, _apart(each, i)) if own else [])
+            return [
+                {k: v for part in row for k, v in part.items()} for row in zip(*found, strict=True)
+            ]
 
         with nullcontext() if self.plain or is_sharded(self.model) else self._folded():
             return keep_all(lambda _: parallel.spread(examples, score), [])
@@ -273,3 +278,8 @@ class Session:
             prediction = self.task.extract(example.prompt, whole[len(before) :])
             found.append({"prediction": prediction} | self.task.score(prediction, example))
         return found
+
+
+def _apart(keep: Keep, i: int) -> Keep:
+    """keep, for the i-th of several ways to evaluate: equal rows of two ways are not the same."""
+    return (lambda compute, rows: keep(lambda _: compute(rows), [-i, *rows])) if i else keep

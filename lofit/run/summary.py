@@ -1,11 +1,16 @@
 """What a person looks at: the map of heads, results with confidence intervals, their table."""
 
+import re
+from collections import Counter
+
 import torch
 
 from lofit.files import Write
 from lofit.heads import Head
+from lofit.tasks import Example, first_option, last_number
 
 SHADES = " .:-=+*"
+FEW = 20  # a task with at most so many different answers can be met by always saying one
 
 
 def head_map(scores: torch.Tensor, heads: list[Head]) -> str:
@@ -101,6 +106,85 @@ def summarize(
         adapters[who] = told[who] | {"tuned": means[who], "difference": difference}
     found = about | {"base": means["base"]}
     return found | (adapters.get("tuned") or ({"adapters": adapters} if adapters else {}))
+
+
+def by_answer(examples: list[Example], scored: dict[str, list[dict]]) -> dict:
+    """How often each answer was given, and what always the most frequent right one would score:
+    {"always": {"answer", "share"}, "given": {who: {answer: n}}}; n of other texts as "other". Empty
+    where the answers and options are more than FEW."""
+    right = Counter(_right(e) for e in examples)
+    answers = sorted(set(right) | {w.strip() for e in examples for w in e.wrong})
+    if len(answers) > FEW:
+        return {}
+    folded = {answer.lower(): answer for answer in answers}
+    given = {}
+    for who, rows in scored.items():
+        texts = [_given(e, row) for e, row in zip(examples, rows, strict=True)]
+        counts = Counter(t if t in answers else folded.get(t.lower(), "other") for t in texts)
+        given[who] = {answer: counts[answer] for answer in (*answers, "other")}
+    ((answer, n),) = right.most_common(1)
+    return {"always": {"answer": answer, "share": n / len(examples)}, "given": given}
+
+
+def _right(example: Example) -> str:
+    return example.answer.strip() if example.value is None else f"{example.value:.15g}"
+
+
+def _given(example: Example, row: dict) -> str:
+    """What one item was answered with: the option, number or text generated, or the most probable
+    option."""
+    options = (*example.right, *example.wrong)
+    if "prediction" not in row:
+        log_probs = [*row["log_probs"]["right"], *row["log_probs"]["wrong"]]
+        return options[log_probs.index(max(log_probs))].strip()
+    if options:
+        return first_option(row["prediction"], options) or ""
+    if example.value is None:
+        return row["prediction"].strip()
+    number = last_number(row["prediction"])
+    return "" if number is None else f"{number:.15g}"
+
+
+def by_group(
+    examples: list[Example], scored: dict[str, list[dict]], metrics: tuple[str, ...]
+) -> dict:
+    """The means of each group of examples: {"groups": {group: {"n", who: {metric: mean}}}}. Empty
+    where the examples have no groups."""
+    groups: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.group, []).append(i)
+    if set(groups) <= {""}:
+        return {}
+    found = {
+        group: {"n": len(groups[group])}
+        | {
+            who: {metric: mean([rows[i][metric] for i in groups[group]]) for metric in metrics}
+            for who, rows in scored.items()
+        }
+        for group in sorted(groups, key=_natural)
+    }
+    return {"groups": found}
+
+
+def _natural(text: str) -> list:
+    """A key that sorts "depth 9" before "depth 10"."""
+    return [(0, int(t), "") if t.isdecimal() else (1, 0, t) for t in re.split(r"(\d+)", text) if t]
+
+
+def print_details(results: dict) -> None:
+    """The lines of `by_answer` and `by_group`, where there are any."""
+    if "always" in results:
+        always = results["always"]
+        print(f"always {always['answer']!r} would score {always['share']:.1%}; answers given:")
+        for who, counts in results["given"].items():
+            print(f"  {who}: {', '.join(f'{a} {n}' for a, n in counts.items() if n)}")
+    for group, means in results.get("groups", {}).items():
+        scores = ", ".join(
+            f"{who} {', '.join(f'{m} {v:.1%}' for m, v in values.items())}"
+            for who, values in means.items()
+            if who != "n"
+        )
+        print(f"  {group} ({means['n']} items): {scores}")
 
 
 def print_results(title: str, results: dict) -> None:

@@ -1,0 +1,288 @@
+"""Where each task's original files come from, and how their items become lines of our own forms.
+
+boolq and boolq_passage are two tasks: the paper calls BoolQ closed-book and uses LLM-Adapters'
+prompt, which has no passage, but gives long passages as its reason for small batches. Nobody can
+tell from it which of the two it used.
+
+Prompts are LLM-Adapters' instructions (Hu et al., 2023) without a frame around them. Ours are
+"Answer:", the space before an answer, and the prompts of svamp (the paper's is not known), gsm8k
+and of the passage. Sizes of train and val are the paper's; winogrande and gsm8k, which it does not
+have, get those of its other choices and of svamp. Test is the whole evaluation set.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lofit.errors import InputError
+from lofit.files import read_json_list, read_jsonl
+from lofit.tasks import last_number
+
+SEED = 42  # of the cut
+CHOOSE = "Please choose the correct answer to the question: "
+TRUE_FALSE = "Please answer the following question with true or false, question: "
+
+
+def option_line(item: dict) -> dict:
+    """An item of LLM-Adapters: the options are named at the end of its instruction, so there may be
+    3 to 5. Its `output` is not read: in other sets it is a model's reasoning."""
+    names = item["instruction"].rpartition("Answer format: ")[2].split("/")
+    return {
+        "prompt": f"{item['instruction']}\n\nAnswer:",
+        "answer": f" {item['answer']}",
+        "choices": [f" {name}" for name in names],
+    }
+
+
+def arc_line(item: dict) -> dict:
+    """An item of ARC, labels A to E or 1 to 5, in LLM-Adapters' words; or an item of theirs."""
+    if "instruction" in item:
+        return option_line(item)
+    choices = item["question"]["choices"]
+    names = [f"answer{i}" for i in range(1, len(choices) + 1)]
+    right = [choice["label"] for choice in choices].index(item["answerKey"])
+    texts = zip(names, choices, strict=True)
+    options = " ".join(f"{name.capitalize()}: {choice['text']}" for name, choice in texts)
+    instruction = f"{CHOOSE}{item['question']['stem']}\n\n{options}"
+    instruction += "\n\nAnswer format: " + "/".join(names)
+    return option_line({"instruction": instruction, "answer": names[right]})
+
+
+def passage_line(item: dict) -> dict:
+    """An item of SuperGLUE's BoolQ, its label a text; or of a copy that holds the training items,
+    its passage with round brackets for curly ones."""
+    if "subject" in item:
+        passage = item["prompt"].removeprefix("passage: ").removesuffix("\nquestion: {}")
+        question, label = item["subject"], item["target_new"]["str"].lower()
+    else:
+        passage, question, label = item["passage"], item["question"], item["label"]
+    if label not in ("true", "false"):
+        raise ValueError(f"label {label!r}: expected the text 'true' or 'false'")
+    instruction = f"Passage: {passage}\n\n{TRUE_FALSE}{question}?\n\nAnswer format: true/false"
+    return option_line({"instruction": instruction, "answer": label})
+
+
+def svamp_line(item: dict) -> dict:
+    """An item of SVAMP: trained on the gold equation and answer, which differ in chal-680 alone; it
+    is no test item."""
+    body, question = item["Body"].strip(), item["Question"].strip()
+    body += "" if body.endswith(".") else "."
+    equation, value = re.sub(r"\.0\b", "", item["Equation"]), item["Answer"]
+    return {
+        "id": item["ID"],
+        "prompt": f"Question: {body} {question}\nEquation and answer:",
+        "answer": f" {equation} = {value:g}",
+        "value": value,
+    }
+
+
+def gsm8k_line(item: dict) -> dict:
+    """An item of GSM8K: the solution without its marks for a calculator, <<48/2=24>>."""
+    solution = re.sub(r"<<[^>]*>>", "", item["answer"])
+    steps, mark, final = solution.rpartition("\n#### ")
+    if not mark or not steps:
+        raise ValueError("expected a solution that ends with a line '#### NUMBER'")
+    prompt = f"Question: {item['question']}\nAnswer:"
+    return {"prompt": prompt, "answer": f" {solution}", "value": last_number(final)}
+
+
+# SVAMP's test items, chal-N, in their order: those of MosaicML's llm-foundry (8c8dd48f)
+SVAMP_TEST = """
+363 442 675 947 97 195 417 710 249 485 591 585 136 754 220 768 686 286 244 527 729 339 873 70 875
+61 647 725 73 8 968 735 236 568 603 22 347 828 231 254 124 463 530 449 832 972 688 845 320 731 206
+707 939 785 867 434 622 541 856 170 563 487 676 132 129 546 71 498 750 88 934 866 247 60 246 315
+372 809 20 501 332 614 1 544 553 166 799 383 835 974 895 797 1000 306 641 109 520 183 781 513 931
+737 740 4 909 162 446 932 999 956 657 788 900 769 937 699 118 739 831 12 567 258 542 480 964 391
+395 66 611 957 697 812 959 643 157 113 49 774 94 506 522 142 882 926 409 598 439 599 765 270 552
+975 763 253 993 272 147 470 659 406 512 672 218 323 736 581 217 68 275 411 324 825 983 842 235 58
+795 787 864 333 702 225 571 705 656 277 389 474 168 995 747 547 176 908 624 74 664 700 971 274 687
+215 364 380 167 374 855 651 465 955 948 104 888 979 876 82 297 792 234 678 47 72 722 197 592 371
+883 907 634 644 850 301 566 81 388 128 550 471 748 45 827 271 619 353 868 368 100 390 95 991 345
+782 221 160 965 349 984 715 164 826 778 7 891 829 285 604 460 226 430 987 719 666 734 204 575 28
+617 518 239 224 96 31 33 433 605 90 559 914 759 693 105 755 143 229 251 282 760 26 115 655
+"""
+LOFIT = "fc2869/lo-fit/ebd344a273d3dab0b63d8bbfd7ecdb5185ae5b7b/dataset/"
+ADAPTERS = "AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a/dataset/"
+SUITE = "FormulaMonks/llm-benchmarker-suite/5d3c8009ab8f5adab4899c34dd203cbf7afcb372/data/"
+MATH = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
+# its train file is known by its hash alone: that it stands in this commit is likely, not seen
+EDITING = "heddayam/kb-model-editing/8e586d1a62b068f235f582a0366729b601fe0ef1/data/boolq/"
+# (OWNER/NAME/COMMIT/FOLDER on GitHub, our folder) -> lines as sha256sum writes them; 40 digits are
+# git's hash of a blob, where no other is known
+SUMS = {
+    (LOFIT + "MQuAKE/", "MQuAKE/"): """
+5db931bd09457245d1a133fe8df86a45985d28767ba6f032d1b7dcc737e22498  train.jsonl
+3cbf9245ba671458d0979c5bba569e838d54fce860e8d0c5af0bc2ce54d41e83  val.jsonl
+3090ef350f4322878968466881de9ec988b5b71daf55d5d9b04fb894a5ebac87  test.jsonl
+""",
+    (LOFIT + "clutrr/", "clutrr/"): """
+8640526e573444bdf52bd78eee0bf3a9f2e96bb3bb6d7610021dc05751a5c873  train.json
+afcae888ed7862081496151a33b9bed157d709b01589c2db566266ecdd906f1e  val.json
+cf400381f8a12a703265f95df1387c217a71525325f725ff2b8dc08123c30056  test.json
+""",
+    (LOFIT + "truthfulqa/", "truthfulqa/"): """
+e80aebee6876ceec76ac030bcfd31c070b9c23809077500a3b183640386fb136  fold_0_train_seed_42.csv
+5563034f53a463202f4c2ac82336a58d81d0ec02460f7d80e8abce6a4972161a  fold_0_val_seed_42.csv
+4bd4d0db03751e652c6811b053e14c2f4ea43da888571fa0f15df42e7544a67c  fold_0_test_seed_42.csv
+0342def493a6afdaae11737cd557393c0cde2cc35d26d58e7a2fd4c954997fba  fold_1_train_seed_42.csv
+375030fc5bfe7315825f0272b95f6d2b0b0f6332f7121ba57537ec5c1fc1969e  fold_1_val_seed_42.csv
+e9019df6fca8a1e25eed3e2256196d30a2675528e76eae0b812b5092fa114455  fold_1_test_seed_42.csv
+""",
+    (ADAPTERS, "tasks/llm-adapters/"): """
+a9debff28aafed86a08211dc3584a3b6cb38edca8c56bb34cd5002ed54aeebfb  ARC-Challenge/train.json
+5ccbaceebaddc69765e1c4a363632196b81851d303696672165ab59ec4e48c83  boolq/train.json
+89df2397cbca81dc31adcc6f7f5b635821aa0565aafde46725b2b4bd39b4dfa9  boolq/test.json
+bd524129d80efdfabc8476bbedc4f41b400cfda0  social_i_qa/train.json
+71543f41127451945379d106ffedaef502f1c8770dff6d2f543aca85e3080b1d  social_i_qa/test.json
+0b56375ac6b4464fa97abfb72812f15c772ba305  winogrande/train.json
+6946f5209e7114c65c6d04f8f644c5a061af20d730b1cfe158fff3dc44076fb9  winogrande/test.json
+""",
+    (SUITE + "ARC/ARC-c/", "tasks/arc/"): """
+55224364abd2477f66a9a57c5cbef109fb71d83019aa5e37aec0e7ab757746ca  ARC-Challenge-Dev.jsonl
+9fa8ffb3e3a1f88cb302d53dd95aae81e39209ad9bcf974376b319d8fd35717c  ARC-Challenge-Test.jsonl
+""",
+    (SUITE + "SuperGLUE/BoolQ/", "tasks/boolq/"): """
+21acbfbd1e7908fddd9e626bc2a6101c5a5430bda3fbf74985b979af7a63b989  val.jsonl
+""",
+    (EDITING, "tasks/boolq/"): """
+a3b769e14758ad9e24e1a20b1c2b0b5670037879  train.jsonl
+""",
+    (MATH, "tasks/gsm8k/"): """
+17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465  train.jsonl
+3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14  test.jsonl
+""",
+    ("arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/", "tasks/svamp/"): """
+5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e  SVAMP.json
+""",
+}
+# our name of a file, below data/real or --source -> (place below raw.githubusercontent.com, hash)
+FILES = {
+    ours + name: (theirs + name, sha)
+    for (theirs, ours), text in SUMS.items()
+    for sha, name in map(str.split, text.strip().splitlines())
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A task's originals: split -> file of FILES. sizes: of the splits that are drawn from the
+    train file, which are train, and val where it has no file of its own."""
+
+    licence: str
+    files: dict[str, str]
+    line: Callable[[dict], dict] | None = None  # None: the files are used as they are
+    sizes: dict[str, int] | None = None
+    test_ids: str = ""  # of the test items, where one file holds all
+
+
+def _choices(licence: str, line: Callable, train: str, test: str, val: str | None = None) -> Source:
+    files = {"train": train, "test": test} | ({"val": val} if val else {})
+    sizes = {"train": 100} if val else {"train": 100, "val": 100}
+    return Source(licence, {split: f"tasks/{file}" for split, file in files.items()}, line, sizes)
+
+
+def _paper(licence: str, folder: str) -> Source:
+    return Source(licence, {name: name for name in FILES if name.startswith(folder)})
+
+
+FORM = "form: ODC-By (LLM-Adapters, Hu et al., 2023)"
+SOURCES = {
+    "mquake": _paper("MQuAKE: MIT (Zhong et al., 2023)", "MQuAKE/"),
+    "clutrr": _paper(
+        "CLUTRR: CC BY-NC 4.0, non-commercial use only (Sinha et al., 2019)", "clutrr/"
+    ),
+    "truthfulqa": _paper("TruthfulQA: Apache 2.0 (Lin et al., 2022)", "truthfulqa/"),
+    "siqa": _choices(
+        f"SocialIQA: CC BY 4.0, not confirmed (Sap et al., 2019); {FORM}",
+        option_line, "llm-adapters/social_i_qa/train.json", "llm-adapters/social_i_qa/test.json",
+    ),
+    "arc_challenge": _choices(
+        f"ARC: CC BY-SA 4.0, not confirmed (Clark et al., 2018); {FORM}",
+        arc_line, "llm-adapters/ARC-Challenge/train.json", "arc/ARC-Challenge-Test.jsonl",
+        "arc/ARC-Challenge-Dev.jsonl",
+    ),
+    "boolq": _choices(
+        f"BoolQ: CC BY-SA 3.0 (Clark et al., 2019); {FORM}",
+        option_line, "llm-adapters/boolq/train.json", "llm-adapters/boolq/test.json",
+    ),
+    "boolq_passage": _choices(
+        f"BoolQ: CC BY-SA 3.0 (Clark et al., 2019); {FORM}",
+        passage_line, "boolq/train.jsonl", "boolq/val.jsonl",
+    ),
+    "winogrande": _choices(
+        f"WinoGrande: CC BY (Sakaguchi et al., 2020); {FORM}",
+        option_line, "llm-adapters/winogrande/train.json", "llm-adapters/winogrande/test.json",
+    ),
+    "svamp": Source(
+        "SVAMP: MIT (Patel et al., 2021)", {"train": "tasks/svamp/SVAMP.json"}, svamp_line,
+        {"train": 350, "val": 350}, SVAMP_TEST,
+    ),
+    "gsm8k": Source(
+        "GSM8K: MIT (Cobbe et al., 2021)",
+        {"train": "tasks/gsm8k/train.jsonl", "test": "tasks/gsm8k/test.jsonl"}, gsm8k_line,
+        {"train": 350, "val": 350},
+    ),
+}  # fmt: skip
+
+
+def convert(task: str, folder: Path, missing: list[str] = ()) -> dict[str, list[dict]]:
+    """{"train", "val", "test": lines} of a task from its files below a folder. If the train file is
+    missing, what is drawn comes out of the test file. InputError if one is malformed or too short.
+    """
+    source = SOURCES[task]
+    there = {s: folder / file for s, file in source.files.items() if file not in missing}
+    lines = {split: list(_lines(path, source.line)) for split, path in there.items()}
+    if source.test_ids:
+        of_id = {line["id"]: line for line in lines["train"]}
+        wanted = [f"chal-{number}" for number in source.test_ids.split()]
+        if missing := [name for name in wanted if name not in of_id]:
+            raise InputError(f"{there['train']}: lacks the test item {missing[0]}")
+        lines["test"] = [of_id.pop(name) for name in wanted]
+        lines["train"] = list(of_id.values())
+    pool = "train" if "train" in lines else "test"
+    others = {kin(line) for split in lines.keys() - {pool} for line in lines[split]}
+    drawn = draw(lines[pool], source.sizes, others, str(there.get(pool)))
+    used = {kin(line) for split in drawn.values() for line in split}
+    if pool == "test":
+        lines["test"] = [line for line in lines["test"] if kin(line) not in used]
+    return {split: (lines | drawn)[split] for split in ("train", "val", "test")}
+
+
+def draw(pool: list[dict], sizes: dict[str, int], others: set, where: str) -> dict[str, list[dict]]:
+    """Draw splits of these sizes from a pool, without what has its kin among the others. Kin comes
+    into one split, and one prompt once. Raises InputError if the pool is too small."""
+    groups: dict[object, dict[str, dict]] = {}
+    for line in pool:
+        groups.setdefault(kin(line), {}).setdefault(line["prompt"], line)
+    left = [group for key, group in groups.items() if key not in others]
+    random.Random(SEED).shuffle(left)
+    drawn = {}
+    for split, size in sizes.items():
+        drawn[split], rest = [], []
+        for group in left:
+            fits = len(drawn[split]) + len(group) <= size
+            (drawn[split] if fits else rest).extend(group.values() if fits else [group])
+        left = rest
+        if len(drawn[split]) < size:
+            raise InputError(f"{where}: {len(drawn[split])} items for {split}, expected {size}")
+    return drawn
+
+
+def kin(line: dict) -> object:
+    """What items have in common that must stay in one split: the two options of WinoGrande's twin
+    sentences, else the first paragraph, which is the question, or the passage."""
+    options = re.search(r"\n\nOption1: (.*) Option2: (.*) Answer format", line["prompt"])
+    if options:
+        return frozenset(text.lower() for text in options.groups())
+    return line["prompt"].partition("\n\n")[0]
+
+
+def _lines(path: Path, line: Callable[[dict], dict]) -> Iterator[dict]:
+    read = read_json_list if path.suffix == ".json" else read_jsonl
+    for where, item in read(path):
+        try:
+            yield line(item)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{where}: not an item of this data set: {error!r}") from None

@@ -1,0 +1,95 @@
+"""ListOps: its values against the published file's, limits, and no expression twice."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+from conftest import SHARED
+
+from data import listops
+from lofit.errors import InputError
+from lofit.tasks.own import OwnTask
+
+
+@pytest.mark.parametrize(
+    ("expression", "value", "depth"),
+    [
+        ("7", 7, 0),
+        ("[MIN 4 2 9 ]", 2, 1),
+        ("[MAX 4 [MIN 8 9 ] 1 ]", 8, 2),
+        ("[MED 2 3 ]", 2, 1),  # 2.5, cut and not rounded up
+        ("[MED 9 1 4 ]", 4, 1),
+        ("[SM 9 9 9 ]", 7, 1),
+        ("( ( ( ( [MAX 1 ) 7 ) 2 ) ] )", 7, 1),
+    ],
+)
+def test_values(expression, value, depth):
+    assert listops.evaluate(expression) == (value, depth)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1 2", "[MIN ]", "[MIN 1", "1 ]", "[AVG 1 2 ]", "12", "[MIN 1 ] ]", "x"]
+)
+def test_malformed_expressions(text):
+    with pytest.raises(ValueError):
+        listops.evaluate(text)
+
+
+def test_the_published_values():
+    path = SHARED / "datasets" / "tasks" / "listops" / "test_d20s.tsv"
+    if not path.is_file():
+        pytest.skip("the published file is not on this machine")
+    lines = [line.split("\t") for line in path.read_text().splitlines()]
+    found = [(int(value), listops.evaluate(expression)) for value, expression in lines]
+    assert len(found) == 10_000 and all(value == own for value, (own, _) in found)
+    depths = Counter(depth for _, (_, depth) in found)
+    assert (round(depths[1] / 100), round(depths[2] / 100), round(depths[3] / 100)) == (21, 23, 14)
+    assert depths[0] == 1 and max(depths) <= 20
+
+
+def test_the_task(tmp_path):
+    listops.main(["--out", str(tmp_path)])
+    task, splits = OwnTask(tmp_path), {}
+    for split, n in (("train", 300), ("val", 100), ("test", 500)):
+        splits[split] = task.read(None, split)
+        assert len(splits[split]) == n
+        for example in splits[split]:
+            expression = example.prompt.split("Expression: ")[1].removesuffix("\nValue:")
+            symbols = expression.split()
+            assert 4 <= len(symbols) <= 30 and symbols[0] in listops.OPERATIONS
+            value, depth = listops.evaluate(expression)
+            assert example.answer == f" {value}" and example.group == f"depth {depth}"
+    prompts = [example.prompt for split in splits.values() for example in split]
+    assert len(set(prompts)) == 900
+    operations = Counter(re.findall(r"\[[A-Z]+", " ".join(prompts)))
+    assert set(operations) == set(listops.OPERATIONS)
+    lengths = [sum(len(e.prompt) for e in split) / len(split) for split in splits.values()]
+    assert max(lengths) < 1.15 * min(lengths)  # no split has the long ones
+
+
+def test_seed_and_limits(tmp_path):
+    def texts(*flags):
+        listops.main(["--out", str(tmp_path), *flags])
+        return [(tmp_path / f"{s}.jsonl").read_text() for s in ("train", "val", "test")]
+
+    first = texts()
+    assert texts() == first and texts("--seed", "1") != first
+    flags = ("--depth", "1", "--symbols", "4", "--train", "100", "--val", "20", "--test", "30")
+    shallow = [json.loads(line) for line in "".join(texts(*flags)).splitlines()]
+    assert len(shallow) == 150 and {line["group"] for line in shallow} == {"depth 1"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--symbols", "3"], "--depth 20 --symbols 3: fewer than 900 expressions"),
+        (["--symbols", "4"], "fewer than 900"),  # 4 x 100 of them
+        (["--depth", "0"], "expected numbers from 1"),
+        (["--val", "0"], "expected numbers from 1"),
+    ],
+)
+def test_bad_limits(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        listops.main(["--out", str(tmp_path), *flags])
+    assert not list(tmp_path.iterdir())
