@@ -191,9 +191,10 @@ def forgets_rows(args) -> Iterable[Row]:
     for model, task, name in itertools.product(args.model, tuned, args.methods):
         for other in [other for other in args.task if other != task]:
             picks = method(args, model, task, name)
+            first = tested_on(other, method(args, model, task, args.methods[0]))
             texts = tuple(tested_on(args.text or other, picks, "text"))
             labels = [Path(model).name, task, name, names(model, other)[1]]
-            yield Row(labels, tested_on(other, picks), [], texts)
+            yield Row(labels, tested_on(other, picks), first, texts)
 
 
 def layers_rows(args) -> Iterable[Row]:
@@ -230,7 +231,7 @@ def difference(row: Row, records: Records) -> str:
 def gain(row: Row, records: Records) -> str:
     done = runs(row.picks, records)
     base = tables.scores_of(records, [done[0].base]) if done else []
-    return tables.difference(tables.scores_of(records, done), base)
+    return tables.difference(tables.scores_of(records, done), base, of_base=True)
 
 
 def spread(row: Row, records: Records) -> str:
@@ -378,10 +379,12 @@ STUDIES = {
     ),
     "forgets": Study(
         "What does tuning on one task cost elsewhere? Test split, seeds {seeds}: change of another"
-        " task's score in points [95 % interval], and the loss of a token of text (the other"
-        " task's prompts, or --text) before and after [interval of the difference]",
+        " task's score in points [95 % interval], less the first method's, and the loss of a token"
+        " of text (the other task's prompts, or --text) before and after [interval of the"
+        " difference]",
         ["model", "tuned on", "by", "asked"],
-        {"base": of_one(base), "change": gain, "loss of text": text_loss},
+        {"base": of_one(base), "change": gain, "less {methods[0]}": difference,
+         "loss of text": text_loss},
         forgets_rows,
         {"--methods": METHODS | {"default": ["lofit 3%", "lofit 10%", "lofit all", "lora", "red"]},
          "--tuned": {"nargs": "+", "help": "tasks (default: all)"},
