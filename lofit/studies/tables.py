@@ -73,6 +73,6 @@ def text_loss(losses: list[dict]) -> str:
 
 
 def markdown(header: Iterable[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A Markdown table; a cell may hold several, separated as in the table."""
+    first, *others = (f"| {' | '.join(line)} |" for line in (header, *rows))
+    return "\n".join([first, "| --- " * (first.count(" | ") + 1) + "|", *others])
