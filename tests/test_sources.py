@@ -296,6 +296,13 @@ def test_what_is_kin_stays_in_one_split(folder, tmp_path, monkeypatch, task):
         assert [len(names) for names in kin] == [2, 2, 3]  # both twins of each
 
 
+@pytest.mark.parametrize("make", [choose, true_false, blank])
+def test_one_prompt_is_drawn_once(make):
+    pool = [sources.option_line(make(i)) for i in [*range(8)] * 3]
+    drawn = sources.draw(pool, {"train": 4, "val": 4}, set(), "pool")
+    assert len({line["prompt"] for lines in drawn.values() for line in lines}) == 8
+
+
 def test_what_is_too_long_to_train_on_is_not_drawn(folder, tmp_path, monkeypatch):
     name = sources.SOURCES["boolq_passage"].files["train"]
     long = [passage(i) | {"passage": f"T{i} -- {'word ' * 200}"} for i in range(90, 99)]
