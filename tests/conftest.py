@@ -37,6 +37,7 @@ def pytest_configure(config) -> None:
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
+GOLDEN = REPO / "tests" / "golden"
 MINI = REPO / "weights" / "mini-llama"
 MINI_GEMMA = REPO / "weights" / "mini-gemma"
 TOLERANCE = 1e-4
@@ -233,12 +234,18 @@ def end_group(processes: list, timeout: float = 300) -> list[tuple[int, str, str
 
 
 @pytest.fixture(scope="session")
-def oracle() -> Path:
-    """The paper's own numbers on a tiny Llama; they live outside this repository."""
+def recordings() -> Path:
+    """What tests/golden was made of, with the tokenizer and the texts; outside this repository."""
     folder = SHARED / "oracle" / "tiny-llama"
     if not folder.is_dir():
-        pytest.skip("golden data of the paper's code (../shared/oracle) are not on this machine")
+        pytest.skip("needs texts of the data sets, which are not in this repository")
     return folder
+
+
+def golden_prompts(golden: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The recorded prompts of tests/golden/generate.safetensors without their padding."""
+    rows = zip(golden["input_ids"], golden["attention_mask"].bool(), strict=True)
+    return [ids[mask].tolist() for ids, mask in rows]
 
 
 def make_run(folder, base, scale=1.0, n=5, seed=0):
