@@ -20,6 +20,9 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
+# whether there is a GPU, asked without starting CUDA, which would fix what this process sees
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+SEES_GPU, HAS_GPU = dict(os.environ), torch.cuda.is_available()
 
 from lofit.export import formats  # noqa: E402
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
@@ -31,7 +34,8 @@ from lofit.studies import runner  # noqa: E402
 
 
 def pytest_configure(config) -> None:
-    """Tests run on the CPU, also where there is a GPU: `auto` would take it, and bf16 with it."""
+    """Tests run on the CPU, also where there is a GPU: `auto` would take it, and bf16 with it. A
+    test of the GPU starts a process with the environment SEES_GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -47,6 +51,12 @@ LOUD = dict(
     num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=64,
     rms_norm_eps=1e-2, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+
+
+def slow_but(quick: str | tuple, values) -> list:
+    """Parameters of which all are marked slow but the quick ones."""
+    quick = (quick,) if isinstance(quick, str) else quick
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def _rope(kind: str, **values) -> dict:
