@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import tokenizers
-from conftest import MINI, MINI_GEMMA, REPO, SHARED
+from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, SHARED, golden_prompts
+from safetensors.torch import load_file
 
 from lofit.errors import InputError
 from lofit.llm.chat import load_chat_template
@@ -37,20 +38,32 @@ def test_prompt_and_answer_are_split_by_characters():
 
 
 @pytest.fixture(params=["tokenizer.json", "tokenizer.model"])
-def one_kind(request, oracle, tmp_path):
+def one_kind(request, recordings, tmp_path):
     """The paper's tiny tokenizer, from one of its two files."""
     for name in ("config.json", "tokenizer_config.json", request.param):
-        shutil.copy(oracle / name, tmp_path / name)
+        shutil.copy(recordings / name, tmp_path / name)
     return load_tokenizer(tmp_path)
 
 
-def test_both_kinds_agree_with_transformers(oracle, one_kind):
+def test_both_kinds_agree_with_transformers(recordings, one_kind):
     transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(oracle / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(recordings / "tokenizer.json"))
     for text in TEXTS:
         ids = one_kind.encode(text)
         assert ids == [1, *theirs.encode(text, add_special_tokens=False)]
         assert one_kind.decode(ids) == text
+
+
+def test_prompts_and_generated_texts_are_the_papers(recordings, one_kind):
+    golden = load_file(GOLDEN / "generate.safetensors")
+    told = json.loads((recordings / "generate.json").read_text())
+    prompts = golden_prompts(golden)
+    assert [one_kind.encode(prompt) for prompt in told["prompts"]] == prompts
+    width = golden["input_ids"].shape[1]
+    for which in ("unmodified", "modified", "trained"):
+        rows = golden[f"output_ids.{which}"][:, width:].tolist()
+        texts = [one_kind.decode(ids + row) for ids, row in zip(prompts, rows, strict=True)]
+        assert texts == told[f"text.{which}"]
 
 
 def test_gemmas_two_files_give_the_same_ids(tmp_path):
