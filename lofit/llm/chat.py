@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lofit.errors import InputError
 from lofit.llm import render
-from lofit.llm.checkpoint import find_folder
 from lofit.llm.files import read_text
+from lofit.llm.folder import find_folder
 from lofit.llm.special import NAMES, read_settings
 
 ANSWER = "This is the answer."

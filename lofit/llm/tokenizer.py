@@ -7,8 +7,9 @@ import tokenizers
 
 from lofit.errors import InputError
 from lofit.llm.chat import end_of_turn
-from lofit.llm.checkpoint import find_folder
 from lofit.llm.config import ModelConfig
+from lofit.llm.files import is_file, unreadable
+from lofit.llm.folder import find_folder
 from lofit.llm.special import end_of_text, ending_ids, read_settings
 
 
@@ -70,7 +71,7 @@ class _Json:
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+            raise unreadable(path, f"not a tokenizer.json ({error})") from None
         self.backend.no_padding()
         self.backend.no_truncation()
         self.size = self.backend.get_vocab_size(with_added_tokens=False)
@@ -104,7 +105,7 @@ class _SentencePiece:
         try:
             self.backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise InputError(f"{path}: not a SentencePiece model ({error})") from None
+            raise unreadable(path, f"not a SentencePiece model ({error})") from None
         self.size = self.backend.get_piece_size()
         control = filter(self.backend.is_control, range(self.size))
         self.special = {self.backend.id_to_piece(i): i for i in control}
@@ -149,9 +150,9 @@ def load_tokenizer(
     folder = find_folder(name, revision)
     settings = read_settings(folder)
     backend: _Json | _SentencePiece
-    if (folder / "tokenizer.json").exists():
+    if is_file(folder / "tokenizer.json"):
         backend = _Json(folder / "tokenizer.json")
-    elif (folder / "tokenizer.model").exists():
+    elif is_file(folder / "tokenizer.model"):
         backend = _SentencePiece(folder / "tokenizer.model")
     else:
         raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model in it")
