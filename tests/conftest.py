@@ -197,9 +197,9 @@ def in_process(monkeypatch, tmp_path):
 # what torchrun does for scripts, without its own start
 GROUP = """
 import importlib, json, sys
-from lofit.distributed import group as parallel
+from lofit.distributed import group
 calls = json.loads(sys.argv[1])
-parallel.run(lambda: [importlib.import_module(name).main(argv) for name, argv in calls])
+group.run(lambda: [importlib.import_module(name).main(argv) for name, argv in calls])
 """
 
 

@@ -9,11 +9,12 @@ from conftest import check_batch, difference
 from safetensors.torch import load_file
 
 from lofit.errors import InputError
+from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, edits_off, gather_offsets
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import load_model
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.objectives import CrossEntropy, FrozenLayers, Preference, mean_loss
+from lofit.objectives import CrossEntropy, Preference, mean_loss
 from lofit.training import Schedule, optimizer_for, train_step
 
 HEADS = [(2, 1), (0, 3)]
@@ -102,7 +103,7 @@ def test_the_fast_way_agrees_with_the_plain_one(tiny, tokenizer, kind, heads):
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     assert difference(grad, want_grad) < 1e-5 * want_grad.abs().max()
     lowest = min(layer for layer, _ in heads)
-    assert set(fast.frozen.kept) == ({0, 2} if lowest else set())
+    assert set(fast.cache.kept) == ({0, 2} if lowest else set())
     calls = []
     tiny.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     fast.loss([0, 2])
@@ -115,17 +116,17 @@ def test_kept_states_are_bounded_and_follow_the_heads(tiny, tokenizer):
     objective = CrossEntropy(tiny, tokenizer, TEXTS, "here")
     attach_offsets(tiny, [(1, 0)], torch.ones(1, 8))
     n_bytes = [4 * 32 * length for length in objective.lengths]
-    objective.frozen = FrozenLayers(tiny, max_bytes=n_bytes[0] + n_bytes[2])
+    objective.cache = HiddenCache(tiny, max_bytes=n_bytes[0] + n_bytes[2])
     want = objective.loss([0, 1, 2]).item()
     assert objective.loss([0, 1, 2]).item() == pytest.approx(want, rel=1e-5)
-    assert set(objective.frozen.kept) == {0, 2} or objective.frozen.left < n_bytes[2]
-    assert sum(x.nbytes for x in objective.frozen.kept.values()) <= n_bytes[0] + n_bytes[2]
+    assert set(objective.cache.kept) == {0, 2} or objective.cache.left < n_bytes[2]
+    assert sum(x.nbytes for x in objective.cache.kept.values()) <= n_bytes[0] + n_bytes[2]
     # heads of another layer: nothing kept for the first ones may serve
     attach_offsets(tiny, [(2, 0)], torch.ones(1, 8))
     plain = CrossEntropy(tiny, tokenizer, TEXTS, "here", plain=True)
     for _ in range(2):
         assert objective.loss([0]).item() == pytest.approx(plain.loss([0]).item(), rel=1e-5)
-    assert objective.frozen.layer == 2
+    assert objective.cache.layer == 2
 
 
 @pytest.mark.parametrize("plain", [True, False])

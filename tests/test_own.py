@@ -8,6 +8,7 @@ import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
+from lofit.run.evaluation import evaluate
 from lofit.run.session import Session
 from lofit.tasks.own import OwnTask
 
@@ -204,9 +205,10 @@ def test_a_stopped_evaluation_mixes_up_no_scores(tiny_folder, tmp_path):
     folder = write(tmp_path / "mine", [FORMS["option"]])
     argv = ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run")]
     run = Session(eval_script.parse_args(argv), "eval")
-    found = [run.evaluate(run.read("test"), 64, "")]
+    next(run.folds())
+    found = [evaluate(run, run.read("test"), 64, "")]
     assert [set(row) for row in found[0]] == [{"prediction", "em", "log_probs", "accuracy"}]
     for _ in range(2):  # the second time from what was kept
         kept = run.scored({}, run.read("test"))("base")
-        found.append(run.evaluate(run.read("test"), 64, "", kept))
+        found.append(evaluate(run, run.read("test"), 64, "", kept))
     assert found[0] == found[1] == found[2]

@@ -15,9 +15,11 @@ from test_parallel import alone, assert_same, calls, folder_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import select_heads
+from lofit.compare.selection import head_sigma
 from lofit.distributed.sharded import Shards, gathered, in_step
 from lofit.errors import InputError
-from lofit.heads import attach_offsets, attach_scales, attention_layers, head_sigma, init_scales
+from lofit.fast.hidden_cache import HiddenCache
+from lofit.heads import attach_offsets, attach_scales, attention_layers, init_scales
 from lofit.inspect.memory import weight_bytes
 from lofit.llm import scoring
 from lofit.llm.batches import collate
@@ -25,7 +27,6 @@ from lofit.llm.checkpoint import assemble, load_model, save_model, text_name
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import generate
 from lofit.llm.scoring import target_losses
-from lofit.objectives import FrozenLayers
 
 # 2 processes divide none of these but the heads
 CONFIG = ModelConfig(
@@ -141,7 +142,7 @@ def examine(one, split) -> dict:
         attach_offsets(model, [(1, 2), (2, 0)], torch.full((2, 8), 0.1))
     with gathered(split):
         rows = list(range(batch.n_texts))
-        known = [FrozenLayers(model)(rows, batch) for model in (one, split)]
+        known = [HiddenCache(model)(rows, batch) for model in (one, split)]
     found["frozen"] = difference(known[0][1], known[1][1])
     with watch.watching():
         found["offsets"] = difference(step(one, batch, known[0]), step(split, batch, known[1]))

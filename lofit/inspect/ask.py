@@ -23,7 +23,7 @@ from lofit.llm.device import pick_device
 from lofit.llm.generate import generate_all
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.adapters import Adapter, open_adapter, open_tuned
-from lofit.run.arguments import TASKS, whole
+from lofit.run.arguments import TASKS, int_at_least
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("question", metavar="QUESTION", nargs="?")
     arg("--task", action="store_true", help="ask in the prompt of the run's task")
     arg("--model", help="where the base model is (default: where the run had it)")
-    arg("--max-new-tokens", type=whole(1), default=32, help="default: %(default)s")
+    arg("--max-new-tokens", type=int_at_least(1), default=32, help="default: %(default)s")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", choices=DTYPES, help="of the base model's weights (default: as in the run)")
     return parser.parse_intermixed_args(argv)  # RUN --task QUESTION

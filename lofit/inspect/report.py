@@ -21,7 +21,7 @@ from lofit.files import read_jsonl, write_text
 from lofit.inspect.explain import explain_run
 from lofit.llm.files import read_json
 from lofit.run.adapters import find_offsets
-from lofit.run.artefacts import PREDICTIONS, RESULTS, offsets_hash, read_offsets
+from lofit.run.artefacts import PREDICTIONS, RESULTS, hash_of_offsets, read_offsets
 
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
 SHOWN = 12  # answers
@@ -147,7 +147,7 @@ def page(run: Path, model: str | None = None) -> str:
     heads, offsets, info = read_offsets(path)
     explained, _ = explain_run(str(run), model, 5)
     results = read_json(run / RESULTS) if (run / RESULTS).exists() else None
-    if results and results.get("offsets_hash") != offsets_hash(heads, offsets):
+    if results and results.get("offsets_hash") != hash_of_offsets(heads, offsets):
         results = None  # of other offsets than these
     answers, log, scores = [], [], None
     if results and (run / PREDICTIONS).exists():

@@ -19,7 +19,7 @@ from lofit.llm.checkpoint import (
 from lofit.llm.config import ModelConfig
 from lofit.llm.files import open_tensors, read_json
 from lofit.llm.model import CausalLM
-from lofit.run.artefacts import OFFSETS, RESULTS, check_base, offsets_hash, read_offsets
+from lofit.run.artefacts import OFFSETS, RESULTS, check_base, hash_of_offsets, read_offsets
 
 # Beside a model's own tensors in the paper's released checkpoints: A and v of each head.
 RELEASED = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
@@ -40,7 +40,7 @@ class Adapter:
         path = self.folder / RESULTS
         found = read_json(path) if path.exists() else {}
         same = found.get("fingerprint") == self.info.get("fingerprint")
-        same = same and found.get("offsets_hash") == offsets_hash(self.heads, self.offsets)
+        same = same and found.get("offsets_hash") == hash_of_offsets(self.heads, self.offsets)
         return found if same and "tuned" in found else None
 
 

@@ -1,4 +1,4 @@
-"""What the scripts can be told in common: model, task, folders; and how they are read."""
+"""The arguments that the scripts have in common: model, task, folders; and how they are read."""
 
 import argparse
 import math
@@ -13,11 +13,12 @@ from lofit.tasks.own import NAMED, OwnTask
 
 TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
+METHODS = ("lofit", "lora", "red", "bias", "iti", "repe")  # of train.py
 
 
 def common_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every script has. What is left out takes the value that is
-    printed."""
+    """A parser with the arguments that every script has. Defaults are resolved later and printed
+    with their origin."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,42 +43,46 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
         help="of a task with two folds (truthfulqa), each in a folder of its own",
     )
     arg("--chat", action="store_true", help="ask in the checkpoint's own chat template")
-    arg("--seed", type=whole(0), default=42)
+    arg("--seed", type=int_at_least(0), default=42)
     arg("--run", type=Path, help="run folder (default: runs/<model>/<task>)")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
     arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
-    arg("--fresh", action="store_true", help="start anew where a stopped run could go on")
-    arg("--plain", action="store_true", help="leave out no work that could be, as the paper's code")
+    arg("--fresh", action="store_true", help="start again where a stopped run could continue")
+    arg(
+        "--plain",
+        action="store_true",
+        help="no shortcuts: one text a row, every layer, the paper's batches",
+    )
     return parser
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """For argparse: a whole number of at least `low`."""
+def int_at_least(low: int) -> Callable[[str], int]:
+    """For argparse: an integer of at least `low`."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low}, found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected an integer >= {low}, found {text!r}")
         return int(text)
 
     return read
 
 
-def real(text: str) -> float:
+def positive_float(text: str) -> float:
     """For argparse: a finite number above 0."""
-    if real_or_0(text) == 0:
+    if nonnegative_float(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, found {text!r}")
     return float(text)
 
 
-def real_or_0(text: str) -> float:
-    """For argparse: a finite number from 0."""
+def nonnegative_float(text: str) -> float:
+    """For argparse: a finite number, 0 or more."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"expected a finite number, not negative, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, found {text!r}")
     return value
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from lofit.compare.stored import KINDS, attach_stored
 from lofit.errors import InputError
 from lofit.files import Write, as_json, as_tensors, as_text, read_jsonl, read_tensors, write_atomic
 from lofit.heads import Head, attach_offsets, check_heads
@@ -16,6 +15,11 @@ from lofit.llm.model import CausalLM
 OFFSETS, ADAPTER_CONFIG = "offsets.safetensors", "lofit_config.json"  # an adapter's two files
 HEADS, PICTURE = "heads.json", "heads.png"
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+
+
+def hash_of_text(value: object) -> str:
+    """16 hex digits over what a value prints as."""
+    return hashlib.sha256(repr(value).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def save_heads(
@@ -87,7 +91,7 @@ def save_results(folder: Path, results: dict, lines: list[dict]) -> None:
     write_atomic(folder / RESULTS, as_json(results), beside)
 
 
-def offsets_hash(heads: list[Head], offsets: torch.Tensor) -> str:
+def hash_of_offsets(heads: list[Head], offsets: torch.Tensor) -> str:
     """16 hex digits over heads and offsets: results say by it which offsets they are of."""
     numbers = torch.tensor(heads).numpy().tobytes() + offsets.float().cpu().numpy().tobytes()
     return hashlib.sha256(numbers).hexdigest()[:16]
@@ -96,7 +100,7 @@ def offsets_hash(heads: list[Head], offsets: torch.Tensor) -> str:
 def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
     """Inverse of `save_offsets`, from the safetensors file alone. InputError if malformed."""
     tensors, info = read_tensors(path)
-    if info.get("method") in KINDS:
+    if "method" in info:
         raise InputError(
             f"{path}: made by train.py --method {info['method']}; expected LoFiT's offsets"
         )
@@ -118,9 +122,11 @@ def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
 
 def load_offsets(path: Path, model: CausalLM) -> tuple[list[Head], dict]:
     """Attach the offsets of a file to the model; returns its heads and `info`. InputError on a
-    mismatch, with the model untouched. A baseline's file is attached too; it has no heads."""
+    mismatch, with the model untouched. Another method's file is attached too; it has no heads."""
     tensors, info = read_tensors(Path(path))
-    if info.get("method") in KINDS:
+    if "method" in info:
+        from lofit.compare.stored import attach_stored
+
         check_base(model, info, path)
         attach_stored(model, tensors, info)
         return [], info

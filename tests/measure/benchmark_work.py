@@ -17,8 +17,9 @@ from peers import (
 )
 
 from lofit import load_model, load_tokenizer
+from lofit.fast.folded import folded_offsets
 from lofit.fast.packed import packed_weights
-from lofit.heads import attach_offsets, attach_scales, folded_offsets, init_offsets, init_scales
+from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
 from lofit.llm.batches import n_shared
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import compiled_step, generate_all
@@ -171,7 +172,7 @@ class Bench:
         objective = CrossEntropy(self.model, Ids(), self.examples, "examples")
 
         def run() -> float:
-            objective.frozen.layer, objective.frozen.kept = 0, {}
+            objective.cache.layer, objective.cache.kept = 0, {}
             if side == "ours":
                 parameters = attach_offsets(self.model, self.heads[where], self.offsets(where))
                 loss_of = objective.loss
