@@ -82,9 +82,7 @@ def make(n: int, seed: int, depth: int, symbols: int) -> list[dict]:
         if since == TRIES:
             raise InputError(f"--depth {depth} --symbols {symbols}: fewer than {n} expressions")
     found = list(lines.values())
-    rng.shuffle(
-        found
-    )  # short ones come twice sooner than long ones, so those drawn last are longer
+    rng.shuffle(found)  # what is drawn late is longer: the short ones were there before
     return found
 
 

@@ -20,7 +20,10 @@ from lofit.errors import InputError
 from lofit.files import read_json_list, read_jsonl
 from lofit.tasks import last_number
 
-SEED = 42  # of the cut
+SEED = 42  # of the draw
+# characters of an item to train or validate on: training takes at most 400 tokens, as the paper's
+# code, which leaves 4 % of GSM8K's items and 24 % of BoolQ's passages out
+LONGEST = 900
 CHOOSE = "Please choose the correct answer to the question: "
 TRUE_FALSE = "Please answer the following question with true or false, question: "
 
@@ -73,7 +76,7 @@ def svamp_line(item: dict) -> dict:
     return {
         "id": item["ID"],
         "prompt": f"Question: {body} {question}\nEquation and answer:",
-        "answer": f" {equation} = {value:g}",
+        "answer": f" {equation} = {value:.15g}",
         "value": value,
     }
 
@@ -251,10 +254,12 @@ def convert(task: str, folder: Path, missing: list[str] = ()) -> dict[str, list[
 
 
 def draw(pool: list[dict], sizes: dict[str, int], others: set, where: str) -> dict[str, list[dict]]:
-    """Draw splits of these sizes from a pool, without what has its kin among the others. Kin comes
-    into one split, and one prompt once. Raises InputError if the pool is too small."""
+    """Draw splits of these sizes from a pool, without what has its kin among the others and what is
+    too long. Kin comes into one split, and one prompt once. InputError if the pool is too small."""
     groups: dict[object, dict[str, dict]] = {}
     for line in pool:
+        if len(line["prompt"] + line["answer"]) > LONGEST:
+            continue
         groups.setdefault(kin(line), {}).setdefault(line["prompt"], line)
     left = [group for key, group in groups.items() if key not in others]
     random.Random(SEED).shuffle(left)

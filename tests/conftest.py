@@ -20,6 +20,9 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
+# whether there is a GPU, asked without starting CUDA, which would fix what this process sees
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+SEES_GPU, HAS_GPU = dict(os.environ), torch.cuda.is_available()
 
 from lofit.export import formats  # noqa: E402
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
@@ -31,12 +34,14 @@ from lofit.studies import runner  # noqa: E402
 
 
 def pytest_configure(config) -> None:
-    """Tests run on the CPU, also where there is a GPU: `auto` would take it, and bf16 with it."""
+    """Tests run on the CPU, also where there is a GPU: `auto` would take it, and bf16 with it. A
+    test of the GPU starts a process with the environment SEES_GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 REPO = Path(__file__).parent.parent
 SHARED = REPO.parent / "shared"
+GOLDEN = REPO / "tests" / "golden"
 MINI = REPO / "weights" / "mini-llama"
 MINI_GEMMA = REPO / "weights" / "mini-gemma"
 TOLERANCE = 1e-4
@@ -46,6 +51,12 @@ LOUD = dict(
     num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=64,
     rms_norm_eps=1e-2, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+
+
+def slow_but(quick: str | tuple, values) -> list:
+    """Parameters of which all are marked slow but the quick ones."""
+    quick = (quick,) if isinstance(quick, str) else quick
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def _rope(kind: str, **values) -> dict:
@@ -233,12 +244,18 @@ def end_group(processes: list, timeout: float = 300) -> list[tuple[int, str, str
 
 
 @pytest.fixture(scope="session")
-def oracle() -> Path:
-    """The paper's own numbers on a tiny Llama; they live outside this repository."""
+def recordings() -> Path:
+    """What tests/golden was made of, with the tokenizer and the texts; outside this repository."""
     folder = SHARED / "oracle" / "tiny-llama"
     if not folder.is_dir():
-        pytest.skip("golden data of the paper's code (../shared/oracle) are not on this machine")
+        pytest.skip("needs texts of the data sets, which are not in this repository")
     return folder
+
+
+def golden_prompts(golden: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The recorded prompts of tests/golden/generate.safetensors without their padding."""
+    rows = zip(golden["input_ids"], golden["attention_mask"].bool(), strict=True)
+    return [ids[mask].tolist() for ids, mask in rows]
 
 
 def make_run(folder, base, scale=1.0, n=5, seed=0):

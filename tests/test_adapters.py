@@ -6,7 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from conftest import difference
+from conftest import GOLDEN, difference, golden_prompts
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
@@ -15,7 +15,6 @@ from lofit.errors import InputError
 from lofit.export import formats
 from lofit.heads import attach_offsets, attached_heads, edits_off
 from lofit.llm.generate import generate
-from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.adapters import load_tuned, open_adapter
 
 TRAIN = ["--epochs", "2", "--lr", "1", "--heads", "random", "--top", "3"]
@@ -130,7 +129,7 @@ def test_what_is_no_adapter_is_refused(flags, tiny_folder, tmp_path):
 def release(base, folder, v, pad=None):
     """A checkpoint as the paper's code saves it: A and v of every head beside a model's tensors,
     and a row for padding. v: [layer, head, head_dim]."""
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.md"))
     tensors = load_file(base / "model.safetensors")
     if pad is not None:
         for key, row in zip(("model.embed_tokens.weight", "lm_head.weight"), pad, strict=True):
@@ -206,17 +205,15 @@ def test_training_on_a_released_checkpoint_starts_from_its_base(released, small_
 
 @pytest.mark.parametrize(("v", "which"), [("v", "modified"), ("v_trained", "trained")])
 @torch.no_grad()
-def test_the_papers_own_numbers_from_a_released_checkpoint(oracle, tmp_path, v, which):
-    golden = load_file(oracle / "generate.safetensors")
-    told = read(oracle / "generate.json")
+def test_the_papers_own_numbers_from_a_released_checkpoint(tmp_path, v, which):
+    golden, told = load_file(GOLDEN / "generate.safetensors"), read(GOLDEN / "generate.json")
     pad = (golden["pad_embed_row"], golden["pad_lm_head_row"])
-    folder = release(oracle, tmp_path / "released", golden[v], pad)
+    folder = release(GOLDEN, tmp_path / "released", golden[v], pad)
     formats.main([str(folder), "--format", "hf", "--out", str(tmp_path / "plain")])
-    tokenizer = load_tokenizer(folder)
-    prompts = [tokenizer.encode(prompt) for prompt in told["prompts"]]
+    n, eos = told["max_new_tokens"], told["eos_token_id"]
     for name in (folder, tmp_path / "plain"):
         model = load_tuned(name)
         assert model.config.vocab_size == 1001
-        new = generate(model, prompts, told["max_new_tokens"], tokenizer.eos_ids)
-        filled = [row + [told["eos_token_id"]] * (16 - len(row)) for row in new]
-        assert torch.equal(torch.tensor(filled), golden[f"output_ids.{which}"][:, 60:])
+        new = generate(model, golden_prompts(golden), n, (eos,))
+        filled = [row + [eos] * (n - len(row)) for row in new]
+        assert torch.equal(torch.tensor(filled), golden[f"output_ids.{which}"][:, -n:])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import MINI, check_batch, difference
+from conftest import GOLDEN, MINI, check_batch, difference
 from safetensors.torch import load_file
 
 from lofit.errors import InputError
@@ -32,17 +32,34 @@ def test_labels_are_answer_and_eos_only():
     assert len(ids) - n_prompt == 2
 
 
-def test_batches_agree_with_the_papers_code(oracle):
+@pytest.mark.parametrize("name", ["select_heads", "train_offsets"])
+def test_batches_agree_with_the_papers_code(recordings, name):
     """From raw texts to the very ids and labels; `A:` ends the prompt, as METHOD has it."""
-    tokenizer = load_tokenizer(oracle)
-    golden = load_file(oracle / "select_heads_sft_noresize.safetensors")
-    texts = json.loads((oracle / "select_heads_sft_noresize.json").read_text())["texts"]
+    tokenizer = load_tokenizer(recordings)
+    golden = load_file(GOLDEN / f"{name}.safetensors")
+    texts = json.loads((recordings / f"{name}_sft_noresize.json").read_text())["texts"]
     assert len(texts) == 48
     for step in range(6):
         pairs = (text.rpartition("A:") for text in texts[8 * step : 8 * step + 8])
         encoded = [
             encode_example(tokenizer, before + colon, answer.removesuffix("</s>"))
             for before, colon, answer in pairs
+        ]
+        check_batch(collate(encoded, "cpu"), golden, step)
+
+
+def test_pairs_agree_with_the_papers_code(recordings):
+    """Theirs: the chosen answers in rows 0 to 3, the rejected ones in 4 to 7."""
+    tokenizer = load_tokenizer(recordings)
+    golden = load_file(GOLDEN / "train_offsets_dpo.safetensors")
+    told = json.loads((recordings / "train_offsets_dpo_refzero_noresize.json").read_text())
+    assert len(told["pairs"]) == 12
+    for step in range(3):
+        pairs = told["pairs"][4 * step : 4 * step + 4]
+        encoded = [
+            encode_example(tokenizer, pair["prompt"], pair[which])
+            for which in ("chosen", "rejected")
+            for pair in pairs
         ]
         check_batch(collate(encoded, "cpu"), golden, step)
 

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import LOUD_GEMMAS, LOUD_MODELS, difference
+from conftest import LOUD_GEMMAS, LOUD_MODELS, MINI, difference
 from safetensors.torch import load_file, save_file
 
 from lofit.errors import InputError
-from lofit.llm.checkpoint import find_folder, load_model, save_model
+from lofit.llm.checkpoint import find_folder, load_model, save_model, weight_files
+from lofit.llm.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[1, 5, 9, 33, 7]])
 
@@ -281,7 +282,7 @@ def test_weights_of_another_kind_are_refused(tiny_folder, kind):
     tensors = load_file(tiny_folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(kind)
     save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"tensor model.norm.weight is torch\..*expected float32"):
+    with pytest.raises(InputError, match=r"model.norm.weight is [A-Z].*float32, .*quantised.*dequ"):
         load_model(tiny_folder)
 
 
@@ -297,12 +298,154 @@ def test_weights_that_are_not_finite_are_named(tiny_folder, value):
 def test_a_head_of_its_own_is_not_dropped_where_the_config_ties_it(tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    with pytest.raises(InputError, match="lm_head.weight is not the embedding, but config.json"):
+    with pytest.raises(
+        InputError, match='lm_head.weight is not the embedding.*"tie_word_embeddings": false'
+    ):
         load_model(tiny_folder)
     tensors = load_file(tiny_folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
     load_model(tiny_folder)  # stored twice, but the same
+
+
+@pytest.mark.parametrize("body", ["model.", ""])
+@pytest.mark.parametrize("ends", ["model.embed_tokens.weight", "lm_head.weight", "both"])
+def test_ways_to_store_a_tied_checkpoint(loud, tmp_path, body, ends):
+    """The head alone is what safetensors' save_model keeps; no prefix is what the body alone has.
+    transformers loads them all."""
+    theirs, folder = loud("llama3-tied")
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    names = ["model.embed_tokens.weight", "lm_head.weight"] if ends == "both" else [ends]
+    tensors |= {name: embedding.clone() for name in names}
+    tensors = {key.replace("model.", body, 1): tensor for key, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(folder / "config.json", tmp_path)
+    with torch.no_grad():
+        again = type(theirs).from_pretrained(tmp_path, attn_implementation="eager")(IDS).logits
+    assert difference(again, theirs(IDS).logits) == 0
+    assert torch.equal(load_model(tmp_path)(IDS), load_model(folder)(IDS))
+
+
+def test_a_tensor_that_is_stored_twice_is_refused(tiny_folder):
+    tensors = load_file(tiny_folder / "model.safetensors")
+    tensors["norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="tensor model.norm.weight is stored twice"):
+        load_model(tiny_folder)
+
+
+def test_model_safetensors_goes_before_an_old_index(tiny_folder):
+    """As in transformers: the shards are what another save left behind."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    new = {k: v * 2 for k, v in load_file(tiny_folder / "model.safetensors").items()}
+    index = shard(tiny_folder)
+    save_file(new, tiny_folder / "model.safetensors", {"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    for key, tensor in load_model(tiny_folder).state_dict().items():
+        assert torch.equal(tensor, new[key]) and torch.equal(theirs[key], new[key])
+    index.write_text("{")  # nor is it read
+    load_model(tiny_folder)
+
+
+SCALES = ["{}_scale", "{}_scale_inv", "{}.absmax", "{}.quant_state.bitsandbytes__nf4"]
+
+
+@pytest.mark.parametrize("name", [*SCALES, "model.layers.0.mlp.up_proj.qweight"])
+def test_a_checkpoint_that_is_quantised_is_named_so(tiny_folder, name):
+    """By what it stores beside its weights, where config.json does not say it."""
+    tensors = load_file(tiny_folder / "model.safetensors")
+    tensors[name.format("model.layers.0.mlp.up_proj.weight")] = torch.ones(3)
+    save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="has unknown tensors .*quantised; take the checkpoint"):
+        load_model(tiny_folder)
+
+
+def test_a_weight_of_eight_bits_is_named_quantised(tiny_folder):
+    tensors = load_file(tiny_folder / "model.safetensors")
+    key = "model.layers.0.mlp.up_proj.weight"
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="up_proj.weight is F8_E4M3; .*quantised, take the"):
+        load_model(tiny_folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5\n"
+OTHERS = {  # what a folder holds instead of a checkpoint -> what the error says
+    "adapter_config.json": "adapter_config.json: a peft adapter, no model: name its base",
+    "consolidated.00.pth": "consolidated.00.pth: weights in Meta's own format",
+    "tiny-Q4_K_M.gguf": "tiny-Q4_K_M.gguf: a GGUF file .*gguf_file=NAME",
+    "pytorch_model.bin": "pytorch_model.bin: pickled weights are never loaded",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_folder_is_named_for_what_it_is(tiny_folder, tmp_path, name, with_config):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).write_text("{}")
+    (tmp_path / "other" / "adapter_model.safetensors").write_text("")
+    if with_config:
+        shutil.copy(tiny_folder / "config.json", tmp_path / "other")
+    for read in (load_model, weight_files):
+        with pytest.raises(InputError, match=OTHERS[name]):
+            read(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model"]
+)
+def test_a_pointer_of_git_lfs_is_named(tiny_folder, name):
+    if name == "tokenizer.model":
+        (tiny_folder / "tokenizer.json").unlink()
+    (tiny_folder / name).write_text(POINTER)
+    with pytest.raises(InputError, match=f"{name}: a git-LFS pointer, .*git lfs pull"):
+        load_model(tiny_folder)
+        load_tokenizer(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "dtype", "cure"),
+    [
+        (1e300, torch.float64, torch.float32, "above 3.4e[+]38, too large for float32; no dtype"),
+        (-1e300, torch.float64, torch.bfloat16, "too large for bfloat16; no dtype"),
+        (1e5, torch.float32, torch.float16, "above 6.55e[+]04, .*float16; take --dtype bfloat16"),
+        (-1e6, torch.bfloat16, torch.float16, "float16; take --dtype bfloat16"),
+    ],
+)
+def test_what_a_dtype_cannot_hold_is_refused(tiny_folder, value, stored, dtype, cure):
+    tensors = load_file(tiny_folder / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    tensors[key] = tensors[key].to(stored)
+    tensors[key][3, 5] = value
+    save_file(tensors, tiny_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{key} has values .*{cure}"):
+        load_model(tiny_folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("shard_name", ["s" * 1000, "a\0b", "\ud800"])
+def test_a_shard_name_that_no_file_can_have(tiny_folder, shard_name):
+    index = shard(tiny_folder)
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": shard_name}}))
+    with pytest.raises(InputError, match="shard is missing"):
+        load_model(tiny_folder)
+    with pytest.raises(InputError, match="no such folder"):
+        find_folder(shard_name)
+
+
+def test_the_shipped_models_are_found_from_anywhere(tmp_path, monkeypatch):
+    """And a name that begins as they do is never asked of the hub, where others could register
+    it."""
+    monkeypatch.setattr("lofit.llm.folder.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("weights/mini-llama") == MINI
+    for name in ("weights/mini-lama", "runs/mini-llama", "data/mini-llama", "weights/a/b"):
+        with pytest.raises(InputError, match=f"{name}: no such folder"):
+            find_folder(name)
+    mine = tmp_path / "weights" / "mini-llama"
+    mine.mkdir(parents=True)
+    assert find_folder("weights/mini-llama").resolve() == mine.resolve()
 
 
 def test_a_pipe_is_no_shard(tiny_folder):

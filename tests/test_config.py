@@ -1,11 +1,15 @@
 """config.json in its spellings, and what is refused."""
 
 import json
+from copy import deepcopy
+from importlib import import_module
 
 import pytest
+import torch
 
 from lofit.errors import InputError
 from lofit.llm.config import FULL, SLIDING, ModelConfig
+from lofit.llm.rope import cos_sin
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128,
@@ -41,8 +45,8 @@ def test_round_trip_in_both_spellings():
     config = ModelConfig.from_hf(raw | {"eos_token_id": [2, 7], "head_dim": 16})
     written = config.to_hf()
     assert ModelConfig.from_hf(written) == config
-    for key in ("rope_parameters", "rope_theta"):  # a reader that knows one spelling only
-        half = {k: v for k, v in written.items() if k != key}
+    for keys in (("rope_parameters",), ("rope_theta", "rope_scaling")):  # one spelling only
+        half = {k: v for k, v in written.items() if k not in keys}
         assert ModelConfig.from_hf(half) == config
 
 
@@ -115,6 +119,53 @@ def test_gemmas_gelu_is_the_tanh_form_whatever_the_file_says():
         assert config.hidden_act == "gelu_pytorch_tanh"
 
 
+BOTH = NEW_ROPE["rope_parameters"]
+SPELLINGS = [  # what two programs could read in two ways
+    ("Llama", OLD_ROPE | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}} | {
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
+    ("Llama", {"rope_scaling": {}, "rope_parameters": {"rope_type": "default"}, "rope_theta": 9.0}),
+    ("Llama", {"rope_theta": 9.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
+    ("Llama", {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
+    ("Llama", {"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}}),
+    ("Llama", {"original_max_position_embeddings": 16, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),
+    ("Llama", {"rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.0}}),
+    ("Llama", {"rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "beta_fast": 0, "beta_slow": 0, "truncate": None}}),
+    ("Gemma2", OLD_ROPE | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("Gemma3Text", OLD_ROPE | NEW_ROPE),
+    ("Gemma3Text", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}} | NEW_ROPE),
+    ("Gemma3Text", {"rope_theta": 9.0, "rope_parameters": {FULL: BOTH[FULL]}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "spelling"), SPELLINGS)
+def test_two_spellings_are_read_as_transformers_reads_them(family, spelling):
+    """The rotation itself is compared, in every type of layer."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    module = family.lower().removesuffix("text")
+    raw = SIZES | {"num_hidden_layers": 7, "head_dim": 16, "max_position_embeddings": 64} | spelling
+    theirs = getattr(transformers, f"{family}Config")(**deepcopy(raw))
+    embedding = getattr(
+        import_module(f"transformers.models.{module}.modeling_{module}"),
+        f"{family.removesuffix('Text')}RotaryEmbedding",
+    )(theirs)
+    names = {"Llama": "llama", "Gemma2": "gemma2", "Gemma3Text": "gemma3_text"}
+    config, at = ModelConfig.from_hf(raw | {"model_type": names[family]}), torch.arange(64)[None]
+    for kind in config.rope_parameters:
+        x, each = torch.ones(1, 64, 16), (kind,) if family == "Gemma3Text" else ()
+        for ours, want in zip(cos_sin(config, kind, at), embedding(x, at, *each), strict=True):
+            assert torch.equal(ours[:, 0], want)
+
+
+def test_a_flat_rope_of_a_gemma_3_is_refused():
+    """transformers ignores it without a word."""
+    with pytest.raises(InputError, match="a Gemma 3 has one for full_attention, one for sliding"):
+        ModelConfig.from_hf(GEMMA_3 | {"rope_parameters": {"rope_type": "linear", "factor": 8.0}})
+
+
 def test_a_null_head_dim_is_derived():
     assert ModelConfig.from_hf(LLAMA | {"head_dim": None}).head_dim == 8
 
@@ -137,6 +188,13 @@ def test_a_null_head_dim_is_derived():
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types must name full"),
         ({"layer_types": ["full_attention"]}, "each of the 2 layers"),
         ({"layer_types": [SLIDING, FULL]}, "layers need sliding_window"),
+        ({"quantization_config": {"quant_method": "bitnet"}}, "quantised .quantization_config"),
+        ({"quantization_config": {}}, "quantised .quantization_config"),
+        ({"compression_config": {"format": "int"}}, "quantised .compression_config.*dequantize"),
+        ({"quantization": {"bits": 4}}, "quantised .quantization.*take the checkpoint that it was"),
+        ({"rope_theta": None}, "RoPE's rope_theta is 'None'; expected a number"),
+        ({"rope_parameters": {"rope_theta": None}}, "RoPE's rope_theta is 'None'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale_all_dim": -1.0}}, "mscale_all"),
         ({"use_bidirectional_attention": True}, "only causal models are supported"),
     ],
 )

@@ -43,7 +43,7 @@ def test_what_is_read_and_copied_is_fetched(monkeypatch, tmp_path, name):
         assert any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
         return tmp_path
 
-    monkeypatch.setattr("lofit.llm.checkpoint.snapshot_download", snapshot)
+    monkeypatch.setattr("lofit.llm.folder.snapshot_download", snapshot)
     assert find_folder("owner/name") == tmp_path
 
 

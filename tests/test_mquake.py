@@ -120,9 +120,9 @@ def test_the_real_splits(split, n):
     assert all(e.prompt.count("{}") == 0 and e.prompt.endswith(" A:") for e in examples)
 
 
-def test_training_texts_are_the_papers(oracle):
+def test_training_texts_are_the_papers(recordings):
     """Its first 48 training texts, from its data file through our reader."""
     data = SHARED / "datasets"
-    texts = json.loads((oracle / "select_heads_sft_noresize.json").read_text())["texts"]
+    texts = json.loads((recordings / "select_heads_sft_noresize.json").read_text())["texts"]
     ours = {e.prompt + e.answer for e in mquake.read(data, "train")}
     assert {text.removesuffix("</s>") for text in texts} <= ours

@@ -10,6 +10,7 @@ import train
 from lofit.errors import InputError
 from lofit.run.evaluation import evaluate
 from lofit.run.session import Session
+from lofit.tasks import first_option
 from lofit.tasks.own import OwnTask
 
 FORMS = {
@@ -52,6 +53,7 @@ def test_an_option_is_the_first_that_occurs_in_what_is_generated(tmp_path):
         (" answer1 or answer2", 0), ("Answer2", 0), ("answer10 answer2", 0), ("answer20", 1),
     ):  # fmt: skip
         assert task.score(task.extract(example.prompt, continuation), example) == {"em": em}
+    assert first_option("answer10", ("answer1", "answer10")) == "answer10"
     assert task.score_choices([-1.0], [-2.0, -3.0]) == {"accuracy": 1}
 
 

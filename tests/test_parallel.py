@@ -78,6 +78,7 @@ def folder_of(run, name):
     return run / name / "fold1" if name == "truthfulqa" else run / name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "runs"), [(2, ["mquake"]), (3, RUNS)])
 def test_the_whole_way_through_is_that_of_one_process(flags, tmp_path, n, runs):
     group = start_group(n, *calls(flags, tmp_path / "group", runs))
@@ -103,6 +104,7 @@ def test_bad_input_and_a_process_of_other_arguments_are_one_line(flags, small_da
     one_line(end_group(other), "train.jsonl: no such file")
 
 
+@pytest.mark.slow
 def test_processes_of_other_arguments_are_told(flags, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,6 +116,7 @@ def test_processes_of_other_arguments_are_told(flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_busy_port_is_one_line(flags):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
@@ -125,6 +128,7 @@ def test_a_busy_port_is_one_line(flags):
         assert time.time() - start < 60
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_all_and_files_stay(flags, tmp_path):
     """By torchrun itself."""
     run = tmp_path / "run"

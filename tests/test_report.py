@@ -92,6 +92,7 @@ def test_offsets_that_were_not_evaluated(tiny_folder, tmp_path, run):
         report.main([str(tiny_folder)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_shows_it_without_complaint(run, tmp_path, width):
     """No console message, and nothing wider than the window."""

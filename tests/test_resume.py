@@ -137,9 +137,6 @@ def test_another_setting_other_data_and_fresh_start_anew(flags, small_data, tmp_
     said = stopped("--lr", "0.1")
     assert "starting from the beginning, not from " in said
     assert "train.unfinished: lr was 0.05, is 0.1\n" in said
-        "starting from the beginning, not from " in said
-        and "train.unfinished: lr was 0.05, is 0.1\n" in said
-    )
     path = small_data / "MQuAKE" / "train.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[::-1]))
     assert "train.unfinished: examples was " in stopped("--lr", "0.1")

@@ -79,10 +79,10 @@ def test_clutrr_the_whole_way_through(mini_flags, tmp_path):
 
 
 @pytest.mark.parametrize(("task", "n"), [("mquake", 95), ("clutrr", 450), ("truthfulqa", 164)])
-def test_the_papers_own_files_run(oracle, tmp_path, task, n):
+def test_the_papers_own_files_run(recordings, tmp_path, task, n):
     if not (SHARED / "datasets" / "MQuAKE").is_dir():
         pytest.skip("the paper's splits are not on this machine")
-    flags = ["--model", str(oracle), "--data", str(SHARED / "datasets"), "--run", str(tmp_path)]
+    flags = ["--model", str(recordings), "--data", str(SHARED / "datasets"), "--run", str(tmp_path)]
     flags += ["--task", task]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -224,6 +224,7 @@ def test_the_next_pass_begins_without_lm_head(found, kind):
         assert parts[0] == parts[1]
 
 
+@pytest.mark.slow
 def test_a_split_model_and_an_unsplit_one_go_the_same_way(tiny_config, small_data, tmp_path):
     """Through the scripts: exact match, and with a tied embedding DPO and choices."""
     ways = []

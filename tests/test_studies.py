@@ -9,8 +9,8 @@ from conftest import REPO
 
 from lofit.errors import InputError
 from lofit.studies.__main__ import main, parse_args
-from lofit.studies.grid import agreement
 from lofit.studies.records import Records
+from lofit.studies.rows import agreement
 from lofit.studies.runner import WORK
 
 
@@ -31,6 +31,7 @@ def study(tiny_folder, small_data, tmp_path, in_process, capsys):
 
 def table_of(printed: str) -> list[dict]:
     lines = [x[2:-2].split(" | ") for x in printed.splitlines() if x.startswith("|")]
+    assert lines[1] == ["---"] * len(lines[0])
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 

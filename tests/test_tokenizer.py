@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import tokenizers
-from conftest import MINI, MINI_GEMMA, REPO, SHARED
+from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, SHARED, golden_prompts
+from safetensors.torch import load_file
 
 from lofit.errors import InputError
+from lofit.llm.batches import encode_example
 from lofit.llm.chat import load_chat_template
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.tasks import clutrr, mquake, truthfulqa
@@ -37,20 +39,32 @@ def test_prompt_and_answer_are_split_by_characters():
 
 
 @pytest.fixture(params=["tokenizer.json", "tokenizer.model"])
-def one_kind(request, oracle, tmp_path):
+def one_kind(request, recordings, tmp_path):
     """The paper's tiny tokenizer, from one of its two files."""
     for name in ("config.json", "tokenizer_config.json", request.param):
-        shutil.copy(oracle / name, tmp_path / name)
+        shutil.copy(recordings / name, tmp_path / name)
     return load_tokenizer(tmp_path)
 
 
-def test_both_kinds_agree_with_transformers(oracle, one_kind):
+def test_both_kinds_agree_with_transformers(recordings, one_kind):
     transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(oracle / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(recordings / "tokenizer.json"))
     for text in TEXTS:
         ids = one_kind.encode(text)
         assert ids == [1, *theirs.encode(text, add_special_tokens=False)]
         assert one_kind.decode(ids) == text
+
+
+def test_prompts_and_generated_texts_are_the_papers(recordings, one_kind):
+    golden = load_file(GOLDEN / "generate.safetensors")
+    told = json.loads((recordings / "generate.json").read_text())
+    prompts = golden_prompts(golden)
+    assert [one_kind.encode(prompt) for prompt in told["prompts"]] == prompts
+    width = golden["input_ids"].shape[1]
+    for which in ("unmodified", "modified", "trained"):
+        rows = golden[f"output_ids.{which}"][:, width:].tolist()
+        texts = [one_kind.decode(ids + row) for ids, row in zip(prompts, rows, strict=True)]
+        assert texts == told[f"text.{which}"]
 
 
 def test_gemmas_two_files_give_the_same_ids(tmp_path):
@@ -197,8 +211,86 @@ def test_bos_and_eos_follow_the_files(tiny_folder):
     assert (by_name.prefix, by_name.eos_ids) == ([2], (1,))
     assert reload({"add_bos_token": False}).prefix == []
     assert reload(bos_token_id=None).prefix == []
-    with pytest.raises(InputError, match="config.json: no eos_token_id"):
-        reload(eos_token_id=None)
+    assert reload(eos_token_id=None).eos_ids == (1,)  # tokenizer.model's own
+
+
+def write_json(path, **values):
+    """Change a JSON file's keys, or write a new one."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(old | values))
+
+
+ENDS = [  # generation_config.json's, config.json's, the token by name -> all that end, trained with
+    ([7, 2], 5, "</s>", (7, 2), 2),
+    ([7, 5], [5, 9], "</s>", (7, 5), 5),
+    (7, [5, 9], "</s>", (7,), 7),
+    (None, [5, 9], "</s>", (5, 9), 5),
+    ([], 5, "</s>", (5,), 5),
+    ("no file", 5, "</s>", (5,), 5),
+    (None, None, "</s>", (2,), 2),
+    (9, None, None, (9,), 9),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "name", "ends", "end"), ENDS)
+def test_where_a_generation_ends(tiny_folder, first, second, name, ends, end):
+    """As in transformers' generate; of several, texts are trained with the one of config.json."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    write_json(tiny_folder / "config.json", eos_token_id=second)
+    write_json(tiny_folder / "tokenizer_config.json", eos_token=name)
+    if first != "no file":
+        write_json(tiny_folder / "generation_config.json", eos_token_id=first)
+    tokenizer = load_tokenizer(tiny_folder)
+    assert (tokenizer.eos_ids, tokenizer.end_id) == (ends, end)
+    assert encode_example(tokenizer, "Q:", "it")[0][-1] == end
+    if first and second:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).generation_config
+        told = theirs.eos_token_id
+        assert ends == (tuple(told) if isinstance(told, list) else (told,))
+
+
+def test_no_file_names_an_end(tiny_folder):
+    write_json(tiny_folder / "config.json", eos_token_id=None)
+    write_json(tiny_folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(InputError, match="no file names the token that ends .*generation_config"):
+        load_tokenizer(tiny_folder)
+
+
+@pytest.mark.parametrize("value", ["</s>", 2.0, True, -1, 891, [2, None], [[2]], {"id": 2}])
+def test_ends_that_are_no_ids_are_refused(tiny_folder, value):
+    write_json(tiny_folder / "generation_config.json", eos_token_id=value)
+    with pytest.raises(InputError, match="generation_config.json: eos_token_id is .*from 0 to 890"):
+        load_tokenizer(tiny_folder)
+
+
+TURNS = {  # what a template writes after an answer -> the id that is trained
+    "{{ m.content }}[city] \n": 5,  # the first special token of two
+    "{{ m.content | trim }}</s>\n": 2,
+    "{{ ' ' + m.content + ' ' + eos_token }}": 2,
+    "{{ m.content }}\n": 2,  # none: the end of a text
+    "{{ raise_exception('no answers') if m.role == 'assistant' else m.content }}</s>": 2,
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("named", [[2, 5], [2]])
+def test_a_chat_answer_ends_as_the_template_ends_a_turn(tiny_folder, turn, named):
+    """Also where no file lists that token: the answer would go on after it."""
+    text = json.loads((tiny_folder / "tokenizer.json").read_text())
+    added = text["added_tokens"][-1] | {"id": 5, "content": "[city]"}
+    text["added_tokens"].append(added)
+    text["model"]["vocab"] = {
+        "[city]" if i == 5 else key: i for key, i in text["model"]["vocab"].items()
+    }
+    (tiny_folder / "tokenizer.json").write_text(json.dumps(text))
+    write_json(tiny_folder / "generation_config.json", eos_token_id=named)
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    (tiny_folder / "chat_template.jinja").write_text(template)
+    chat = load_tokenizer(tiny_folder, add_special_tokens=False)
+    assert chat.end_id == TURNS[turn] and chat.eos_ids[: len(named)] == tuple(named)
+    assert chat.end_id in chat.eos_ids
+    assert encode_example(chat, "Q:", "it")[0][-1] == TURNS[turn]
+    assert load_tokenizer(tiny_folder).end_id == 2
 
 
 def test_bad_tokenizer_files_are_refused(tiny_folder):

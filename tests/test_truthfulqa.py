@@ -1,21 +1,15 @@
-"""TruthfulQA: prompts byte for byte, the metrics by hand, and the paper's own scores."""
+"""TruthfulQA: prompts byte for byte, the metrics by hand, and the paper's own texts."""
 
 import json
 import math
 
 import pytest
-from conftest import SHARED
-from safetensors.torch import load_file
+from conftest import GOLDEN, SHARED
 
 from lofit.errors import InputError
-from lofit.heads import attach_offsets
-from lofit.llm.batches import encode_example
-from lofit.llm.checkpoint import load_model
-from lofit.llm.scoring import score_answers
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.tasks import truthfulqa
 
-AFTER = "tokens_after_input_prompt"
 HEADER = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
 ROW = (
     'A,B,Can pigs fly?,"No, they cannot","Pigs fly in planes.; No, they cannot; ","Yes; Often ",x\n'
@@ -80,33 +74,26 @@ def test_the_real_splits(fold):
     assert sizes == [[326, 82, 409], [327, 82, 408]][fold]
 
 
-@pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("which", ["unmodified", "modified"])
-def test_scores_agree_with_the_papers_code(oracle, which, plain):
-    variants = json.loads((oracle / "tqa_mc.json").read_text())["variants"]
-    golden, texts = variants[which]["questions"], variants["unmodified"]["questions"]
-    model, tokenizer = load_model(oracle), load_tokenizer(oracle)
-    if which == "modified":
-        v = load_file(oracle / "tqa_mc.safetensors")["v"]
-        attach_offsets(model, [(i, h) for i in range(4) for h in range(8)], v.flatten(0, 1))
+def test_questions_and_answers_are_the_papers(recordings):
+    """Prompts and answers as texts, and the ids of tests/golden made of them."""
+    told = json.loads((recordings / "tqa_mc.json").read_text())["variants"]["unmodified"]
+    golden = json.loads((GOLDEN / "tqa_mc.json").read_text())
+    tokenizer = load_tokenizer(recordings)
     examples = truthfulqa.read(SHARED / "datasets", "test", fold=0)[:5]
-    asked = [(e.question, [*e.right, *e.wrong]) for e in examples]
-    scores = score_answers(model, tokenizer, asked, 7, "", plain)
-    for example, each, want, text in zip(examples, scores, golden, texts, strict=True):
+    for example, text, ids in zip(examples, told["questions"], golden, strict=True):
         assert example.question == text["input_prompt"] + "\nA:"
         assert example.right[0] == " " + text["best"]
-        told, tokens = (
-            {" " + x["answer"]: x for kind in ("true", "false") for x in q[kind]}
-            for q in (want, text)
-        )
-        answers = [*example.right, *example.wrong]
-        assert sorted(answers) == sorted(told)
-        for answer, score in zip(answers, each, strict=True):
-            assert score == pytest.approx(told[answer]["score"], abs=1e-3)
+        for kind, answers in (("true", example.right), ("false", example.wrong)):
+            found = {}
+            for answer in answers:
+                whole, n = tokenizer.encode_pair(example.question, answer)
+                assert whole[:n] == ids["question"]
+                found[answer] = whole[n:]
+            want = {
+                " " + one["answer"]: each["ids"]
+                for one, each in zip(text[kind], ids[kind], strict=True)
+            }
+            assert found == want
             # where the answer starts: ours by characters, theirs by dropping three tokens
-            ids, labels = encode_example(tokenizer, example.question, answer, end=False)
-            assert [i for i in labels if i >= 0] == tokens[answer][AFTER][3:]
-        n = len(example.right)
-        found = truthfulqa.score_choices(each[:n], each[n:])
-        assert found["mc1"] == want["MC1"] and found["mc3"] == want["MC3"]
-        assert found["mc2"] == pytest.approx(want["MC2"], abs=1e-4)
+            for one in text[kind]:
+                assert found[" " + one["answer"]] == one["tokens_after_input_prompt"][3:]

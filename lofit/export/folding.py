@@ -20,6 +20,7 @@ from lofit.llm.checkpoint import (
     find_folder,
     fingerprint,
     sample,
+    share_ends,
     stored_tensors,
     text_name,
     weight_files,
@@ -147,10 +148,8 @@ def fold(adapter: Adapter, run: str, model: str | None, dtype: torch.dtype | Non
     embedding = found.shapes.get("model.embed_tokens.weight")
     if embedding and info["fingerprint"] is None:  # the paper's code adds a row for padding
         config = replace(config, vocab_size=embedding[0])
-    if embedding and config.tie_word_embeddings:
-        found.shapes["lm_head.weight"] = embedding
     with torch.device("meta"):
-        check_tensors(found.shapes, CausalLM(config), folder)
+        check_tensors(share_ends(found.shapes, config), CausalLM(config), folder)
     weights = fingerprint(found.digests, config)
     if info["fingerprint"] not in (None, weights):
         raise InputError(

@@ -26,8 +26,9 @@ from lofit.export.card import model_card
 from lofit.export.check import check, find_prompts
 from lofit.export.folding import FoldedBase, fold
 from lofit.files import write_json, write_text
-from lofit.llm.checkpoint import DTYPES, HF_METADATA, INDEX, LICENCES, stored_tensors, weight_files
+from lofit.llm.checkpoint import DTYPES, HF_METADATA, stored_tensors, weight_files
 from lofit.llm.files import save_tensors
+from lofit.llm.folder import INDEX, LICENCES
 from lofit.run.adapters import Adapter, open_adapter
 from lofit.run.artefacts import OFFSETS, save_offsets
 

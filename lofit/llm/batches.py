@@ -32,10 +32,11 @@ class Batch:
 
 
 def encode_example(tokenizer: Tokenizer, prompt: str, answer: str, end: bool = True) -> Encoded:
-    """prompt + answer (+ eos) -> (ids, labels); labels are ids on answer and eos, IGNORE before."""
+    """prompt + answer (+ the tokenizer's end_id) -> (ids, labels); labels are the ids of answer and
+    end, IGNORE before."""
     ids, n_prompt = tokenizer.encode_pair(prompt, answer)
     if end:
-        ids = [*ids, tokenizer.eos_ids[0]]
+        ids = [*ids, tokenizer.end_id]
     return ids, [IGNORE] * n_prompt + ids[n_prompt:]
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from lofit.errors import InputError
 from lofit.llm import render
-from lofit.llm.checkpoint import find_folder
-from lofit.llm.files import read_json, read_text
+from lofit.llm.files import read_text
+from lofit.llm.folder import find_folder
+from lofit.llm.special import NAMES, read_settings
 
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+ANSWER = "This is the answer."
 
 
 def load_chat_template(name: str | Path, revision: str | None = None) -> Callable[[str], str]:
@@ -26,16 +27,32 @@ def load_chat_template(name: str | Path, revision: str | None = None) -> Callabl
     none or it fails.
     """
     folder = find_folder(name, revision)
-    path, settings_path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.exists() else {}
-    source = read_text(path) if path.exists() else _named_default(settings.get("chat_template"))
-    if not isinstance(source, str):
+    found = _open_template(folder)
+    if found is None:
         raise InputError(
             f"{folder}: no chat template (chat_template.jinja, or in tokenizer_config.json);"
             " is it a chat model? If not, leave --chat out"
         )
-    tokens = {key: _content(settings[key]) for key in SPECIAL if settings.get(key)}
-    return _Renderer(folder, source, tokens)
+    return found
+
+
+def end_of_turn(folder: Path) -> str:
+    """What a folder's chat template writes after an assistant's answer: "" if there is no template
+    or it renders no such turn."""
+    try:
+        template = _open_template(folder)
+        asked = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": ANSWER}
+        text = template.render(list(asked), False) if template else ""
+    except InputError:  # a template that renders no answer may still ask; one that cannot says so
+        return ""
+    return text.rpartition(ANSWER)[2] if ANSWER in text else ""
+
+
+def _open_template(folder: Path) -> "_Renderer | None":
+    path, settings = folder / "chat_template.jinja", read_settings(folder)
+    source = read_text(path) if path.exists() else _named_default(settings.get("chat_template"))
+    tokens = {key: settings[key] for key in NAMES if key in settings}
+    return _Renderer(folder, source, tokens) if isinstance(source, str) else None
 
 
 class _Renderer:
@@ -55,7 +72,11 @@ class _Renderer:
         self._ask({"source": source, "tokens": tokens})
 
     def __call__(self, text: str) -> str:
-        return self._ask({"text": text})
+        return self.render([{"role": "user", "content": text}], True)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """The text of messages; with the generation prompt, up to where the model answers."""
+        return self._ask({"messages": messages, "add_generation_prompt": add_generation_prompt})
 
     def _ask(self, message: dict) -> str:
         try:
@@ -84,7 +105,3 @@ def _named_default(template: object) -> object:
     if isinstance(template, list):
         return {entry.get("name"): entry.get("template") for entry in template}.get("default")
     return template
-
-
-def _content(token: object) -> str:
-    return str(token.get("content", "") if isinstance(token, dict) else token)

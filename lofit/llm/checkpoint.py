@@ -6,28 +6,23 @@ assigned to its place, strictly: a missing or an unknown tensor is an error.
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from lofit.errors import InputError
 from lofit.files import write_atomic, write_json
-from lofit.llm.config import ModelConfig
-from lofit.llm.files import open_tensors, read_json, save_tensors
+from lofit.llm.config import PLAIN_CURE, ModelConfig
+from lofit.llm.files import open_tensors, save_tensors
+from lofit.llm.folder import SINGLE, find_folder, weight_files
 from lofit.llm.model import CausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 HF_METADATA = {"format": "pt"}  # without it transformers refuses a file
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-DOWNLOADS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", *LICENCES)
 # Names in multimodal Gemma 3 checkpoints as transformers 4 and 5 write them.
 VISION = tuple(
     f"{outer}{part}."
@@ -38,20 +33,15 @@ ROPE_TABLE = "rotary_emb.inv_freq"
 TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
+    "language_model.": "model.",
     "model.language_model.": "model.",
+    # a body that was saved alone
+    **{f"{part}.": f"model.{part}." for part in ("embed_tokens", "layers", "norm")},
 }
-HUB_CURES = {  # a gated repository's error is one of a repository not found, so it stands first
-    hub_errors.GatedRepoError: "gated; accept its licence on huggingface.co, then set HF_TOKEN",
-    hub_errors.RepositoryNotFoundError: (
-        "no such folder here, and no such repository on the hub; check the name, or set HF_TOKEN if"
-        " it is private"
-    ),
-    hub_errors.RevisionNotFoundError: "the repository has no such revision; check --revision",
-}
-TO_CONVERT = (
-    "pickled weights are never loaded; convert them once where you trust the file, e.g. with"
-    " transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
+# In the names of what quantised checkpoints store beside a weight or instead of it
+PACKED = re.compile("qweight|qzeros|g_idx|scale|zero_point|packed|SCB|absmax|quant|codebook")
 
 
 @dataclass(frozen=True)
@@ -96,29 +86,27 @@ def assemble(
     """The model that `config` describes, with a folder's weights. name_of: a stored tensor's name
     in the model, None to leave it out; shards: a distributed.sharded.Shards, to read and keep this
     process's part alone.
-    InputError unless each tensor has its place."""
+    InputError unless each tensor has its place and is finite."""
     files, rows = weight_files(folder), shards.rows if shards else None
     weights: dict[str, torch.Tensor] = {}
     samples: dict[str, list[float]] = {}
-    shapes = {name_of(key): shape for key, shape in stored_shapes(files, name_of)}
-    for key, tensor in stored_tensors(files, name_of, rows):
-        check_values(tensor, f"{folder}: tensor {key}")
-        samples[name_of(key)] = sample(tensor, shapes[name_of(key)], rows)
-        weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
-    samples = shards.merge(samples) if shards else samples
-    digests = {name: digest(shapes[name], values) for name, values in samples.items()}
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-        embedding = weights["model.embed_tokens.weight"]
-        if not torch.equal(weights.get("lm_head.weight", embedding), embedding):
-            raise InputError(
-                f"{folder}: lm_head.weight is not the embedding, but config.json ties them"
-                " (tie_word_embeddings); do both files belong together?"
-            )
-        weights["lm_head.weight"] = embedding
-        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = CausalLM(config)
+    stored = checked_shapes(files, name_of, folder)
+    shapes = share_ends(stored, config)
     check_tensors(shapes, model, folder)
+    for key, tensor in stored_tensors(files, name_of, rows):
+        check_values(tensor, f"{folder}: tensor {key}", dtype)
+        samples[name_of(key)] = sample(tensor, stored[name_of(key)], rows)
+        weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
+    samples = shards.merge(samples) if shards else samples
+    digests = {name: digest(stored[name], values) for name, values in samples.items()}
+    weights = share_ends(weights, config)
+    if config.tie_word_embeddings and not torch.equal(weights[HEAD], weights[EMBEDDING]):
+        raise InputError(
+            f"{folder}: {HEAD} is not the embedding, but config.json ties them; if it was trained"
+            ' apart, write "tie_word_embeddings": false into config.json'
+        )
     model.requires_grad_(False)
     if shards:
         weights = shards.split(model, weights)
@@ -131,14 +119,33 @@ def assemble(
     return model.requires_grad_(False).eval()
 
 
-def stored_shapes(
-    paths: list[Path], wanted: Callable[[str], object]
-) -> Iterator[tuple[str, torch.Size]]:
-    """(name, shape) of all tensors in checkpoint files whose name is wanted."""
+def checked_shapes(
+    paths: list[Path], name_of: Callable[[str], str | None], folder: Path
+) -> dict[str, torch.Size]:
+    """The shapes of all tensors in checkpoint files that have a name in the model, by that name.
+    InputError for a tensor that is stored twice or holds no plain floating-point numbers."""
+    shapes: dict[str, torch.Size] = {}
     for path in paths:
         with open_tensors(path) as file:
-            for key in filter(wanted, file.keys()):
-                yield key, torch.Size(file.get_slice(key).get_shape())
+            for key in filter(name_of, file.keys()):
+                part, name = file.get_slice(key), name_of(key)
+                if part.get_dtype() not in FLOATS:
+                    raise InputError(
+                        f"{folder}: tensor {key} is {part.get_dtype()}; expected float32, bfloat16"
+                        f" or float16. If the checkpoint is quantised, {PLAIN_CURE}"
+                    )
+                if name in shapes:
+                    raise InputError(f"{folder}: tensor {name} is stored twice, as {key} too")
+                shapes[name] = torch.Size(part.get_shape())
+    return shapes
+
+
+def share_ends(found: dict, config: ModelConfig) -> dict:
+    """Of a tied model files hold the embedding, the head or both: each stands for the other."""
+    ends = [found[key] for key in (EMBEDDING, HEAD) if key in found]
+    if not config.tie_word_embeddings or not ends:
+        return found
+    return {EMBEDDING: ends[0], HEAD: ends[-1]} | found
 
 
 def stored_tensors(
@@ -163,45 +170,6 @@ def stored_tensors(
         yield key, tensor
 
 
-def find_folder(
-    name: str | Path, revision: str | None = None, wanted: tuple[str, ...] = DOWNLOADS
-) -> Path:
-    """A folder as it is; anything else is a hub id, whose wanted files go into the HF cache."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise InputError(f"{name}: no such folder (nor a hub id like owner/name)")
-    try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(wanted)))
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError, ValueError) as error:
-        cures = (cure for kind, cure in HUB_CURES.items() if isinstance(error, kind))
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        cure = next(cures, f"neither a folder here nor to be fetched from the hub ({reason})")
-        raise InputError(f"{name}: {cure}") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors files: one, or the shards that the index names."""
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / INDEX}: no weight_map; expected tensor name -> shard file")
-        shards = sorted({str(shard) for shard in weight_map.values()})
-        for shard in shards:
-            if os.path.basename(shard) != shard or shard in ("", ".", ".."):
-                raise InputError(f"{folder / INDEX}: shard path {shard!r} leaves the folder")
-            if not (folder / shard).is_file():
-                raise InputError(f"{folder / shard}: shard is missing; fetch the checkpoint again")
-        return [folder / shard for shard in shards]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickled:
-        raise InputError(f"{folder / pickled[0]}: {TO_CONVERT}")
-    raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in it")
-
-
 def text_name(key: str) -> str | None:
     """The name of a stored tensor in a text model; None for what a text model has no use for: the
     RoPE tables of old Llama files, the image half of a multimodal Gemma 3."""
@@ -213,12 +181,15 @@ def text_name(key: str) -> str | None:
     return key
 
 
-def check_values(tensor: torch.Tensor, what: str) -> None:
-    """InputError unless a tensor holds floating-point numbers, all of them finite."""
-    if tensor.dtype not in (*DTYPES.values(), torch.float64):
-        raise InputError(f"{what} is {tensor.dtype}; expected float32, bfloat16 or float16")
-    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+def check_values(tensor: torch.Tensor, what: str, dtype: torch.dtype) -> None:
+    """InputError unless all numbers of a tensor are finite, as stored and in a dtype."""
+    bounds = tensor.aminmax() if tensor.numel() else ()
+    if not all(bound.isfinite() for bound in bounds):
         raise InputError(f"{what} has values that are not finite; fetch the checkpoint again")
+    if not all(bound.to(dtype).isfinite() for bound in bounds):
+        name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        cure = "take --dtype bfloat16" if largest < 1e5 else "no dtype here holds them"
+        raise InputError(f"{what} has values above {largest:.3g}, too large for {name}; {cure}")
 
 
 def sample(
@@ -258,9 +229,11 @@ def check_tensors(shapes: dict[str, torch.Size], model: CausalLM, folder: Path) 
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            cure = "do config.json and the weights belong together?"
+            if any(map(PACKED.search, shapes.keys() - expected.keys())):
+                cure = f"it looks quantised; {PLAIN_CURE}"
             raise InputError(
-                f"{folder}: the checkpoint {what} tensors {', '.join(names[:3])}{more};"
-                " do config.json and the weights belong together?"
+                f"{folder}: the checkpoint {what} tensors {', '.join(names[:3])}{more}; {cure}"
             )
     for key, shape in shapes.items():
         if shape != expected[key].shape:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lofit.errors import InputError
-from lofit.llm.files import read_json
+from lofit.llm.files import read_json, what_it_is
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names of layer types
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -50,6 +50,13 @@ DEFAULTS = {
 }  # fmt: skip
 _OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings")  # of a multimodal file
 SUPPORTED = (*DEFAULTS, "gemma3")  # values of `model_type`; the last wraps a gemma3_text
+# Keys by which files say that their weights are no plain numbers, even where they are stored as
+# floats: BitNet's are rounded as the model runs.
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+PLAIN_CURE = (
+    "take the checkpoint that it was made from, or convert it once with transformers:"
+    " AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW_DIR)"
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,10 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json`. Raises InputError if it is missing, malformed or not supported."""
-        return cls.from_hf(read_json(Path(path)), str(path))
+        path = Path(path)
+        if not path.exists() and (kind := what_it_is(path.parent)):
+            raise InputError(kind)
+        return cls.from_hf(read_json(path), str(path))
 
     @classmethod
     def from_hf(cls, raw: dict, source: str = "config.json") -> "ModelConfig":
@@ -100,6 +110,13 @@ class ModelConfig:
                 f"{source}: model_type {raw.get('model_type')!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED)}"
             )
+        for part in (raw, raw.get("text_config")):
+            for key in QUANTISED:
+                if isinstance(part, dict) and part.get(key) is not None:
+                    raise InputError(
+                        f"{source}: the model is quantised ({key}), which is not supported;"
+                        f" {PLAIN_CURE}"
+                    )
         try:
             config = cls(**_fields(raw, source))
             config._check(source)
@@ -116,7 +133,7 @@ class ModelConfig:
             _whole(0, self.vocab_size - 1)(f"{source}: a token id of bos or eos", i)
         for rope in self.rope_parameters.values():
             for name, value in rope.items():
-                if name in ROPE_FITS and value is not None:
+                if name in ROPE_FITS and (value is not None or name == "rope_theta"):
                     ROPE_FITS[name](f"{source}: RoPE's {name}", value)
             if rope["rope_type"] not in ROPE_TYPES:
                 raise InputError(
@@ -218,10 +235,11 @@ FITS: dict[str, Callable[[str, object], None]] = {
 }
 ROPE_FITS: dict[str, Callable[[str, object], None]] = {
     "rope_theta": _real(1.001, 1e12),
-    **dict.fromkeys(("factor", "attention_factor", "mscale", "mscale_all_dim"), _real(1e-6, 1e6)),
     **dict.fromkeys(
-        ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), _real(1e-6, 1e6)
+        ("factor", "attention_factor", "low_freq_factor", "high_freq_factor"), _real(1e-6, 1e6)
     ),
+    # 0 stands for the default
+    **dict.fromkeys(("mscale", "mscale_all_dim", "beta_fast", "beta_slow"), _real(0, 1e6)),
     "original_max_position_embeddings": _whole(1, 10 * MOST),
     "truncate": _truth,
 }
@@ -278,21 +296,27 @@ def _layer_types(raw: dict, n_layers: int) -> tuple[str, ...]:
 
 
 def _rope(raw: dict, layer_type: str) -> dict:
-    """Any spelling -> one flat dict of a layer type, with at least rope_type and rope_theta."""
-    theta, scaling = raw.get("rope_theta") or 1e4, raw.get("rope_scaling")
-    if raw["model_type"] == "gemma3_text" and layer_type == SLIDING:
-        theta, scaling = raw.get("rope_local_base_freq") or 1e4, None
-    rope = raw.get("rope_parameters") or {}
-    rope = rope.get(layer_type, {}) if {FULL, SLIDING} & rope.keys() else rope
-    rope = dict(rope or scaling or {})
+    """Any spelling -> one flat dict of a layer type, with at least rope_type and rope_theta.
+
+    As in transformers, rope_scaling goes before rope_parameters; in a Gemma 3 it changes the
+    rope_parameters of the full layers.
+    """
+    by_type, sliding = raw["model_type"] == "gemma3_text", layer_type == SLIDING
+    theta = raw.get("rope_local_base_freq" if by_type and sliding else "rope_theta", 1e4)
+    scaling, rope = raw.get("rope_scaling"), raw.get("rope_parameters") or {}
+    if {FULL, SLIDING} & rope.keys():
+        rope = rope.get(layer_type) or {}
+    elif by_type and rope:
+        raise ValueError(f"rope_parameters: a Gemma 3 has one for {FULL}, one for {SLIDING}")
+    if scaling and not (by_type and sliding):
+        rope = rope | scaling if by_type else scaling
+    rope = dict(rope)
     rope["rope_type"] = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)  # the oldest spelling of rope_type
     rope.setdefault("rope_theta", theta)
     if rope["rope_type"] in ("llama3", "yarn"):
-        original = raw.get("original_max_position_embeddings")
-        rope.setdefault(
-            "original_max_position_embeddings", original or raw["max_position_embeddings"]
-        )
+        key = "original_max_position_embeddings"  # beside RoPE's own keys it goes first
+        rope[key] = raw.get(key) or rope.get(key) or raw["max_position_embeddings"]
     return rope
 
 

@@ -47,10 +47,7 @@ def answer(line: str, state: dict) -> str:
     if "source" in asked:
         state |= {"template": environment().from_string(asked["source"]), "tokens": asked["tokens"]}
         return ""
-    messages = [{"role": "user", "content": asked["text"]}]
-    return state["template"].render(
-        messages=messages, add_generation_prompt=True, **state["tokens"]
-    )
+    return state["template"].render(**asked, **state["tokens"])
 
 
 def main() -> None:

@@ -6,19 +6,21 @@ import sentencepiece
 import tokenizers
 
 from lofit.errors import InputError
-from lofit.llm.checkpoint import find_folder
+from lofit.llm.chat import end_of_turn
 from lofit.llm.config import ModelConfig
-from lofit.llm.files import read_json
+from lofit.llm.files import is_file, unreadable
+from lofit.llm.folder import find_folder
+from lofit.llm.special import end_of_text, ending_ids, read_settings
 
 
 class Tokenizer:
     """Text to ids and back, with the ids that every other program gives.
 
     prefix, suffix: what the tokenizer file puts around a text: often a bos in front, sometimes
-    nothing (SmolLM2), whatever config.json names. eos_ids: the ids that end a generation, the first
-    is the one to train on. A special token's text inside a text ("<|im_end|>") is that token, as in
-    transformers and the servers: chat templates are written so, and a model that is trained here
-    must be asked the same question elsewhere.
+    nothing (SmolLM2), whatever config.json names. eos_ids: the ids that end a generation. end_id:
+    the one of them that a text is trained to end with. A special token's text inside a text
+    ("<|im_end|>") is that token, as in transformers and the servers: chat templates are written so,
+    and a model that is trained here must be asked the same question elsewhere.
     """
 
     def __init__(
@@ -27,8 +29,10 @@ class Tokenizer:
         prefix: list[int],
         suffix: list[int],
         eos_ids: tuple[int, ...],
+        end_id: int,
     ):
-        self._backend, self.prefix, self.suffix, self.eos_ids = backend, prefix, suffix, eos_ids
+        self._backend, self.prefix, self.suffix = backend, prefix, suffix
+        self.eos_ids, self.end_id = eos_ids, end_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of a whole text."""
@@ -67,10 +71,13 @@ class _Json:
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+            raise unreadable(path, f"not a tokenizer.json ({error})") from None
         self.backend.no_padding()
         self.backend.no_truncation()
         self.size = self.backend.get_vocab_size(with_added_tokens=False)
+        added = self.backend.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items()}
+        self.eos_id = None  # the file does not say which token it is
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
         encoding = self.backend.encode(prompt + answer, add_special_tokens=False)
@@ -98,8 +105,11 @@ class _SentencePiece:
         try:
             self.backend = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise InputError(f"{path}: not a SentencePiece model ({error})") from None
+            raise unreadable(path, f"not a SentencePiece model ({error})") from None
         self.size = self.backend.get_piece_size()
+        control = filter(self.backend.is_control, range(self.size))
+        self.special = {self.backend.id_to_piece(i): i for i in control}
+        self.eos_id = None if self.backend.eos_id() < 0 else self.backend.eos_id()
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
         # SentencePiece takes the text of control tokens apart; a chat prompt begins with one
@@ -122,7 +132,7 @@ class _SentencePiece:
         return None if found == self.backend.unk_id() else found
 
     def name_of(self, i: int) -> str:
-        return self.backend.id_to_piece(i)
+        return self.backend.id_to_piece(i) if i < self.size else ""
 
 
 def load_tokenizer(
@@ -133,15 +143,16 @@ def load_tokenizer(
     What is put around a text is what tokenizer.json's post-processor says, and nothing else, for
     transformers 5 does not heed add_bos_token beside it either; with a tokenizer.model it is a bos,
     unless add_bos_token is false. add_special_tokens: False for texts that bring theirs, chat
-    prompts. eos comes from config.json, or by name from tokenizer_config.json. Raises InputError.
+    prompts: a text is then trained to end with what the chat template writes after an answer, and a
+    generation ends there too. Otherwise see `special.ending_ids` and `special.end_of_text`. Raises
+    InputError.
     """
     folder = find_folder(name, revision)
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
+    settings = read_settings(folder)
     backend: _Json | _SentencePiece
-    if (folder / "tokenizer.json").exists():
+    if is_file(folder / "tokenizer.json"):
         backend = _Json(folder / "tokenizer.json")
-    elif (folder / "tokenizer.model").exists():
+    elif is_file(folder / "tokenizer.model"):
         backend = _SentencePiece(folder / "tokenizer.model")
     else:
         raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model in it")
@@ -151,11 +162,13 @@ def load_tokenizer(
             f"{folder}: the tokenizer has {backend.size} tokens, config.json's vocab_size is"
             f" {config.vocab_size}; are both files of the same model?"
         )
-    eos = config.eos_token_id or (_named(backend, settings, "eos"),)
-    if eos == (None,):
-        raise InputError(f"{folder / 'config.json'}: no eos_token_id, nor an eos_token by name")
+    named = _named(backend, settings, "eos")
+    eos_ids = ending_ids(folder, config, backend.eos_id if named is None else named)
+    end_id = end_of_text(eos_ids, config, named)
     if not add_special_tokens:
         prefix, suffix = [], []
+        end_id = _first_special(backend, eos_ids, end_of_turn(folder), end_id)
+        eos_ids = eos_ids if end_id in eos_ids else (*eos_ids, end_id)
     elif isinstance(backend, _Json):
         prefix, suffix = backend.around()
     else:
@@ -163,10 +176,18 @@ def load_tokenizer(
         bos = _named(backend, settings, "bos") if bos is None else bos
         none = bos is None or settings.get("add_bos_token") is False
         prefix, suffix = [] if none else [bos], []
-    return Tokenizer(backend, prefix, suffix, eos)
+    return Tokenizer(backend, prefix, suffix, eos_ids, end_id)
 
 
 def _named(backend: "_Json | _SentencePiece", settings: dict, kind: str) -> int | None:
     token = settings.get(f"{kind}_token")
-    token = token.get("content") if isinstance(token, dict) else token
     return None if token is None else backend.id_of(token)
+
+
+def _first_special(
+    backend: "_Json | _SentencePiece", eos_ids: tuple[int, ...], text: str, default: int
+) -> int:
+    """The id of the first special token in a text, or the default."""
+    ids = {backend.name_of(i): i for i in eos_ids} | backend.special
+    found = [(text.find(name), -len(name), i) for name, i in ids.items() if name and name in text]
+    return min(found)[2] if found else default

@@ -16,6 +16,8 @@ from lofit.studies.records import Records
 from lofit.studies.runner import run_missing
 from lofit.studies.tables import markdown
 
+INTERVALS = "Intervals: 95 %, over items and runs; °: of one run, how runs vary is not in it."
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -58,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     told = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
     header = [title.format(**told) for title in (*study.labels, *study.columns)]
     table = markdown(header, study.table(rows, records))
-    print(f"\n{study.about.format(**told)}.\n\n{table}")
+    about = study.about.format(**told)
+    about += f". {INTERVALS}" if "interval" in about else "."
+    print(f"\n{about}\n\n{table}")
     if failed:
         raise errors.InputError(
             f"{failed} calls failed; mend what their logs say, and start the study again"

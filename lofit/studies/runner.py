@@ -150,8 +150,8 @@ def run_missing(missing: Callable[[], list[Call]], records: Records, jobs: int, 
         return 0
     known = [records.seconds_of(call.run.model, call.script) for call in todo]
     minutes = sum(sum(s) / len(s) for s in known if s) / max(jobs, 1) / 60
-    text = f", about {minutes:.0f} minutes by the recorded ones" if all(known) else ""
-    print(f"{len(todo)} calls to do, {jobs} at a time{text}", flush=True)
+    text = f": about {minutes:.0f} minutes by the recorded ones" if all(known) else ""
+    print(f"{len(todo)} calls are not recorded{text if jobs else ''}", flush=True)
     return len(_Runner(records, jobs, device).run(missing)) if jobs else 0
 
 

@@ -4,11 +4,12 @@ import statistics
 from collections.abc import Iterable
 
 from lofit.run.arguments import find_task
-from lofit.run.summary import mean, paired_bootstrap
+from lofit.run.summary import mean
+from lofit.studies.intervals import Scores, interval
 from lofit.studies.records import Records, Run, unpack
 
 NONE = "–"
-Scores = list[list[float]]  # [run][item]
+ONE_RUN = "°"  # behind an interval that lacks how runs vary
 
 
 def metric_of(task: str) -> str:
@@ -26,18 +27,22 @@ def mean_items(runs: Scores) -> list[float]:
     return [mean(list(each)) for each in zip(*runs, strict=True)]
 
 
-def interval(ones: Scores, others: Scores) -> tuple[float, float]:
-    """95 % interval of the mean of `ones` less that of `others`, over the items."""
-    return paired_bootstrap(mean_items(others), mean_items(ones))
-
-
-def difference(ones: Scores, others: Scores) -> str:
-    """ "+62.8 [+58.5, +67.1]": mean of `ones` less that of `others`, in percentage points."""
+def difference(ones: Scores, others: Scores, of_base: bool = False) -> str:
+    """ "+62.8 [+58.5, +67.1]": mean of `ones` less that of `others`, in percentage points. of_base:
+    the others are the base model, which does not vary."""
     if not ones or not others:
         return NONE
     found = mean(mean_items(ones)) - mean(mean_items(others))
-    found, low, high = (f"{100 * x:+.1f}" for x in (found, *interval(ones, others)))
-    return f"{found} [{low}, {high}]"
+    found, low, high = map(points, (found, *interval(ones, others)))
+    return f"{found} [{low}, {high}]{mark(ones, [] if of_base else others)}"
+
+
+def points(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # 0.0 and not -0.0
+
+
+def mark(*sides: Scores) -> str:
+    return ONE_RUN if any(len(runs) == 1 for runs in sides) else ""
 
 
 def score(records: Records, runs: list[Run]) -> str:
@@ -46,7 +51,7 @@ def score(records: Records, runs: list[Run]) -> str:
     if not runs:
         return NONE
     scores = scores_of(records, runs)
-    gain = difference(scores, scores_of(records, [runs[0].base]))
+    gain = difference(scores, scores_of(records, [runs[0].base]), of_base=True)
     means = [mean(items) for items in scores]
     return f"{mean(means):.1%} ({gain}): {' '.join(f'{100 * each:.1f}' for each in means)}"
 
@@ -64,10 +69,10 @@ def text_loss(losses: list[dict]) -> str:
     base, tuned = [losses[0]["base"]], [each["tuned"] for each in losses]
     low, high = interval(tuned, base)
     before, after = mean(base[0]), mean(mean_items(tuned))
-    return f"{before:.3f} → {after:.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{before:.3f} → {after:.3f} [{low:+.3f}, {high:+.3f}]{mark(tuned)}"
 
 
 def markdown(header: Iterable[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A Markdown table; a cell may hold several, separated as in the table."""
+    first, *others = (f"| {' | '.join(line)} |" for line in (header, *rows))
+    return "\n".join([first, "| --- " * (first.count(" | ") + 1) + "|", *others])

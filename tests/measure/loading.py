@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from lofit.files import write_json
-from lofit.llm.checkpoint import INDEX, load_model
+from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
+from lofit.llm.folder import INDEX
 from lofit.llm.model import CausalLM
 
 CONFIG = ModelConfig(

@@ -1,0 +1,519 @@
+"""Every task by its name from its originals to its results, the originals' traps, and the true
+files against another reading of them."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import REPO, SHARED, random_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import eval as eval_script
+import select_heads
+import train
+from data import download, listops, sources
+from lofit.errors import InputError
+from lofit.llm.checkpoint import save_model
+from lofit.run.arguments import TASKS
+from lofit.tasks import last_number, own
+from lofit.tasks.own import NAMED
+
+CHOICE_TASKS = [name for name, task in NAMED.items() if task.form == "option"]
+
+
+def adapters(instruction, answer):
+    reasoning = "Step 1: 4 - 1 = 3. The answer is 999"  # as the math sets have it
+    return {"instruction": instruction, "input": "", "output": reasoning, "answer": answer}
+
+
+def choose(i, n=3):
+    options = " ".join(f"Answer{k}: thing {k}" for k in range(1, n + 1))
+    names = "/".join(f"answer{k}" for k in range(1, n + 1))
+    text = f"Please choose the correct answer to the question: Which is {i}?\n\n{options}\n\n"
+    return adapters(f"{text}Answer format: {names}", f"answer{i % n + 1}")
+
+
+def true_false(i):
+    text = f"Please answer the following question with true or false, question: is it {i}?"
+    return adapters(f"{text}\n\nAnswer format: true/false", ("true", "false")[i % 2])
+
+
+def blank(i):  # i and i + 1 are twins
+    one, two = (f"Ann{i // 2}", f"Bea{i // 2}")[:: (-1) ** (i % 2)]
+    ending = ("better", "worse")[i % 2]
+    text = f"Please choose the correct answer to fill in the blank: _ is {ending}.\n\n"
+    text += f"Option1: {one} Option2: {two} Answer format: option1/option2"
+    return adapters(text, f"option{i % 2 + 1}")
+
+
+def arc(i, labels="ABCD"):
+    choices = [{"text": f"thing {label}", "label": label} for label in labels]
+    question = {"stem": f"Which is {i}?", "choices": choices}
+    return {"id": str(i), "question": question, "answerKey": labels[i % len(labels)]}
+
+
+def passage(i):
+    label = ("true", "false")[i % 2]
+    return {"question": f"is it {i}", "passage": f"T -- It is {i}.", "idx": i, "label": label}
+
+
+def passage_of_the_copy(i):
+    prompt = f"passage: T -- It is {i}.\nquestion: {{}}"
+    return {
+        "prompt": prompt,
+        "subject": f"is it {i}",
+        "target_new": {"str": ("True", "False")[i % 2]},
+    }
+
+
+def svamp(i):
+    body, question = f"Ann has {i} pens and buys 3", "How many pens has she?"
+    equation = f"( {i}.0 + 3.0 )"
+    return {"ID": f"chal-{i}", "Body": body, "Question": question, "Equation": equation,
+            "Answer": i + 3.0, "Type": "Addition"}  # fmt: skip
+
+
+def gsm8k(i):
+    steps = f"She has {i}+1,000 = <<{i}+1000={i + 1000}>>{i + 1000} pens."
+    return {"question": f"Ann has {i} pens, and 1,000?", "answer": f"{steps}\n#### 1,{i:03}"}
+
+
+# file -> (maker, numbers of the items)
+SMALL = {
+    "tasks/llm-adapters/social_i_qa/train.json": (choose, range(10)),
+    "tasks/llm-adapters/social_i_qa/test.json": (choose, range(20, 26)),
+    "tasks/llm-adapters/ARC-Challenge/train.json": (choose, range(10)),
+    "tasks/arc/ARC-Challenge-Dev.jsonl": (arc, range(20, 24)),
+    "tasks/arc/ARC-Challenge-Test.jsonl": (arc, range(30, 36)),
+    "tasks/llm-adapters/boolq/train.json": (true_false, range(10)),
+    "tasks/llm-adapters/boolq/test.json": (true_false, range(20, 26)),
+    "tasks/boolq/train.jsonl": (passage_of_the_copy, range(10)),
+    "tasks/boolq/val.jsonl": (passage, range(20, 26)),
+    "tasks/llm-adapters/winogrande/train.json": (blank, range(12)),
+    "tasks/llm-adapters/winogrande/test.json": (blank, range(20, 26)),
+    "tasks/svamp/SVAMP.json": (svamp, range(1, 15)),
+    "tasks/gsm8k/train.jsonl": (gsm8k, range(10)),
+    "tasks/gsm8k/test.jsonl": (gsm8k, range(20, 26)),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Small files in the originals' formats; their hashes and sizes are in the tables."""
+    source = tmp_path / "source"
+    for name, (make, numbers) in SMALL.items():
+        put(source, name, [make(i) for i in numbers], monkeypatch)
+    for name in sources.FILES.keys() - SMALL.keys():  # the paper's three, out of the miniature's
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        content = (REPO / "data" / "mini" / name).read_bytes()
+        lines = content.splitlines(keepends=True)
+        if name.endswith("json"):
+            content = json.dumps(json.loads(content)[:6]).encode()
+        else:
+            content = b"".join(lines[:7])
+        register(source, name, content, monkeypatch)
+    for task, source_of in sources.SOURCES.items():
+        if source_of.sizes:
+            small = replace(source_of, sizes=dict.fromkeys(source_of.sizes, 4))
+            small = replace(small, test_ids="5 3 9 1 7 2" if small.test_ids else "")
+            monkeypatch.setitem(sources.SOURCES, task, small)
+    return source
+
+
+def register(source, name, content, monkeypatch):
+    (source / name).parent.mkdir(parents=True, exist_ok=True)
+    (source / name).write_bytes(content)
+    monkeypatch.setitem(sources.FILES, name, ("nowhere", hashlib.sha256(content).hexdigest()))
+
+
+def put(source, name, items, monkeypatch):
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    text = json.dumps(items) if name.endswith(".json") else lines
+    register(source, name, text.encode(), monkeypatch)
+
+
+def prepare(source, out, *tasks):
+    download.main([*tasks, "--source", str(source), "--out", str(out)])
+
+
+def lines_of(out, task):
+    return {
+        split: [json.loads(line) for line in (out / task / f"{split}.jsonl").open()]
+        for split in ("train", "val", "test")
+    }
+
+
+@pytest.fixture
+def reader(tmp_path, tiny_config):
+    """A tiny random model whose tokenizer reads any text: bytes."""
+    alphabet = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    model = random_model(replace(tiny_config, vocab_size=259, max_position_embeddings=2048))
+    save_model(model, tmp_path / "reader", torch.float32)
+    tokenizer.save(str(tmp_path / "reader" / "tokenizer.json"))
+    mini = REPO / "weights" / "mini-llama" / "tokenizer_config.json"
+    shutil.copy(mini, tmp_path / "reader")
+    return tmp_path / "reader"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [*NAMED, *TASKS])
+def test_every_task_runs_by_its_name(folder, reader, tiny_folder, tmp_path, monkeypatch, task):
+    data = tmp_path / "data"
+    if task == "listops":
+        sizes = ("--train", "8", "--val", "4", "--test", "6")
+        listops.main(["--out", str(data / "listops"), *sizes])
+    else:
+        prepare(folder, data, task)
+    monkeypatch.setattr((TASKS | NAMED)[task], "MAX_NEW_TOKENS", 8, raising=False)
+    flags = ["--task", task, "--data", str(data)]
+    flags += ["--model", str(reader if task in NAMED else tiny_folder)]
+    flags += ["--run", str(tmp_path / "run"), "--fold", "0"]
+    select_heads.main([*flags, "--epochs", "1"])
+    train.main([*flags, "--epochs", "1"])
+    eval_script.main(flags)
+    run = tmp_path / "run" / ("fold0" if task == "truthfulqa" else "")
+    results = json.loads((run / "results.json").read_text())
+    assert results["task"] == task and results["n"] >= 6
+    assert set(results["base"]) == set(results["tuned"]) == set((TASKS | NAMED)[task].METRICS)
+    assert len(json.loads((run / "heads.json").read_text())["heads"]) == 1  # 10 % or 3 % of 12
+    if task in CHOICE_TASKS:
+        assert list(results["base"]) == ["em", "accuracy"]
+        assert sum(results["given"]["tuned"].values()) == results["n"]
+        assert results["always"]["answer"] in results["given"]["base"]
+    assert ("groups" in results) == (task == "listops")
+
+
+@pytest.mark.slow
+def test_a_number_is_learnt_and_scored(reader, tmp_path, monkeypatch):
+    task = tmp_path / "mine"
+    task.mkdir()
+    line = json.dumps({"prompt": "Q: 1111 + 1111? A: ", "answer": "2222", "value": 2222}) + "\n"
+    for split in ("train", "val", "test"):
+        (task / f"{split}.jsonl").write_text(line * 4)
+    monkeypatch.setitem(own.NEW_TOKENS, "number", 4)
+    flags = ["--task", str(task), "--model", str(reader), "--run", str(tmp_path / "run")]
+    train.main([*flags, "--heads", "all", "--epochs", "40", "--lr", "0.5"])
+    eval_script.main(flags)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["tuned"] == {"accuracy": 1}
+    assert results["given"]["tuned"] == {"2222": 4, "other": 0}
+
+
+def test_our_lines_of_each_set(folder, tmp_path):
+    prepare(folder, tmp_path, *(task for task in NAMED if task != "listops"))
+    for task, named in NAMED.items():
+        if task == "listops":
+            continue
+        found = lines_of(tmp_path, task)
+        assert [len(lines) for lines in found.values()] == [4, 4, 6]
+        prompts = [line["prompt"] for lines in found.values() for line in lines]
+        assert len(set(prompts)) == 14
+        for split in found:
+            assert len(named.read(tmp_path, split)) == len(found[split])
+    test = {task: lines_of(tmp_path, task)["test"][0] for task in NAMED if task != "listops"}
+    choices = "Please choose the correct answer to the question: "
+    question = "Please answer the following question with true or false, question: is it 20?"
+    assert test["siqa"]["prompt"] == choices + (
+        "Which is 20?\n\nAnswer1: thing 1 Answer2: thing 2 Answer3: thing 3\n\n"
+        "Answer format: answer1/answer2/answer3\n\nAnswer:"
+    )
+    assert test["siqa"]["answer"] == " answer3"
+    assert test["arc_challenge"] == {
+        "prompt": choices + "Which is 30?\n\nAnswer1: thing A Answer2: thing B Answer3: thing C "
+        "Answer4: thing D\n\nAnswer format: answer1/answer2/answer3/answer4\n\nAnswer:",
+        "answer": " answer3", "choices": [" answer1", " answer2", " answer3", " answer4"],
+    }  # fmt: skip
+    assert test["boolq"] == {
+        "prompt": f"{question}\n\nAnswer format: true/false\n\nAnswer:",
+        "answer": " true", "choices": [" true", " false"],
+    }  # fmt: skip
+    passage = "Passage: T -- It is 20.\n\n" + test["boolq"]["prompt"]
+    assert test["boolq_passage"] == test["boolq"] | {"prompt": passage}
+    assert test["winogrande"]["answer"] == " option1"
+    assert test["svamp"] == {
+        "id": "chal-5", "answer": " ( 5 + 3 ) = 8", "value": 8,
+        "prompt": "Question: Ann has 5 pens and buys 3. How many pens has she?\n"
+        "Equation and answer:",
+    }  # fmt: skip
+    assert test["gsm8k"] == {
+        "prompt": "Question: Ann has 20 pens, and 1,000?\nAnswer:", "value": 1020,
+        "answer": " She has 20+1,000 = 1020 pens.\n#### 1,020",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", ["ABC", "ABCDE", "1234", "12345", "ABCD"])
+def test_arc_has_3_to_5_options_with_letters_or_digits(labels):
+    for i in range(len(labels)):
+        line = sources.arc_line(arc(i, labels))
+        assert line["answer"] == f" answer{i + 1}"
+        assert line["choices"] == [f" answer{k + 1}" for k in range(len(labels))]
+        assert f"Answer{len(labels)}: thing {labels[-1]}\n\n" in line["prompt"]
+
+
+@pytest.mark.parametrize("label", [True, False, "False", 0, 1, None])
+def test_a_boolq_label_is_the_text_true_or_false(label):
+    assert sources.passage_line(passage(1))["answer"] == " false"
+    assert sources.passage_line(passage_of_the_copy(1))["answer"] == " false"
+    with pytest.raises(ValueError, match="expected the text 'true' or 'false'"):
+        sources.passage_line(passage(1) | {"label": label})
+
+
+def test_the_two_forms_of_a_passage_become_one():
+    assert sources.passage_line(passage(3)) == sources.passage_line(passage_of_the_copy(3))
+
+
+def test_no_models_reasoning_is_a_target(folder, tmp_path):
+    prepare(folder, tmp_path, *CHOICE_TASKS)
+    for task in CHOICE_TASKS:
+        assert "999" not in json.dumps(lines_of(tmp_path, task))
+
+
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+def test_what_is_kin_stays_in_one_split(folder, tmp_path, monkeypatch, task):
+    """Also a question that stands twice, and one that stands in train and in test."""
+    source = sources.SOURCES[task]
+    name = source.files["train"]
+    make = SMALL[name][0]
+    items = [make(i) for i in (*range(12), 0, 1, *range(20, 26))]
+    put(folder, name, items, monkeypatch)
+    prepare(folder, tmp_path, task)
+    found = lines_of(tmp_path, task)
+    kin = [{sources.kin(line) for line in lines} for lines in found.values()]
+    assert [len(lines) for lines in found.values()] == [4, 4, 6]
+    assert not (kin[0] & kin[1] or kin[0] & kin[2] or kin[1] & kin[2])
+    prompts = [line["prompt"] for split in ("train", "val") for line in found[split]]
+    assert len(set(prompts)) == 8
+    if task == "winogrande":
+        assert [len(names) for names in kin] == [2, 2, 3]  # both twins of each
+
+
+@pytest.mark.parametrize("make", [choose, true_false, blank])
+def test_one_prompt_is_drawn_once(make):
+    pool = [sources.option_line(make(i)) for i in [*range(8)] * 3]
+    drawn = sources.draw(pool, {"train": 4, "val": 4}, set(), "pool")
+    assert len({line["prompt"] for lines in drawn.values() for line in lines}) == 8
+
+
+def test_what_is_too_long_to_train_on_is_not_drawn(folder, tmp_path, monkeypatch):
+    name = sources.SOURCES["boolq_passage"].files["train"]
+    long = [passage(i) | {"passage": f"T{i} -- {'word ' * 200}"} for i in range(90, 99)]
+    put(folder, name, [*long, *(passage(i) for i in range(8))], monkeypatch)
+    prepare(folder, tmp_path, "boolq_passage")
+    found = lines_of(tmp_path, "boolq_passage")
+    assert max(len(line["prompt"]) for s in ("train", "val") for line in found[s]) < 200
+
+
+@pytest.mark.parametrize("task", ["siqa", "boolq_passage", "winogrande", "gsm8k", "arc_challenge"])
+def test_without_a_train_file_it_is_cut_from_test(folder, tmp_path, monkeypatch, capsys, task):
+    source = sources.SOURCES[task]
+    make, name = SMALL[source.files["test"]][0], source.files["test"]
+    put(folder, name, [make(i) for i in range(40, 60)], monkeypatch)
+    (folder / source.files["train"]).unlink()
+    prepare(folder, tmp_path, task)
+    found = lines_of(tmp_path, task)
+    n_drawn = 4 if task == "arc_challenge" else 8  # which has a file for val
+    assert [len(lines) for lines in found.values()] == [4, 4, 20 - n_drawn]
+    printed = capsys.readouterr().out
+    assert f"{source.files['train']}: no such file: what it would give is cut" in printed
+    kin = [{sources.kin(line) for line in lines} for lines in found.values()]
+    assert not (kin[0] & kin[1] or kin[0] & kin[2] or kin[1] & kin[2])
+
+
+def test_an_unverified_train_file_in_the_output_folder_is_not_read(folder, tmp_path):
+    name = sources.SOURCES["boolq"].files["train"]
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text(json.dumps([true_false(i) for i in range(90, 99)]))
+    (folder / name).unlink()
+    with pytest.raises(InputError, match="items for val, expected 4"):  # test has 6
+        prepare(folder, tmp_path, "boolq")
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "message"),
+    [
+        ("tasks/gsm8k/train.jsonl", [{"question": "?", "answer": "5"}], "line 1: not an item of"),
+        ("tasks/gsm8k/train.jsonl", [{"question": "?"}], "line 1: not an item of this data set"),
+        ("tasks/gsm8k/train.jsonl", [gsm8k(1)], "train.jsonl: 1 items for train, expected 4"),
+        ("tasks/svamp/SVAMP.json", [svamp(1)], "SVAMP.json: lacks the test item chal-5"),
+        ("tasks/llm-adapters/boolq/test.json", [{"instruction": 3}], "item 0: not an item of"),
+        ("tasks/arc/ARC-Challenge-Dev.jsonl", [arc(1) | {"answerKey": "E"}], "line 1: not an"),
+    ],
+)
+def test_malformed_originals(folder, tmp_path, monkeypatch, name, items, message):
+    put(folder, name, items, monkeypatch)
+    task = next(task for task, s in sources.SOURCES.items() if name in s.files.values())
+    with pytest.raises(InputError, match=message):
+        prepare(folder, tmp_path, task)
+    assert not (tmp_path / task).exists()
+
+
+# the true files, read in another way ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    if not (SHARED / "datasets" / "tasks").is_dir():
+        pytest.skip("the real files are not on this machine")
+    out = tmp_path_factory.mktemp("real")
+    prepare(SHARED / "datasets", out, "all")
+    return out, SHARED / "datasets" / "tasks"
+
+
+COUNTS = {
+    "siqa": (100, 100, 1751), "arc_challenge": (100, 299, 1172), "boolq": (100, 100, 3270),
+    "boolq_passage": (100, 100, 3070), "winogrande": (100, 100, 1067), "svamp": (350, 350, 300),
+    "gsm8k": (350, 350, 1319),
+}  # fmt: skip
+
+
+def test_real_counts(real):
+    """TASKS' counts; siqa, boolq_passage and winogrande are cut from 1954, 3270 and 1267 there, of
+    siqa without three that repeat a question which was drawn."""
+    for task, counts in COUNTS.items():
+        found = lines_of(real[0], task)
+        assert tuple(map(len, found.values())) == counts
+        kin = [{sources.kin(line) for line in lines} for lines in found.values()]
+        assert not (kin[0] & kin[1] or kin[0] & kin[2])
+        assert len(kin[1] & kin[2]) == (2 if task == "arc_challenge" else 0)  # its own two files
+        for split in found:
+            assert len(NAMED[task].read(real[0], split)) == len(found[split])
+
+
+def test_real_arc(real):
+    out, files = real
+    found = lines_of(out, "arc_challenge")
+    for split, name in (("val", "Dev"), ("test", "Test")):
+        text = (files / "arc" / f"ARC-Challenge-{name}.jsonl").read_text()
+        items = [json.loads(line) for line in text.splitlines()]
+        for line, item in zip(found[split], items, strict=True):
+            choices = item["question"]["choices"]
+            right = next(c["text"] for c in choices if c["label"] == item["answerKey"])
+            number = line["answer"].removeprefix(" answer")
+            assert f"Answer{number}: {right}" in line["prompt"]
+            assert item["question"]["stem"] in line["prompt"]
+            assert len(line["choices"]) == len(choices)
+    answers = Counter(line["answer"] for line in found["test"])
+    assert answers.most_common(1) == [(" answer2", round(0.265 * 1172))]
+    sizes = {split: Counter(len(line["choices"]) for line in found[split]) for split in found}
+    assert sizes["test"][3] + sizes["test"][5] == 7 and sizes["val"][3] + sizes["val"][5] == 4
+    first = found["test"][0]
+    assert "An astronomer observes that a planet rotates faster" in first["prompt"]
+    assert first["answer"] == " answer3"
+    theirs = json.loads((files / "llm-adapters" / "ARC-Challenge" / "train.json").read_text())
+    given = {item["instruction"]: item["answer"] for item in theirs}
+    for line in found["train"]:
+        assert given[line["prompt"].removesuffix("\n\nAnswer:")] == line["answer"].strip()
+
+
+def test_real_boolq(real):
+    out, files = real
+    found, other = lines_of(out, "boolq"), lines_of(out, "boolq_passage")
+    text = (files / "boolq" / "val.jsonl").read_text()
+    items = [json.loads(line) for line in text.splitlines()]
+    assert Counter(line["answer"] for line in found["test"]) == {" true": 2033, " false": 1237}
+    for line, item in zip(found["test"], items, strict=True):  # another file, in the same order
+        assert f"question: {item['question']}?" in line["prompt"]
+        assert line["answer"] == " " + item["label"]
+        assert item["passage"] not in line["prompt"]
+    ours = {line["prompt"]: line["answer"] for lines in other.values() for line in lines}
+    assert len(ours) == len(items)
+    for item in items:
+        prompt = (
+            f"Passage: {item['passage']}\n\nPlease answer the following question with true or"
+            f" false, question: {item['question']}?\n\nAnswer format: true/false\n\nAnswer:"
+        )
+        assert ours[prompt] == " " + item["label"]
+    assert "does ethanol take more energy make that produces?" in found["test"][0]["prompt"]
+    assert found["test"][0]["answer"] == " false"
+
+
+def test_real_siqa(real):
+    out, files = real
+    found = lines_of(out, "siqa")
+    text = (files / "socialiqa" / "dev.jsonl").read_text()  # another file of the same items
+    right = Counter()
+    for item in map(json.loads, text.splitlines()):
+        question = f"{item['context']} {item['question']}"
+        number = item["options"].index(item["answer"]) + 1
+        options = " ".join(f"Answer{i}: {text}" for i, text in enumerate(item["options"], 1))
+        right[question, options, item["answer"]] += 1
+        assert 1 <= number <= 3
+    for line in (line for lines in found.values() for line in lines):
+        _, question, options = re.fullmatch(
+            r"(Please choose the correct answer to the question: )(.*)\n\n(Answer1: .*)\n\n"
+            r"Answer format: answer1/answer2/answer3\n\nAnswer:", line["prompt"], re.S,
+        ).groups()  # fmt: skip
+        n = line["answer"].removeprefix(" answer")
+        answer = re.search(rf"Answer{n}: (.*?)(?: Answer\d: |$)", options).group(1)
+        assert right[question, options, answer]
+
+
+def test_real_winogrande(real):
+    out, files = real
+    found = lines_of(out, "winogrande")
+    items = json.loads((files / "llm-adapters" / "winogrande" / "test.json").read_text())
+    given = {item["instruction"]: item["answer"] for item in items}
+    place = {item["instruction"]: i for i, item in enumerate(items)}
+    split_of = {}
+    for split, lines in found.items():
+        for line in lines:
+            instruction = line["prompt"].removesuffix("\n\nAnswer:")
+            assert line["answer"] == " " + given[instruction] and "_" in instruction
+            split_of[place[instruction]] = split
+    assert len(split_of) == 1267
+    twins = 0
+    for i in range(1266):  # next to each other, with the same two options
+        one, two = (
+            re.search(r"Option1: (.*) Option2: (.*) Answer", items[j]["instruction"]).groups()
+            for j in (i, i + 1)
+        )
+        if set(one) == set(two):
+            twins += 1
+            assert split_of[i] == split_of[i + 1]
+    assert twins > 250
+
+
+def test_real_svamp(real):
+    out, files = real
+    found = lines_of(out, "svamp")
+    ids = (files / "svamp" / "test_ids_300.txt").read_text().split()
+    assert [line["id"] for line in found["test"]] == ids and ids[0] == "chal-363"
+    items = {i["ID"]: i for i in json.loads((files / "svamp" / "SVAMP.json").read_text())}
+    wrong = []
+    for line in (line for lines in found.values() for line in lines):
+        item = items.pop(line["id"])
+        equation, _, answer = line["answer"].rpartition(" = ")
+        assert re.fullmatch(r"[\d+\-*/(). ]+", equation)
+        value = eval(equation)  # nothing but numbers, operators and brackets
+        assert float(answer) == line["value"] == item["Answer"] == last_number(line["answer"])
+        assert value == pytest.approx(eval(item["Equation"]))
+        if abs(value - line["value"]) > 1e-3:
+            wrong.append(line["id"])
+    assert not items and wrong == ["chal-680"]
+    assert "chal-680" not in ids
+
+
+def test_real_gsm8k(real):
+    out, files = real
+    found = lines_of(out, "gsm8k")
+    for split, name in (("train", "train"), ("val", "train"), ("test", "test")):
+        text = (files / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8")
+        items = {i["question"]: i["answer"] for i in map(json.loads, text.split("\n")[:-1])}
+        for line in found[split]:
+            solution = items[line["prompt"][len("Question: ") : -len("\nAnswer:")]]
+            final = int(solution.split("#### ")[1].replace(",", ""))
+            assert line["value"] == final == last_number(line["answer"])
+            assert "<<" not in line["answer"] and ">>" not in line["answer"]
+            kept = re.sub("<<.*?>>", "", solution)
+            assert line["answer"] == f" {kept}"
+    assert [line["prompt"][10:40] for line in found["test"]][0] == list(items)[0][:30]
+    assert found["test"][-1]["prompt"][10:-8] == list(items)[-1]
