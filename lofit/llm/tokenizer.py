@@ -6,7 +6,6 @@ import sentencepiece
 import tokenizers
 
 from lofit.errors import InputError
-from lofit.llm.chat import end_of_turn
 from lofit.llm.config import ModelConfig
 from lofit.llm.files import is_file, unreadable
 from lofit.llm.folder import find_folder
@@ -167,6 +166,8 @@ def load_tokenizer(
     end_id = end_of_text(eos_ids, config, named)
     if not add_special_tokens:
         prefix, suffix = [], []
+        from lofit.llm.chat import end_of_turn  # starts a process that renders
+
         end_id = _first_special(backend, eos_ids, end_of_turn(folder), end_id)
         eos_ids = eos_ids if end_id in eos_ids else (*eos_ids, end_id)
     elif isinstance(backend, _Json):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from lofit.distributed.sharded import Shards
 from lofit.errors import InputError
 from lofit.heads import Head, attach_offsets, check_heads
 from lofit.llm.checkpoint import (
@@ -126,7 +125,7 @@ def load_tuned(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    shards: Shards | None = None,
+    shards=None,
 ) -> CausalLM:
     """`load_model`; but a checkpoint that the paper released becomes its base model, with its
     offsets attached. shards: as in `assemble`. InputError as there."""

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peers import (
@@ -28,7 +29,7 @@ from lofit.llm.scoring import score_answers
 from lofit.llm.tokenizer import Tokenizer
 from lofit.objectives import CrossEntropy
 from lofit.run.arguments import TASKS
-from lofit.training import Schedule, fit, optimizer_for, train_step
+from lofit.training import Schedule, Training, fit, optimizer_for, train_step
 
 COMMON = dict(max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,))
 SHAPES = {
@@ -185,8 +186,8 @@ class Bench:
                     return loss()
 
             schedule = Schedule(LR, epochs or self.epochs, by_length=side == "ours")
-            lengths, log = objective.lengths, lambda record: None
-            return [loss for _, loss in fit(parameters, lengths, loss_of, schedule, 0, log)][-1]
+            asked = SimpleNamespace(lengths=objective.lengths, loss=loss_of)
+            return [loss for _, loss in fit(Training(parameters, asked, schedule, 0))][-1]
 
         return run
 
