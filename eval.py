@@ -6,6 +6,7 @@ python eval.py --split val --base-only
 """
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from lofit.heads import Head, attached_heads, edits_off, gather_offsets
 from lofit.llm.generate import compiled_step
 from lofit.run import artefacts
 from lofit.run.adapters import find_offsets
-from lofit.run.arguments import common_parser, int_at_least
+from lofit.run.arguments import common_parser, int_at_least, trained_folders
+from lofit.run.artefacts import OFFSETS
 from lofit.run.evaluation import evaluate
 from lofit.run.session import Session, run_script
 from lofit.run.summary import (
@@ -54,7 +56,7 @@ def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | No
     with the model. InputError if there are none, or if they were trained for other questions."""
     if args.base_only:
         return {}
-    own = run.folder / artefacts.OFFSETS
+    own = run.folder / OFFSETS
     if not args.offsets and not own.exists():
         if attached_heads(run.model):
             return {"tuned": None}
@@ -64,14 +66,39 @@ def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | No
     mine = run.info()
     for path in files.values():
         trained = artefacts.load_offsets(path, run.model)[1]
-        if args.offsets and trained.get("task") != mine["task"]:
-            continue  # asked for by name: what do these offsets do to another task?
-        for key in ("fold",) if args.offsets else ("task", "fold", "chat"):
-            if trained.get(key) != mine[key]:
-                raise InputError(
-                    f"{path}: trained with {key} {trained.get(key)}, asked for {key} {mine[key]}"
-                )
+        warn_of_dtype(path, trained, run)
+        if not args.offsets:
+            artefacts.check_same_run(path, trained, mine, "train.py")
+            artefacts.check_heads_of(path, trained)
+        elif trained.get("task") == mine["task"] and trained.get("fold") != mine["fold"]:
+            raise InputError(
+                f"{path}: trained with fold {trained.get('fold')}, asked for fold {mine['fold']}"
+            )
     return files if len(files) > 1 else {"tuned": files[named[0]]}
+
+
+def warn_of_dtype(path: Path, trained: dict, run: Session) -> None:
+    """Say where offsets are evaluated on a base of another dtype than they were trained on."""
+    settings = trained.get("settings")
+    dtype = settings.get("dtype") if isinstance(settings, dict) else None
+    if dtype not in (None, run.dtype):
+        print(
+            f"warning: {path}: trained on a {dtype} model, evaluated on a {run.dtype} one;"
+            f" --dtype {dtype} evaluates as in training",
+            file=sys.stderr,
+        )
+
+
+def choose_run(args: argparse.Namespace) -> Path | None:
+    """The run folder to evaluate: --run, or of several of this model and task the one that was
+    trained last. None: the folder that the arguments name."""
+    if args.run or args.offsets or args.base_only:
+        return args.run
+    folders = trained_folders(args)
+    if len(folders) > 1:
+        others = ", ".join(map(str, folders[1:]))
+        print(f"evaluating {folders[0]}, trained last; --run chooses another: {others}")
+    return folders[0] if folders else None
 
 
 def attach(run: Session, path: Path | None) -> dict:
@@ -118,15 +145,16 @@ def evaluate_fold(args: argparse.Namespace, run: Session) -> tuple[dict, dict]:
         | {who: rows[i] for who, rows in scored.items()}
         for i, example in enumerate(examples)
     ]
-    artefacts.save_results(run.folder, results, lines)
+    names = artefacts.results_files(args.split, args.base_only)
+    artefacts.save_results(run.folder, results, lines, names)
     run.log({"results": results})
     print_results(f"{run.title}, {args.split} split ({len(examples)} items)", results)
     print_details(results)
-    print(f"-> {run.folder / artefacts.RESULTS}, predictions.jsonl")
+    print(f"-> {run.folder / names[0]}, {names[1]}")
     return results, scored
 
 
-def average(run: Session, folds: list[tuple[dict, dict]]) -> None:
+def average(args: argparse.Namespace, run: Session, folds: list[tuple[dict, dict]]) -> None:
     """Results of both folds together, over all their items; writes and prints them."""
     (first, one), (second, other) = folds
     whole = {who: one[who] + other[who] for who in one}
@@ -139,7 +167,7 @@ def average(run: Session, folds: list[tuple[dict, dict]]) -> None:
         metadata[who] = {key: [r[key] for r in both] for key in ("heads", "offsets_hash")}
         metadata[who] |= {key: both[0][key] for key in ("trained_values", "share_of_base")}
     results = summarize(about, metadata, whole, tuple(first["base"]))
-    write_json(run.base_folder / artefacts.RESULTS, results)
+    write_json(run.base_folder / artefacts.results_files(args.split, args.base_only)[0], results)
     for label, own in (results.get("adapters") or {"": {}}).items():
         title = f"both folds, {results['n']} items{f', {label}' if label else ''}"
         print(f"\n{title}\n{results_table(results | own)}")
@@ -147,13 +175,14 @@ def average(run: Session, folds: list[tuple[dict, dict]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    args.run = choose_run(args)
     # offsets from elsewhere have a folder of their own: the run's results stay
     run = Session(args, "eval", "-offsets" if args.offsets else "")
     if args.compile:
         run.decode_step = compiled_step()
     found = [evaluate_fold(args, run) for _ in run.folds()]
     if len(found) == 2:
-        average(run, found)
+        average(args, run, found)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,25 @@ from lofit.heads import (
     init_offsets,
     rank_heads,
 )
+from lofit.llm.files import read_json
 from lofit.recipes import count_heads
-from lofit.run.arguments import METHODS, common_parser, int_at_least, positive_float
-from lofit.run.artefacts import HEADS, OFFSETS, find_heads, load_heads, save_offsets
+from lofit.run.arguments import (
+    METHODS,
+    common_parser,
+    eval_command,
+    int_at_least,
+    positive_float,
+    train_suffix,
+)
+from lofit.run.artefacts import (
+    HEADS,
+    OFFSETS,
+    check_same_run,
+    find_heads,
+    hash_of_file,
+    load_heads,
+    save_offsets,
+)
 from lofit.run.evaluation import validate_epoch
 from lofit.run.session import Session, run_script
 from lofit.training import Schedule, Training, fit
@@ -59,6 +75,8 @@ def choose_heads(args: argparse.Namespace, run: Session) -> list[Head]:
     if not path.exists():
         raise InputError(f"{path}: no such file; run select_heads.py first, or name a file")
     heads, scores = load_heads(path, run.model)
+    if not args.heads:  # named heads may be of another task
+        check_same_run(path, read_json(path), run.info(), "select_heads.py")
     return rank_heads(scores, count_heads(args.top, run.model.config)) if args.top else heads
 
 
@@ -89,7 +107,8 @@ def learn_offsets(args: argparse.Namespace, run: Session) -> None:
             print(line)
 
     offsets, path = gather_offsets(run.model, heads), run.folder / OFFSETS
-    save_offsets(path, heads, offsets, run.info() | {"val": metrics})
+    made_from = {} if args.heads else {"heads_hash": hash_of_file(run.folder / HEADS)}
+    save_offsets(path, heads, offsets, run.info() | made_from | {"val": metrics})
     size = f"norms {offsets.norm(dim=1).min():.2f} to {offsets.norm(dim=1).max():.2f}"
     print(f"{len(heads)} offsets ({size}) -> {path}")
 
@@ -114,14 +133,13 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_flags(args)
-    train, suffix = learn_offsets, f"-{args.heads}" if args.heads in ("random", "all") else ""
+    train = learn_offsets
     if args.method != "lofit":
-        from lofit.compare.methods import train_method
-
-        train, suffix = train_method, f"-{args.method}"
-    run = Session(args, "train", suffix)
+        from lofit.compare.methods import train_method as train
+    run = Session(args, "train", train_suffix(args))
     for _ in run.folds():
         train(args, run)
+    print(f"to evaluate it: {eval_command(args)}")
 
 
 if __name__ == "__main__":

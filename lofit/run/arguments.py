@@ -2,17 +2,20 @@
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import DTYPES
+from lofit.run.artefacts import OFFSETS
 from lofit.tasks import clutrr, mquake, truthfulqa
 from lofit.tasks.own import NAMED, OwnTask
 
 TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
+CONTROLS = ("random", "all")  # choices of --heads that have a run folder of their own
 METHODS = ("lofit", "lora", "red", "bias", "iti", "repe")  # of train.py
 
 
@@ -109,6 +112,38 @@ def run_folder(args: argparse.Namespace, suffix: str = "") -> Path:
     if args.run:
         return args.run
     return Path("runs") / model_name(args).replace("/", "--") / (find_task(args.task)[0] + suffix)
+
+
+def train_suffix(args: argparse.Namespace) -> str:
+    """What train.py adds to the name of the run folder: a control or another method has its own."""
+    if args.method != "lofit":
+        return f"-{args.method}"
+    return f"-{args.heads}" if args.heads in CONTROLS else ""
+
+
+def eval_command(args: argparse.Namespace) -> str:
+    """The command that evaluates what train.py with these arguments has just trained."""
+    words = ["python", "eval.py"]
+    for name in ("model", "revision", "task", "data", "fold", "dtype", "device"):
+        value, default = getattr(args, name), common_parser("").get_default(name)
+        words += [] if value == default else [f"--{name}", str(value)]
+    words += [f"--{name}" for name in ("chat", "plain") if getattr(args, name)]
+    if args.run or train_suffix(args):
+        words += ["--run", str(run_folder(args, train_suffix(args)))]
+    return shlex.join(words)
+
+
+def trained_folders(args: argparse.Namespace) -> list[Path]:
+    """The run folders of this model and task that hold offsets, the one trained last first. Only
+    --run, if it is given."""
+    folder = run_folder(args)
+    names = [""] if args.run else ["", *(f"-{name}" for name in (*CONTROLS, *METHODS[1:]))]
+    times = {}
+    for candidate in (folder.with_name(folder.name + name) for name in names):
+        files = [*candidate.glob(OFFSETS), *candidate.glob(f"fold*/{OFFSETS}")]
+        if files:
+            times[candidate] = max(file.stat().st_mtime_ns for file in files)
+    return sorted(times, key=times.get, reverse=True)
 
 
 def model_name(args: argparse.Namespace) -> str:

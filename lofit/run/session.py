@@ -24,7 +24,7 @@ from lofit.objectives import CrossEntropy, Objective, Preference
 from lofit.recipes import find_recipe
 from lofit.run.adapters import load_tuned
 from lofit.run.arguments import find_task, folds_of, model_name, run_folder
-from lofit.run.artefacts import hash_of_text
+from lofit.run.artefacts import hash_of_file, hash_of_text
 from lofit.run.resume import ScoredBatches, TrainingState
 from lofit.tasks import Example
 from lofit.training import OnStep, Training
@@ -112,6 +112,7 @@ class Session:
         self.settings: dict[str, object] = {"dtype": self.dtype}
         self.log_file, self.log_failed = self.folder / "log.jsonl", False
         self.unfinished = self.folder / f"{self.script}.unfinished"
+        self.data_hash = hash_of_file(self.task.path(self.data, "train", fold))
         if is_first():
             self._open_folder()
         if dist.is_initialized():
@@ -158,6 +159,7 @@ class Session:
             "chat": self.chat,
             "plain": self.plain,
             "data": str(self.data),
+            "data_hash": self.data_hash,
             "seed": self.seed,
             "settings": self.settings,
         }

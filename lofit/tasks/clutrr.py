@@ -42,11 +42,15 @@ def ask(text: str) -> str:
     return prompt(story, a, b)
 
 
+def path(data: Path, split: str, fold: int | None = None) -> Path:
+    """The file of a split."""
+    return data / FOLDER / f"{split}.json"
+
+
 def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
     """The examples of a split; of `train` a sample. Raises InputError that names file and item."""
-    path = data / FOLDER / f"{split}.json"
     examples = []
-    for where, item in read_json_list(path):
+    for where, item in read_json_list(path(data, split)):
         try:
             story = item["clean_story"].replace("[", "").replace("]", "")
             a, b = ast.literal_eval(item["query"])
