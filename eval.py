@@ -47,6 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a run whose results hold the base model's answers to the same split",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int_at_least(1), default=64)
+    parser.add_argument(
+        "--max-new-tokens", type=int_at_least(1),
+        help="of a generated answer (default: the task's; of own data enough for every reference)",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="the decoding step (for GPUs)")
     return parser.parse_args(argv)
 

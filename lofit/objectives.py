@@ -20,6 +20,7 @@ from lofit.losses import dpo_loss
 
 BETA = 0.5  # of DPO (paper, appendix)
 MAX_LENGTH = {"cross_entropy": 400, "dpo": 512}  # tokens of an example, as in the paper's code
+LIMIT_OF = "the paper's for its tasks; shorten the text, or raise it by --max-length"
 
 
 class CrossEntropy:
@@ -32,12 +33,14 @@ class CrossEntropy:
         texts: list[tuple[str, str]],
         where: str,
         plain: bool = False,
+        max_length: int = MAX_LENGTH["cross_entropy"],
     ):
-        """texts: (prompt, answer); `where` names them in errors. InputError if one is too long."""
+        """texts: (prompt, answer); `where` names them in errors; max_length: tokens of an example.
+        InputError if one is longer, or longer than the model's positions."""
         self.model, self.device = model, model.lm_head.weight.device
         self.rows = [encode_example(tokenizer, prompt, answer) for prompt, answer in texts]
         self.lengths = [len(ids) for ids, _ in self.rows]
-        _check(self.lengths, model, MAX_LENGTH["cross_entropy"], where)
+        _check(self.lengths, model, max_length, where)
         self.cache = None if plain else _hidden_cache(model)
 
     def __len__(self) -> int:
@@ -77,15 +80,16 @@ class Preference:
         texts: list[tuple[str, str, str]],
         where: str,
         plain: bool = False,
+        max_length: int = MAX_LENGTH["dpo"],
     ):
-        """texts: (prompt, chosen, rejected); `where` names them in errors. InputError if one is too
-        long."""
+        """texts: (prompt, chosen, rejected); `where` names them in errors; max_length: as in
+        `CrossEntropy`. InputError if one is too long."""
         self.model, self.device = model, model.lm_head.weight.device
         self.chosen = [encode_example(tokenizer, prompt, chosen) for prompt, chosen, _ in texts]
         self.rejected = [encode_example(tokenizer, prompt, bad) for prompt, _, bad in texts]
         pairs = list(zip(self.chosen, self.rejected, strict=True))
         self.lengths = [len(c) + len(r) for (c, _), (r, _) in pairs]
-        _check([max(len(c), len(r)) for (c, _), (r, _) in pairs], model, MAX_LENGTH["dpo"], where)
+        _check([max(len(c), len(r)) for (c, _), (r, _) in pairs], model, max_length, where)
         self.plain, self.cache = plain, None if plain else _hidden_cache(model)
 
     @cached_property
@@ -148,7 +152,8 @@ def mean_loss(objective: Objective, batch_size: int) -> float:
 
 
 def _check(lengths: list[int], model: CausalLM, longest: int, where: str) -> None:
-    check_length(lengths, min(longest, model.config.max_position_embeddings), where)
+    check_length(lengths, model.config.max_position_embeddings, where)
+    check_length(lengths, longest, where, LIMIT_OF)
 
 
 def _hidden_cache(model: CausalLM):

@@ -105,12 +105,14 @@ def draw_batches(
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def check_length(lengths: list[int], max_positions: int, what: str) -> None:
-    """Raise InputError if a sequence needs more positions than the model was made for."""
-    if max(lengths) > max_positions:
+def check_length(lengths: list[int], limit: int, what: str, limit_of: str | None = None) -> None:
+    """Raise InputError if a sequence is longer than a limit, by default the model's positions.
+    limit_of: whose limit it is, for the error."""
+    if max(lengths) > limit:
+        limit_of = limit_of or "the model's (max_position_embeddings); shorten it"
         raise InputError(
-            f"{what}: example {lengths.index(max(lengths))} needs {max(lengths)} positions,"
-            f" the model has {max_positions} (max_position_embeddings); shorten it"
+            f"{what}: example {lengths.index(max(lengths))} has {max(lengths)} tokens; the limit of"
+            f" {limit} is {limit_of}"
         )
 
 

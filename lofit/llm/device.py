@@ -37,7 +37,7 @@ def pick_dtype(name: str, device: str, n_bytes: int) -> torch.dtype:
         fast = torch.cpu._is_amx_tile_supported()
         fast = fast or (n_bytes >= LARGE and is_amd() and torch.cpu._is_avx512_bf16_supported())
     else:
-        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(False)  # not emulated
     return torch.bfloat16 if fast else torch.float32
 
 

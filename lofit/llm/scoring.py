@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lofit.llm.batches import Batch, Encoded, check_length, collate, encode_example, n_shared, pack
-from lofit.llm.generate import Keep, compute
+from lofit.llm.generate import Keep, check_finite, compute
 from lofit.llm.model import CausalLM
 from lofit.llm.step import KVCache, make_step
 from lofit.llm.tokenizer import Tokenizer
@@ -79,7 +79,9 @@ def score_answers(
     def log_probs(rows: list[int]) -> list[list[float]]:
         part = [groups[i] for i in rows]
         batch = collate([t for (t,) in part], device) if plain else pack(part, device, prefix)
-        found = iter(sum_by_text(target_losses(model, batch), batch).tolist())
+        values = sum_by_text(target_losses(model, batch), batch)
+        check_finite(values)
+        found = iter(values.tolist())
         return [[next(found) for _ in group] for group in part]
 
     scores: dict[int, list[float]] = {}

@@ -56,6 +56,11 @@ class Tokenizer:
         """Ids that stand for something; a model's vocabulary may be padded beyond them."""
         return self._backend.size
 
+    @property
+    def unk_id(self) -> int | None:
+        """The id of text that no token stands for; None where there is no such text."""
+        return self._backend.unk_id
+
     def token(self, i: int) -> str:
         """An id as a person reads it: its text, or its name where it has none."""
         return self.decode([i]) or self._backend.name_of(i)
@@ -74,6 +79,8 @@ class _Json:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.size = self.backend.get_vocab_size(with_added_tokens=False)
+        unk = getattr(self.backend.model, "unk_token", None)
+        self.unk_id = None if unk is None else self.backend.token_to_id(unk)
         added = self.backend.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items()}
         self.eos_id = None  # the file does not say which token it is
@@ -109,6 +116,7 @@ class _SentencePiece:
         control = filter(self.backend.is_control, range(self.size))
         self.special = {self.backend.id_to_piece(i): i for i in control}
         self.eos_id = None if self.backend.eos_id() < 0 else self.backend.eos_id()
+        self.unk_id = self.backend.unk_id()
 
     def encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
         # SentencePiece takes the text of control tokens apart; a chat prompt begins with one

@@ -15,6 +15,7 @@ from lofit.tasks.own import NAMED, OwnTask
 
 TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
+MAX_FLOAT = 1e6  # of a learning rate, a penalty or a strength; float32 overflows far beyond
 CONTROLS = ("random", "all")  # choices of --heads that have a run folder of their own
 METHODS = ("lofit", "lora", "red", "bias", "iti", "repe")  # of train.py
 
@@ -46,11 +47,13 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
         help="of a task with two folds (truthfulqa), each in a folder of its own",
     )
     arg("--chat", action="store_true", help="ask in the checkpoint's own chat template")
-    arg("--seed", type=int_at_least(0), default=42)
+    arg("--seed", type=int_at_least(0, 2**63 - 1), default=42)
     arg("--run", type=Path, help="run folder (default: runs/<model>/<task>)")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
     arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
+    arg("--max-length", type=int_at_least(2), help="tokens of an example to train on (default: the"
+        " paper's 400, 512 with DPO, for its tasks; else the model's positions)")  # fmt: skip
     arg("--fresh", action="store_true", help="start again where a stopped run could continue")
     arg(
         "--plain",
@@ -60,32 +63,34 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def int_at_least(low: int) -> Callable[[str], int]:
-    """For argparse: an integer of at least `low`."""
+def int_at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """For argparse: an integer from `low` to `high`."""
 
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {low}, found {text!r}")
+        if not text.isdecimal() or len(text) > 19 or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer from {low} to {high}, found {text[:30]!r}"
+            )
         return int(text)
 
     return read
 
 
 def positive_float(text: str) -> float:
-    """For argparse: a finite number above 0."""
+    """For argparse: a number above 0, up to MAX_FLOAT."""
     if nonnegative_float(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
     return float(text)
 
 
 def nonnegative_float(text: str) -> float:
-    """For argparse: a finite number, 0 or more."""
+    """For argparse: a number from 0 to MAX_FLOAT."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, found {text!r}")
+    if not 0 <= value <= MAX_FLOAT:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1e6, found {text[:30]!r}")
     return value
 
 

@@ -11,6 +11,7 @@ from lofit.objectives import Objective, mean_loss
 from lofit.run.session import Session
 from lofit.run.summary import mean
 from lofit.tasks import Example
+from lofit.tasks.own import OwnTask
 
 EVAL_BATCH = 64
 
@@ -85,7 +86,7 @@ def predict(
     prompts = [run.tokenizer.encode_pair(run.wrap(e.prompt), "")[0] for e in examples]
     stop = frozenset() if run.plain else run.stop_ids
     new = generate_all(
-        run.model, prompts, run.task.MAX_NEW_TOKENS, run.tokenizer.eos_ids, batch_size,
+        run.model, prompts, new_tokens(run, examples), run.tokenizer.eos_ids, batch_size,
         description, stop, run.decode_step, keep,
     )  # fmt: skip
     found = []
@@ -95,6 +96,21 @@ def predict(
         prediction = run.task.extract(example.prompt, whole[len(before) :])
         found.append({"prediction": prediction} | run.task.score(prediction, example))
     return found
+
+
+def new_tokens(run: Session, examples: list[Example]) -> int:
+    """How many tokens an answer may have: --max-new-tokens, or the task's number; of own data at
+    least as many as the longest reference needs, or it could never be met."""
+    flag = getattr(run.args, "max_new_tokens", None)
+    if flag or not isinstance(run.task, OwnTask):
+        return flag or run.task.MAX_NEW_TOKENS
+    needed = [
+        len(ids) - n_prompt + 1
+        for example in examples
+        for text in example.references
+        for ids, n_prompt in [run.tokenizer.encode_pair(run.wrap(example.prompt), text)]
+    ]
+    return max(run.task.MAX_NEW_TOKENS, *needed, 0)
 
 
 def score_given(

@@ -27,7 +27,10 @@ from lofit.run.arguments import find_task, folds_of, model_name, run_folder
 from lofit.run.artefacts import hash_of_file, hash_of_text
 from lofit.run.resume import ScoredBatches, TrainingState
 from lofit.tasks import Example
+from lofit.tasks.own import OwnTask
 from lofit.training import OnStep, Training
+
+MOST_UNKNOWN = 0.1  # share of unknown tokens with which a training means nothing
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -196,7 +199,9 @@ class Session:
         else:
             kind = Preference
             texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
-        found = kind(self.model, self.tokenizer, texts, where, self.plain)
+        limit = {} if self._max_length() is None else {"max_length": self._max_length()}
+        found = kind(self.model, self.tokenizer, texts, where, self.plain, **limit)
+        self._check_vocabulary(found.texts(), where)
         found.hash = hash_of_text((texts, found.texts()))
         if not dist.is_initialized():
             return found
@@ -206,6 +211,22 @@ class Session:
         return DistributedObjective(
             found, partial(gathered, self.model), partial(in_step, self.model)
         )
+
+    def _max_length(self) -> int | None:
+        """--max-length; the model's positions for tasks that are not the paper's; None: its own."""
+        own = isinstance(self.task, OwnTask)
+        positions = self.model.config.max_position_embeddings if own else None
+        return self.args.max_length or positions
+
+    def _check_vocabulary(self, texts: list[list[int]], where: str) -> None:
+        """InputError if the tokenizer cannot read much of these texts; a warning for less."""
+        unknown = sum(ids.count(self.tokenizer.unk_id) for ids in texts)
+        share = unknown / max(1, sum(map(len, texts)))
+        message = f"{where}: {share:.1%} of the tokens are unknown to this model's tokenizer"
+        if share > MOST_UNKNOWN:
+            raise InputError(f"{message}; take a model that can read these texts by --model")
+        if unknown:
+            print(f"warning: {message}", file=sys.stderr)
 
     @contextmanager
     def recorded(self, training: Training) -> Iterator[OnStep]:
