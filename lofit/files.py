@@ -31,11 +31,11 @@ def is_first() -> bool:
 
 def write_atomic(path: Path, write: Write, beside: dict[Path, Write | None] | None = None) -> None:
     """Call `write(temporary)` and rename the result to `path`; an interrupted write leaves nothing.
-    Of several processes the first alone does.
+    Under torchrun only rank 0 writes.
 
-    beside: files that belong to it; None where there is to be none. `path` is away while they
-    change: where it is, all of them are of one writing. Raises InputError where the folder cannot
-    be written.
+    beside: files that belong to it; None for one that is to be deleted. `path` is removed first and
+    renamed last: if it exists, all companions belong to the same write. Raises InputError if the
+    folder cannot be written.
     """
     if not is_first():
         return

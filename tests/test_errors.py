@@ -19,7 +19,7 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    errors._came.clear()
+    errors._signals.clear()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_signal_waits_for_what_belongs_together_but_a_second_one_does_not():
         with pytest.raises(SystemExit) as ended:
             run(lambda n=signals: main(n))
         assert ended.value.code == 143
-        errors._came.clear()
+        errors._signals.clear()
     assert done == [True]
 
 

@@ -69,7 +69,7 @@ def test_a_tokenizer_that_the_converter_does_not_know(run, tiny_folder, tmp_path
 
 def test_a_gemma_is_refused(tmp_path):
     make_run(tmp_path / "run", MINI_GEMMA)
-    with pytest.raises(InputError, match="llama.cpp's gemma has no bias behind o_proj"):
+    with pytest.raises(InputError, match="llama.cpp's gemma has no bias after o_proj"):
         run_export(tmp_path / "run", "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

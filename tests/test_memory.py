@@ -1,4 +1,4 @@
-"""What the plan reckons without values is what real models and steps take."""
+"""What the plan computes without values is what real models and steps take."""
 
 from dataclasses import replace
 from functools import partial

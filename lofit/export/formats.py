@@ -56,8 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_hf(base: FoldedBase, adapter: Adapter, out: Path) -> None:
-    """The base model's files one by one, with a bias on every q, k, v and o: config.json knows one
-    switch for all four, and who leaves out a zero leaves it to chance what is loaded."""
+    """The base model's files one by one, with a bias on every q, k, v and o: `attention_bias` turns
+    on all four together; store zeros for the three that we do not use."""
     weight_map, n_bytes = {}, 0
     paths = weight_files(base.folder)
     for path in paths:

@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def head_write(model: CausalLM, layer: int, head: int, v: torch.Tensor) -> torch.Tensor:
-    """W_o v, what an offset [head_dim] of a head adds behind o_proj: [hidden_size] fp32."""
+    """W_o v, what an offset [head_dim] of a head adds after o_proj: [hidden_size] fp32."""
     dim = model.config.head_dim
     columns = slice(head * dim, (head + 1) * dim)
     return model.model.layers[layer].self_attn.o_proj.weight[:, columns].float() @ v.float()
@@ -56,11 +56,11 @@ def lens(model: CausalLM, layer: int, shift: torch.Tensor) -> torch.Tensor:
 def extremes(tokenizer: Tokenizer, logits: torch.Tensor, n: int) -> dict[str, list]:
     """The n tokens of highest and of lowest logit: {"raises", "lowers"}: [[token, logit], ...]."""
 
-    def told(which: torch.Tensor) -> list:
+    def pairs_of(which: torch.Tensor) -> list:
         return [[tokenizer.token(i), round(logits[i].item(), 2)] for i in which.tolist()]
 
     order = logits[: tokenizer.size].argsort(descending=True, stable=True)
-    return {"raises": told(order[:n]), "lowers": told(order.flip(0)[:n])}
+    return {"raises": pairs_of(order[:n]), "lowers": pairs_of(order.flip(0)[:n])}
 
 
 def explain(model: CausalLM, tokenizer: Tokenizer, adapter: Adapter, n: int) -> dict:

@@ -1,4 +1,4 @@
-"""What a run will take of memory, reckoned from config.json alone: no weights are read.
+"""The memory that a run will take, computed from config.json alone: no weights are read.
 
 python -m lofit.inspect.memory --model meta-llama/Llama-3.1-70B --gpus 8 --memory 80
 
@@ -108,7 +108,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, n: int) -> dict[str, i
     return {"all": sum(p.nbytes for p in parameters.values()), "own": own, "gathered": gathered}
 
 
-def reckon(config: ModelConfig, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+def memory_plan(config: ModelConfig, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """part -> bytes of a process without and with --shard."""
     dtype, n = DTYPES[args.dtype], args.gpus
     weights = weight_bytes(config, dtype, n)
@@ -160,10 +160,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = find_folder(args.model, args.revision, ("config.json",))
     config = ModelConfig.from_file(folder / "config.json")
-    parts = reckon(config, args)
+    parts = memory_plan(config, args)
     print(
         f"{args.model}, {args.dtype}, {args.gpus} processes, batch {args.batch_size} of"
-        f" {args.length} tokens; reckoned, not run\n\n{'GB of a process':22}{'':>10}{'--shard':>10}"
+        f" {args.length} tokens; computed, not run\n\n{'GB of a process':22}{'':>10}{'--shard':>10}"
     )
     for name, sizes in parts.items():
         print(f"{name:22}" + "".join(f"{size / GB:10.3f}" for size in sizes))

@@ -85,17 +85,17 @@ def results_table(results: dict) -> str:
 
 
 def summarize(
-    about: dict, told: dict[str, dict], scored: dict[str, list[dict]], metrics: tuple[str, ...]
+    about: dict, metadata: dict[str, dict], scored: dict[str, list[dict]], metrics: tuple[str, ...]
 ) -> dict:
-    """results.json: `about` and the means of the base model; of the tuned one what is told of it,
-    its means, differences and intervals. Several tuned ones stand by label under "adapters"."""
+    """results.json: `about` and the means of the base model; per adapter its
+    metadata, means, differences and intervals. Several adapters are under "adapters", by label."""
     columns = {
         who: {metric: [row[metric] for row in rows] for metric in metrics}
         for who, rows in scored.items()
     }
     means = {who: {metric: mean(c[metric]) for metric in metrics} for who, c in columns.items()}
     adapters = {}
-    for who in told:
+    for who in metadata:
         difference = {
             metric: {
                 "value": means[who][metric] - means["base"][metric],
@@ -103,7 +103,7 @@ def summarize(
             }
             for metric in metrics
         }
-        adapters[who] = told[who] | {"tuned": means[who], "difference": difference}
+        adapters[who] = metadata[who] | {"tuned": means[who], "difference": difference}
     found = about | {"base": means["base"]}
     return found | (adapters.get("tuned") or ({"adapters": adapters} if adapters else {}))
 

@@ -34,10 +34,10 @@ def prompt(story: str, a: str, b: str) -> str:
 
 
 def ask(text: str) -> str:
-    """The prompt of a story with the question behind it. InputError if there is no question."""
+    """The prompt of a story followed by the question. InputError if there is no question."""
     found = re.fullmatch(r"(.+?)\s*How is (\w+) related to (\w+)\?", text, re.I | re.S)
     if not found:
-        raise InputError(f"{text!r}: expected a story, and behind it `How is B related to A?`")
+        raise InputError(f"{text!r}: expected a story followed by `How is B related to A?`")
     story, b, a = found.groups()
     return prompt(story, a, b)
 

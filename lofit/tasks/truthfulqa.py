@@ -76,7 +76,7 @@ def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> lis
 
 
 def answers(cell: str) -> list[str]:
-    """The answers of a cell as they follow the question: a space before, a period behind."""
+    """The answers of a cell as they follow the question: a space before, a period after."""
     return [closed(part.strip()) for part in cell.split(";") if part.strip()]
 
 
