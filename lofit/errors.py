@@ -45,8 +45,8 @@ def _interrupt(number: int, _) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """A signal that comes inside interrupts at the end of it, so that what belongs together is done
-    together; a second signal does not wait."""
+    """Delay a signal to the end of the block, so that what belongs together is done together; a
+    second signal does not wait."""
     _critical_depth.append(None)
     try:
         yield
@@ -54,11 +54,6 @@ def held_back() -> Iterator[None]:
         _critical_depth.pop()
     if _signals and not _critical_depth:
         raise KeyboardInterrupt
-
-
-def interrupted() -> bool:
-    """Whether a signal came, and waits if it is held back."""
-    return bool(_signals)
 
 
 def one_line(text: str) -> str:
