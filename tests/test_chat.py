@@ -68,6 +68,37 @@ def test_a_list_of_named_templates(chatty):
 
 
 @pytest.mark.parametrize(
+    "template", [[1], 5, {"default": "x"}, [{"name": "default", "template": 5}], True]
+)
+def test_a_template_of_a_wrong_type_is_refused(chatty, template):
+    folder = chatty(template, "tokenizer_config.json")
+    with pytest.raises(InputError, match="tokenizer_config.json: chat_template is .*a text, or a"):
+        load_chat_template(folder)
+
+
+NAMES = [  # tokenizer_config.json, special_tokens_map.json
+    ({}, {"bos_token": "<s>"}),
+    ({}, {"bos_token": {"content": "<s>", "lstrip": False, "rstrip": False}}),
+    ({"bos_token": "city"}, {"bos_token": "<s>"}),
+    ({"bos_token": "<s>", "added_tokens_decoder": {}}, {"bos_token": "city"}),
+    ({"tokenizer_class": "LlamaTokenizerFast"}, {}),
+    ({"tokenizer_class": "LlamaTokenizer", "bos_token": None}, {}),
+]
+
+
+@pytest.mark.parametrize(("settings", "beside"), NAMES)
+def test_special_tokens_are_those_of_transformers(chatty, settings, beside):
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    folder = chatty("{{ bos_token }} and {{ eos_token }}")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps(beside))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    asked = [{"role": "user", "content": TEXT}]
+    assert load_chat_template(folder)(TEXT) == theirs.apply_chat_template(asked, tokenize=False)
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{% for %}", "chat template is malformed"),

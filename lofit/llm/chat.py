@@ -12,7 +12,7 @@ from lofit.errors import InputError
 from lofit.llm import render
 from lofit.llm.files import read_text
 from lofit.llm.folder import find_folder
-from lofit.llm.special import NAMES, read_settings
+from lofit.llm.special import SETTINGS, read_settings, template_tokens
 
 ANSWER = "This is the answer."
 
@@ -50,9 +50,11 @@ def end_of_turn(folder: Path) -> str:
 
 def _open_template(folder: Path) -> "_Renderer | None":
     path, settings = folder / "chat_template.jinja", read_settings(folder)
-    source = read_text(path) if path.exists() else _named_default(settings.get("chat_template"))
-    tokens = {key: settings[key] for key in NAMES if key in settings}
-    return _Renderer(folder, source, tokens) if isinstance(source, str) else None
+    template = settings.get("chat_template")
+    source = read_text(path) if path.exists() else _named_default(template, folder / SETTINGS)
+    if source is None:
+        return None
+    return _Renderer(folder, source, template_tokens(folder, settings))
 
 
 class _Renderer:
@@ -100,8 +102,13 @@ def _end(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def _named_default(template: object) -> object:
-    """Some files hold several templates by name."""
-    if isinstance(template, list):
-        return {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return template
+def _named_default(template: object, path: Path) -> str | None:
+    """Some files hold several templates by name; InputError for what is neither that nor one."""
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = {str(each.get("name")): each.get("template") for each in template}.get("default")
+    if template is None or isinstance(template, str):
+        return template
+    raise InputError(
+        f"{path}: chat_template is {str(template)[:60]!r}; expected a text, or a list of objects"
+        " with name and template"
+    )
