@@ -186,11 +186,12 @@ def test_a_template_can_neither_hang_nor_fill_memory(tiny_folder, template):
         load_chat_template(tiny_folder)("hello")
 
 
-def test_a_bos_token_of_a_wrong_type_is_text(tiny_folder):
+def test_a_bos_token_of_a_wrong_type_is_refused(tiny_folder):
     settings = json.loads((tiny_folder / "tokenizer_config.json").read_text())
     settings |= {"bos_token": {"content": 5}, "chat_template": "{{ bos_token }}|"}
     (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_chat_template(tiny_folder)("hello") == "5|"
+    with pytest.raises(InputError, match="bos_token is .*expected a text"):
+        load_chat_template(tiny_folder)
 
 
 def test_flags_that_mean_nothing_are_refused(tiny_folder, capsys):

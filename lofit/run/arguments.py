@@ -8,6 +8,7 @@ from types import ModuleType
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import DTYPES
+from lofit.llm.folder import local_folder
 from lofit.tasks import clutrr, mquake, truthfulqa
 from lofit.tasks.own import OwnTask
 
@@ -31,8 +32,8 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
     )
     arg(
         "--data",
-        type=Path,
-        default=Path("data/mini"),
+        type=lambda name: local_folder(name) or Path(name),
+        default="data/mini",
         help="folder that holds MQuAKE/, clutrr/, truthfulqa/ (default: %(default)s)",
     )
     arg(
@@ -109,4 +110,5 @@ def run_folder(args: argparse.Namespace, suffix: str = "") -> Path:
 
 def model_name(args: argparse.Namespace) -> str:
     """The last part of a folder's path, or the hub id."""
-    return Path(args.model).resolve().name if Path(args.model).exists() else args.model
+    folder = local_folder(args.model)
+    return folder.resolve().name if folder else args.model
