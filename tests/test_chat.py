@@ -1,10 +1,15 @@
 """Chat templates: what transformers makes of them, in training and evaluation alike."""
 
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import MINI
+from conftest import MINI, REPO
 
 import eval as eval_script
 import select_heads
@@ -74,6 +79,65 @@ def test_a_template_of_a_wrong_type_is_refused(chatty, template):
     folder = chatty(template, "tokenizer_config.json")
     with pytest.raises(InputError, match="tokenizer_config.json: chat_template is .*a text, or a"):
         load_chat_template(folder)
+
+
+SAME = [  # what public templates make use of
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}",
+    "{%- for m in messages -%}\n{% generation -%}\n  {% set x = 1 %}{{ x }}{% endgeneration %}\n"
+    "{{ x is defined }}{% endfor %}",
+    "{{ {'b': 'é<', 'a': [1, 2]} | tojson }}",
+    "{{ {'b': 'é<', 'a': [1, 2]} | tojson(ensure_ascii=True, indent=2, sort_keys=True) }}",
+    "{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}",
+    "{{ messages | tojson(true, 1) }}",
+    "{{ tools is none }} {{ tools is not none }} {{ documents is none }} {{ tools is defined }}",
+    "{% if tools is not none %}{{ tools | length }}{% endif %}{{ pad_token is defined }}",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{% break %}{% endfor %}x",
+    "{{ strftime_now('%Y') }}{{ messages[0]['content'] | trim }}{{ add_generation_prompt }}",
+]
+
+
+@pytest.mark.parametrize("template", SAME)
+def test_what_templates_expect_to_find(chatty, template):
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    folder = chatty(template)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", chat_template=template
+    )
+    want = theirs.apply_chat_template(
+        [{"role": "user", "content": TEXT}], add_generation_prompt=True, tokenize=False
+    )
+    assert load_chat_template(folder)(TEXT) == want
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "message"),
+    [
+        ("{{ '\\ud83d' }}", "Q:", "half a character"),
+        ("{{ messages[0].content }}", "Q: \ud83d", "half a character"),
+        ("{{ raise_exception('first\nsecond') }}", "Q:", "fails .first second"),
+        ("{{ raise_exception('\\ud83d') }}", "Q:", "fails"),
+        ("{% for\n\n%}", "Q:", "is malformed"),
+    ],
+)
+def test_odd_texts_end_in_one_line(chatty, template, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_chat_template(chatty(template))(text)
+    assert len(str(caught.value).splitlines()) == 1
+    str(caught.value).encode()
+
+
+def test_the_renderer_takes_the_jinja2_of_its_parent(chatty, tmp_path):
+    """Where it is the user's own, by PYTHONPATH, and not the one that Python finds by itself."""
+    for package in ("jinja2", "markupsafe"):
+        origin = Path(importlib.util.find_spec(package).origin).parent
+        shutil.copytree(origin, tmp_path / "own" / package)
+    with (tmp_path / "own" / "jinja2" / "__init__.py").open("a") as file:
+        file.write("\nTemplateError.__str__ = lambda self: 'my own jinja2'\n")
+    folder = chatty("{{ raise_exception('no') }}")
+    code = f"from lofit.llm.chat import load_chat_template as t; t({str(folder)!r})('Q')"
+    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'own'}:{REPO}"}
+    ended = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "the chat template fails (my own jinja2)" in ended.stderr
 
 
 NAMES = [  # tokenizer_config.json, special_tokens_map.json

@@ -1,5 +1,6 @@
 """A checkpoint's own chat template: how a chat model wants to be asked."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -8,12 +9,12 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from lofit.errors import InputError
-from lofit.llm import render
+from lofit.errors import InputError, one_line
 from lofit.llm.files import read_text
 from lofit.llm.folder import find_folder
 from lofit.llm.special import SETTINGS, read_settings, template_tokens
 
+RENDER = Path(__file__).with_name("render.py")
 ANSWER = "This is the answer."
 
 
@@ -64,7 +65,7 @@ class _Renderer:
     def __init__(self, folder: Path, source: str, tokens: dict[str, str]):
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-I", render.__file__],
+            [sys.executable, "-I", str(RENDER), *_folders_of("jinja2", "markupsafe")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -87,14 +88,27 @@ class _Renderer:
         except BrokenPipeError:
             line = ""
         if not line:
-            late = self.process.wait() == -signal.SIGPROF
-            why = f"it takes over {render.SECONDS} s" if late else "its process ended"
+            late = self.process.wait() == -getattr(signal, "SIGPROF", 0)
+            why = "it takes too long" if late else "its process ended"
             reply = {"error": f"fails ({why})"}
         else:
             reply = json.loads(line)
         if "error" in reply:
-            raise InputError(f"{self.folder}: the chat template {reply['error']}")
+            raise InputError(f"{self.folder}: the chat template {one_line(reply['error'])}")
+        if not reply["text"].isascii() and any("\ud800" <= c <= "\udfff" for c in reply["text"]):
+            raise InputError(
+                f"{self.folder}: the text that the chat template makes holds half a character; mend"
+                " the template, or the text that it was given"
+            )
         return reply["text"]
+
+
+def _folders_of(*packages: str) -> list[str]:
+    """Where this process finds packages: the renderer must not take others."""
+    found = [importlib.util.find_spec(package) for package in packages]
+    if None in found:
+        raise InputError("chat templates need the package jinja2; install it: pip install jinja2")
+    return list(dict.fromkeys(str(Path(spec.origin).absolute().parents[1]) for spec in found))
 
 
 def _end(process: subprocess.Popen) -> None:
