@@ -33,7 +33,7 @@ EVERY_HEAD = [(layer, head) for layer in range(4) for head in range(8)]
 class Ids:
     """Takes the place of a tokenizer: its texts are lists of ids already."""
 
-    eos_ids = (2,)
+    eos_ids, end_id, unk_id = (2,), 2, None
 
     def encode_pair(self, prompt, answer):
         return [*prompt, *answer], len(prompt)

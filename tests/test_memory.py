@@ -142,8 +142,8 @@ def test_a_sum_is_of_its_parts(folder, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gpus", "0"], "expected a whole number from 1, found '0'"),
-        (["--memory", "80GB"], "expected a whole number from 1, found '80GB'"),
+        (["--gpus", "0"], "expected an integer from 1 to 2147483647, found '0'"),
+        (["--memory", "80GB"], "expected an integer from 1 to 2147483647, found '80GB'"),
         (["--length", "16"], "--new: an answer is shorter than its text (--length)"),
         (["--dtype", "int4"], "invalid choice: 'int4'"),
         (["--model", "./nowhere"], "./nowhere: no such folder"),

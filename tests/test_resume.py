@@ -117,7 +117,7 @@ def test_what_draws_at_each_step_a_baseline_and_the_plain_way(
 ):
     run, draw = tmp_path / "run", random.Random(1)
     argv = [*flags, *FAST, "--run", str(run), "--epochs", "2", *extra]
-    argv += ["--heads", "random"] if script is train else []
+    argv += ["--heads", "random"] if extra == ["--plain"] else []
     script.main(argv)
     run.rename(tmp_path / "whole")
     assert killed_thrice(script, argv, kill, monkeypatch, draw) == 3

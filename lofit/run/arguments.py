@@ -9,6 +9,7 @@ from types import ModuleType
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import DTYPES
+from lofit.llm.folder import local_folder
 from lofit.run.artefacts import OFFSETS
 from lofit.tasks import clutrr, mquake, truthfulqa
 from lofit.tasks.own import NAMED, OwnTask
@@ -36,8 +37,8 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
     )
     arg(
         "--data",
-        type=Path,
-        default=Path("data/mini"),
+        type=lambda name: local_folder(name) or Path(name),
+        default="data/mini",
         help="folder that holds MQuAKE/, clutrr/, truthfulqa/, boolq/, ... (default: %(default)s)",
     )
     arg(
@@ -128,10 +129,10 @@ def train_suffix(args: argparse.Namespace) -> str:
 
 def eval_command(args: argparse.Namespace) -> str:
     """The command that evaluates what train.py with these arguments has just trained."""
-    words = ["python", "eval.py"]
+    words, defaults = ["python", "eval.py"], common_parser("").parse_args([])
     for name in ("model", "revision", "task", "data", "fold", "dtype", "device"):
-        value, default = getattr(args, name), common_parser("").get_default(name)
-        words += [] if value == default else [f"--{name}", str(value)]
+        value = getattr(args, name)
+        words += [] if value == getattr(defaults, name) else [f"--{name}", str(value)]
     words += [f"--{name}" for name in ("chat", "plain") if getattr(args, name)]
     if args.run or train_suffix(args):
         words += ["--run", str(run_folder(args, train_suffix(args)))]
@@ -153,4 +154,5 @@ def trained_folders(args: argparse.Namespace) -> list[Path]:
 
 def model_name(args: argparse.Namespace) -> str:
     """The last part of a folder's path, or the hub id."""
-    return Path(args.model).resolve().name if Path(args.model).exists() else args.model
+    folder = local_folder(args.model)
+    return folder.resolve().name if folder else args.model

@@ -48,7 +48,7 @@ LR = 1e-3
 class Ids:
     """A "tokenizer" whose text is the ids, with spaces between."""
 
-    eos_ids = (2,)
+    eos_ids, end_id, unk_id = (2,), 2, None
 
     def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
         before, after = ([int(i) for i in text.split()] for text in (prompt, answer))
