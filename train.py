@@ -118,7 +118,11 @@ def check_flags(args: argparse.Namespace) -> None:
     trains, chooses = args.method not in ("iti", "repe"), args.method == "lofit"
     for name, applies, reason in (
         ("heads", chooses, f"--method {args.method}"),
-        ("top", args.method == "iti" or chooses and args.heads != "all", "all heads"),
+        (
+            "top",
+            args.method == "iti" or chooses and args.heads != "all",
+            "--heads all" if chooses else f"--method {args.method}",
+        ),
         ("draw", chooses and args.heads == "random", "heads that are not drawn"),
         ("alpha", not trains, f"--method {args.method}"),
         ("lr", trains, f"--method {args.method}"),

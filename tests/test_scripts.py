@@ -54,7 +54,13 @@ def test_the_whole_way_through(flags, tmp_path, capsys):
         assert artefact["task"] == "mquake" and artefact["seed"] == 42
         assert artefact["fingerprint"] == heads["fingerprint"]
     printed = capsys.readouterr().out
-    for text in ("(flag)", "for want of one", "layer   2 |", "val em_stripped", "95 % interval"):
+    for text in (
+        "(flag)",
+        "for mquake; offsets by rule",
+        "layer   2 |",
+        "val em_stripped",
+        "95 % interval",
+    ):
         assert text in printed
     scripts = [json.loads(line)["script"] for line in (run / "log.jsonl").open()]
     assert list(dict.fromkeys(scripts)) == ["select_heads", "train", "eval"]
@@ -117,15 +123,15 @@ def test_top_takes_the_best_of_a_heads_file(flags, tmp_path):
 
 
 def test_base_only_needs_no_offsets_and_is_the_base_of_a_full_run(flags, tmp_path):
-    def predictions(who):
-        with (tmp_path / "run" / "predictions.jsonl").open() as lines:
+    def predictions(who, name="predictions-val.jsonl"):
+        with (tmp_path / "run" / name).open() as lines:
             return [json.loads(line)[who] for line in lines]
 
     eval_script.main([*flags, "--base-only", "--split", "val"])
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "results-val-base.json").read_text())
     assert results["split"] == "val" and results["n"] == 12
     assert "tuned" not in results and results["trained_values"] == 0
-    alone = predictions("base")
+    alone = predictions("base", "predictions-val-base.jsonl")
     train.main([*flags, "--epochs", "2", "--lr", "1", "--heads", "all"])
     eval_script.main([*flags, "--split", "val"])
     assert predictions("base") == alone != predictions("tuned")
@@ -155,7 +161,7 @@ def test_the_base_models_answers_can_come_from_another_run(flags, tmp_path, monk
 def test_default_run_folder_is_named_by_model_and_task(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     eval_script.main([*flags[:4], "--base-only"])
-    assert (tmp_path / "runs" / "tiny" / "mquake" / "results.json").exists()
+    assert (tmp_path / "runs" / "tiny" / "mquake" / "results-base.json").exists()
 
 
 def refused(script, argv, message, run):
@@ -204,7 +210,7 @@ def test_a_prompt_longer_than_the_models_positions(flags, small_data, tmp_path):
     argv = [*flags, "--base-only"]
     refused(eval_script, argv, "prompt 0 has 2.. tokens.*256 positions", tmp_path / "run")
     shutil.copy(path, small_data / "MQuAKE" / "train.jsonl")
-    refused(select_heads, flags, "split train: example 0 needs 2.. positions", tmp_path / "run")
+    refused(select_heads, flags, "split train: example 0 has 2.. tokens", tmp_path / "run")
 
 
 def test_heads_of_another_model(flags, tiny_folder, tmp_path):

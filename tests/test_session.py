@@ -54,7 +54,7 @@ def test_both_folds_of_truthfulqa_stay_apart(mini_flags, tmp_path, capsys):
     train.main([*flags, *FAST, "--fold", "1", "--seed", "7"])
     assert (run / "fold0" / "offsets.safetensors").read_bytes() == before
     shutil.copy(run / "fold0" / "offsets.safetensors", run / "fold1" / "offsets.safetensors")
-    with pytest.raises(InputError, match="trained with fold 0, asked for fold 1"):
+    with pytest.raises(InputError, match="made for fold 0, but this run is for fold 1"):
         eval_script.main([*flags, "--fold", "1"])
 
 
@@ -89,4 +89,4 @@ def test_the_papers_own_files_run(recordings, tmp_path, task, n):
         select_heads.main([*flags, "--epochs", "1", "--heads", "10%"])
         train.main([*flags, "--epochs", "1"])
         eval_script.main([*flags, "--split", "val"])
-    assert json.loads((tmp_path / "results.json").read_text())["n"] == n
+    assert json.loads((tmp_path / "results-val.json").read_text())["n"] == n

@@ -397,11 +397,11 @@ def test_a_prompt_ends_where_its_last_special_token_ends(pieces_alone):
         assert ids.count(2050) == 1
 
 
-def test_llama_2_after_a_special_token_is_sentencepiece(oracle, tmp_path):
+def test_llama_2_after_a_special_token_is_sentencepiece(recordings, tmp_path):
     """Each part as SentencePiece alone has it; transformers 5 drops a space in front of a part."""
     for name in ("config.json", "tokenizer.model"):
-        shutil.copy(oracle / name, tmp_path / name)
-    alone = sentencepiece.SentencePieceProcessor(model_file=str(oracle / "tokenizer.model"))
+        shutil.copy(recordings / name, tmp_path / name)
+    alone = sentencepiece.SentencePieceProcessor(model_file=str(recordings / "tokenizer.model"))
     tokenizer = load_tokenizer(tmp_path, add_special_tokens=False)
     ids = tokenizer.encode("<s>[INST] the family [/INST] it</s><s> a")
     parts = (alone.encode("[INST] the family [/INST] it"), alone.encode(" a"))

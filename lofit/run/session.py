@@ -30,7 +30,7 @@ from lofit.tasks import Example
 from lofit.tasks.own import OwnTask
 from lofit.training import OnStep, Training
 
-MOST_UNKNOWN = 0.1  # share of unknown tokens with which a training means nothing
+MOST_UNKNOWN = 0.25  # share of unknown tokens with which a training means nothing
 
 
 def run_script(main: Callable[[], None]) -> None:
