@@ -207,10 +207,10 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
     assert all(p.startswith("<s>[ city ] Q: Imagine that") for p in trained)
     assert all(ids.count(1) == 1 for ids in asked)
     assert all(p.endswith("A: [ country ]") for p in trained)
-    line = json.loads((tmp_path / "runs" / "predictions.jsonl").open().readline())
+    line = json.loads((tmp_path / "runs" / "predictions-train.jsonl").open().readline())
     assert line["prompt"].startswith("Q: Imagine") and "country" not in line["tuned"]["prediction"]
     with pytest.raises(
-        InputError, match="offsets.safetensors: trained with chat True, asked for chat False"
+        InputError, match="offsets.safetensors: made for chat True, but this run is for chat False"
     ):
         eval_script.main(eval_run)
 

@@ -200,6 +200,11 @@ def read_base(folder: Path, mine: dict, prompts: list[str]) -> list[dict]:
     alone = results_files(mine["split"], True)
     names = alone if (folder / alone[0]).exists() else results_files(mine["split"], False)
     path = folder / names[0]
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file; evaluate that run on the {mine['split']} split first, or leave"
+            " --base-from out"
+        )
     found = read_json(path)
     for key in ("fingerprint", "task", "fold", "chat", "plain", "split"):
         if found.get(key) != mine[key]:
