@@ -12,8 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 
-import torch
-
 from lofit import errors
 from lofit.errors import InputError
 from lofit.heads import edits_off
@@ -47,8 +45,7 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
     """What answers a question: text -> {"base": answer, "tuned": answer}. InputError."""
     adapter = open_adapter(args.run)
     info, task = adapter.info, _task(adapter) if args.task else None
-    recorded = info.get("settings", {}).get("dtype")
-    dtype = DTYPES.get(args.dtype or recorded, torch.float32)
+    dtype = DTYPES.get(args.dtype)
     model = open_tuned(adapter, args.run, args.model, dtype, pick_device(args.device))
     source, chat = model.source, bool(info.get("chat"))
     tokenizer = load_tokenizer(source.name, source.revision, not chat)
@@ -62,6 +59,10 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
         return task.extract(prompt, text) if hasattr(task, "extract") else text
 
     def both(question: str) -> dict[str, str]:
+        try:
+            question.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError("the question is not valid UTF-8; set the terminal to it") from None
         prompt = task.ask(question) if task else question
         with edits_off(model):
             base = answer(prompt)

@@ -15,6 +15,11 @@ from lofit.llm.model import CausalLM
 OFFSETS, ADAPTER_CONFIG = "offsets.safetensors", "lofit_config.json"  # an adapter's two files
 HEADS, PICTURE = "heads.json", "heads.png"
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+METADATA_TYPES = {
+    "model": str, "fingerprint": str, "revision": str, "task": str, "fold": int, "chat": bool,
+    "plain": bool, "data": str, "data_hash": str, "heads_hash": str, "seed": int, "settings": dict,
+    "val": dict, "method": str, "trained_values": int,
+}  # fmt: skip
 
 
 def results_files(split: str, base_only: bool) -> tuple[str, str]:
@@ -116,9 +121,21 @@ def hash_of_offsets(heads: list[Head], offsets: torch.Tensor) -> str:
     return hashlib.sha256(numbers).hexdigest()[:16]
 
 
+def check_metadata(info: dict, path: Path, needed: tuple[str, ...] = ()) -> None:
+    """InputError unless what an adapter says of itself has the types that readers expect."""
+    for key, kind in METADATA_TYPES.items():
+        value = info.get(key)
+        if (value is None and key in needed) or (value is not None and type(value) is not kind):
+            raise InputError(
+                f"{path}: {key} is {str(value)[:60]!r}; expected a {kind.__name__}; was the file"
+                " written by train.py?"
+            )
+
+
 def read_offsets(path: Path) -> tuple[list[Head], torch.Tensor, dict]:
     """Inverse of `save_offsets`, from the safetensors file alone. InputError if malformed."""
     tensors, info = read_tensors(path)
+    check_metadata(info, path)
     if "method" in info:
         raise InputError(
             f"{path}: made by train.py --method {info['method']}; expected LoFiT's offsets"
@@ -143,6 +160,7 @@ def load_offsets(path: Path, model: CausalLM) -> tuple[list[Head], dict]:
     """Attach the offsets of a file to the model; returns its heads and `info`. InputError on a
     mismatch, with the model untouched. Another method's file is attached too; it has no heads."""
     tensors, info = read_tensors(Path(path))
+    check_metadata(info, path)
     if "method" in info:
         from lofit.compare.stored import attach_stored
 
