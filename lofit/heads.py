@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lofit.errors import InputError
+from lofit.llm.device import widest
 from lofit.llm.model import Attention, CausalLM
 
 INIT_STD = 1e-3  # of A and v (paper's code; METHOD: N(0, 1e-3) is the standard deviation)
@@ -115,11 +116,12 @@ def head_sigma(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
     and so do models."""
     layers, shape = attention_layers(model), (*_grid(model), model.config.head_dim)
     device = model.lm_head.weight.device
-    total, square = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+    wide = widest(device)
+    total, square = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
 
     def reader(layer: int):
         def read(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            z = args[0][0].double()  # one text, so no padding: [position, n_heads, head_dim]
+            z = args[0][0].to(wide)  # one text, so no padding: [position, n_heads, head_dim]
             total[layer] += z.sum(0)
             square[layer] += z.square().sum(0)
 

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from lofit.errors import InputError
-from lofit.files import write_atomic, write_json
 from lofit.llm.config import PLAIN_CURE, ModelConfig
 from lofit.llm.files import open_tensors, save_tensors
 from lofit.llm.folder import SINGLE, find_folder, weight_files
@@ -98,6 +97,7 @@ def assemble(
     for key, tensor in stored_tensors(files, name_of, rows):
         check_values(tensor, f"{folder}: tensor {key}", dtype)
         samples[name_of(key)] = sample(tensor, stored[name_of(key)], rows)
+        tensor = tensor.to(dtype) if tensor.dtype == torch.float64 else tensor  # not every GPU's
         weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
     samples = shards.merge(samples) if shards else samples
     digests = {name: digest(stored[name], values) for name, values in samples.items()}
@@ -245,6 +245,8 @@ def check_tensors(shapes: dict[str, torch.Size], model: CausalLM, folder: Path) 
 
 def save_model(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors in HF's format (tied weights once)."""
+    from lofit.files import write_atomic, write_json  # which reading a model does without
+
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
