@@ -384,15 +384,24 @@ def test_a_prompt_ends_where_its_last_special_token_ends(pieces_alone):
         assert ids.count(2050) == 1
 
 
-def test_llama_2_after_a_special_token_is_sentencepiece(oracle, tmp_path):
-    """Each part as SentencePiece alone has it; transformers 5 drops a space in front of a part."""
-    for name in ("config.json", "tokenizer.model"):
-        shutil.copy(oracle / name, tmp_path / name)
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llama_2_after_a_special_token_is_sentencepiece(oracle, tmp_path, kind, legacy):
+    """Both files: each part as SentencePiece alone has it. transformers 5 has rules of its own."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    for name in ("config.json", "tokenizer_config.json", kind):
+        (tmp_path / name).write_bytes((oracle / name).read_bytes())
+    write_json(tmp_path / "tokenizer_config.json", legacy=legacy)
     alone = sentencepiece.SentencePieceProcessor(model_file=str(oracle / "tokenizer.model"))
     tokenizer = load_tokenizer(tmp_path, add_special_tokens=False)
-    ids = tokenizer.encode("<s>[INST] the family [/INST] it</s><s> a")
-    parts = (alone.encode("[INST] the family [/INST] it"), alone.encode(" a"))
-    assert ids == [1, *parts[0], 2, 1, *parts[1]]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for parts in (["[INST] the family"], [" a"], ["the", "the"], ["a", " the"]):
+        text = "<s>" + "</s>".join(parts)
+        want = [i for part in parts for i in (2, *alone.encode(part))]
+        assert tokenizer.encode(text) == [1, *want[1:]]
+        spaced = any(part[0] == " " for part in parts)
+        same = theirs.encode(text, add_special_tokens=False) == [1, *want[1:]]
+        assert same == (legacy and not spaced)
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("tokenizer.json", 891), ("tokenizer.model", 2048)])
