@@ -375,6 +375,37 @@ def test_special_tokens_in_the_middle_of_a_text(pieces_alone, named):
     assert ours.token(i) == IM_END
 
 
+BESIDE = [  # a tokenizer.json without added tokens of its own or as it is, and what is beside it
+    (True, {"tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"}}),
+    (True, {"tokenizer_config.json": {"eos_token": "city"}}),
+    (False, {"special_tokens_map.json": {"eos_token": IM_END}}),
+    (False, {"special_tokens_map.json": {"additional_special_tokens": [IM_END]}}),
+    (False, {"added_tokens.json": {IM_END: 891, "[x]": 892}}),
+    (False, {"tokenizer_config.json": {
+        "added_tokens_decoder": {"891": ADDED | {"content": IM_END, "special": True}}}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bare", "files"), BESIDE)
+def test_a_tokenizer_json_gets_the_tokens_beside_it(tiny_folder, bare, files):
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    text = json.loads((tiny_folder / "tokenizer.json").read_text())
+    if bare:
+        text["added_tokens"] = []
+        (tiny_folder / "tokenizer.json").write_text(json.dumps(text))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_json(tiny_folder / "config.json", vocab_size=900)
+    for name, values in files.items():
+        write_json(tiny_folder / name, **values)
+    ours = load_tokenizer(tiny_folder, add_special_tokens=False)
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    for text in ("the</s>city", f"the{IM_END}city", "thecity", f"the [x] city{IM_END}</s>"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_a_prompt_ends_where_its_last_special_token_ends(pieces_alone):
     write_json(pieces_alone / "added_tokens.json", **{IM_END: 2050})
     tokenizer = load_tokenizer(pieces_alone)

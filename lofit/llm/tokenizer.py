@@ -86,7 +86,9 @@ class Tokenizer:
 
 
 class _Json:
-    def __init__(self, path: Path):
+    """A tokenizer.json; like transformers it gets the special tokens that only other files name."""
+
+    def __init__(self, path: Path, settings: dict):
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
@@ -94,6 +96,9 @@ class _Json:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.size = self.backend.get_vocab_size(with_added_tokens=False)
+        named = added_tokens(path.parent, settings, self.id_of, self.backend.get_vocab_size())
+        own = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        self.backend.add_tokens([t for _, t in sorted(named.items()) if t.content not in own])
         added = self.backend.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items()}
         self.eos_id = None  # the file does not say which token it is
@@ -197,7 +202,7 @@ def load_tokenizer(
     settings = read_settings(folder)
     backend: _Json | _SentencePiece
     if is_file(folder / "tokenizer.json"):
-        backend = _Json(folder / "tokenizer.json")
+        backend = _Json(folder / "tokenizer.json", settings)
     elif is_file(folder / "tokenizer.model"):
         backend = _SentencePiece(folder / "tokenizer.model", settings)
     else:
