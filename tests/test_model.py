@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (
     LOUD,
     LOUD_GEMMAS,
@@ -18,7 +17,6 @@ from conftest import (
 )
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import load_model
@@ -215,19 +213,6 @@ def test_logits_and_z_agree_with_the_papers_code(oracle):
     assert difference(torch.stack(z)[:, real], golden["z"][:, real]) < TOLERANCE
 
 
-class CountCopies(TorchDispatchMode):
-    """Notes each operation that makes a tensor longer in its second dimension."""
-
-    def __init__(self, found: list):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "repeat" in str(func) or "index_select" in str(func) or "expand" in str(func):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_soft_caps_take_the_plain_path():
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
     with torch.no_grad():
@@ -258,38 +243,6 @@ def test_plain_attention_agrees_with_the_fused_kernel(masked):
         assert difference(one, other) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("n_kv_heads", "queries"), [(8, 40), (2, 40), (1, 40), (2, 1)])
-def test_groups_of_queries_have_the_bits_of_repeated_keys(dtype, masked, n_kv_heads, queries):
-    """Forward without copies, and backward, where the keys are repeated."""
-    if queries == 1 and not masked:
-        pytest.skip("one query of many is no causal attention of all")
-    torch.manual_seed(0)
-    q = torch.randn(3, 8, queries, 24, dtype=dtype)
-    k, v = torch.randn(2, 3, n_kv_heads, 40, 24, dtype=dtype).unbind()
-    mask = torch.rand(3, 1, queries, 40) < 0.5 if masked else None
-    if masked:
-        mask[..., 0] = True  # no row without a key
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    many = [x.repeat_interleave(8 // n_kv_heads, dim=1) for x in (k, v)]
-    want = F.scaled_dot_product_attention(
-        q, *many, attn_mask=mask, is_causal=mask is None, scale=0.3
-    )
-    copied = []
-    with torch.no_grad(), CountCopies(copied):
-        assert torch.equal(attend(q, k, v, mask, 0.3), want)
-    assert not copied
-    got = attend(*inputs, mask, 0.3)
-    assert torch.equal(got, want)
-    for one, other in zip(
-        torch.autograd.grad(got.square().sum(), inputs),
-        torch.autograd.grad(want.square().sum(), inputs),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
@@ -314,3 +267,48 @@ def test_positions_stay_fp32_in_bfloat16(tiny_config):
     attention.register_forward_pre_hook(lambda _, args: seen.append(args[1].cos_sin))
     model(torch.ones(1, 4, dtype=torch.int64))
     assert all(table.dtype == torch.float32 for table in seen[0][FULL])
+
+
+class CountCopies(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes each operation that makes a tensor longer in its second dimension."""
+
+    def __init__(self, found: list):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "repeat" in str(func) or "index_select" in str(func) or "expand" in str(func):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("n_kv_heads", "queries"), [(8, 40), (2, 40), (1, 40), (2, 1)])
+def test_groups_of_queries_have_the_bits_of_repeated_keys(dtype, masked, n_kv_heads, queries):
+    """Forward without copies, and backward, where the keys are repeated."""
+    if queries == 1 and not masked:
+        pytest.skip("one query of many is no causal attention of all")
+    torch.manual_seed(0)
+    q = torch.randn(3, 8, queries, 24, dtype=dtype)
+    k, v = torch.randn(2, 3, n_kv_heads, 40, 24, dtype=dtype).unbind()
+    mask = torch.rand(3, 1, queries, 40) < 0.5 if masked else None
+    if masked:
+        mask[..., 0] = True  # no row without a key
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    many = [x.repeat_interleave(8 // n_kv_heads, dim=1) for x in (k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, *many, attn_mask=mask, is_causal=mask is None, scale=0.3
+    )
+    copied = []
+    with torch.no_grad(), CountCopies(copied):
+        assert torch.equal(attend(q, k, v, mask, 0.3), want)
+    assert not copied
+    got = attend(*inputs, mask, 0.3)
+    assert torch.equal(got, want)
+    for one, other in zip(
+        torch.autograd.grad(got.square().sum(), inputs),
+        torch.autograd.grad(want.square().sum(), inputs),
+        strict=True,
+    ):
+        assert torch.equal(one, other)

@@ -32,8 +32,8 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
     )
     arg(
         "--data",
-        type=lambda name: local_folder(name) or Path(name),
-        default="data/mini",
+        type=Path,
+        default=Path("data/mini"),
         help="folder that holds MQuAKE/, clutrr/, truthfulqa/ (default: %(default)s)",
     )
     arg(
@@ -50,6 +50,7 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
     arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
     arg("--fresh", action="store_true", help="start anew where a stopped run could go on")
     arg("--plain", action="store_true", help="leave out no work that could be, as the paper's code")
+    parser.set_defaults(data=local_folder("data/mini") or Path("data/mini"))
     return parser
 
 
