@@ -459,7 +459,7 @@ def test_a_token_beyond_the_embedding_is_named(pieces_alone, kind, rows):
 def test_half_a_character_is_refused(pieces_alone, kind):
     if kind == "tokenizer.json":
         shutil.copy(MINI / "tokenizer.json", pieces_alone)
-    with pytest.raises(InputError, match=r"half a character .*ud83d.*mend it: 'Who is'"):
+    with pytest.raises(InputError, match=r"half a character .*ud83d.*correct it: 'Who is'"):
         load_tokenizer(pieces_alone).encode("Who is\ud83d it?")
 
 

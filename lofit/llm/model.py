@@ -94,7 +94,8 @@ def plain_attention(
     scale: float,
     cap: float | None = None,
 ) -> torch.Tensor:
-    """The formula that the fused kernels compute, all heads alike; arguments as in `attend`.
+    """The formula that the fused kernels compute, with as many key/value heads as queries have;
+    arguments as in `attend`.
 
     Soft caps take this one; tests/measure/attention.py compares the two.
     """
