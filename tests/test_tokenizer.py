@@ -388,6 +388,37 @@ def test_special_tokens_in_the_middle_of_a_text(pieces_alone, named):
     assert ours.token(i) == IM_END
 
 
+BESIDE = [  # a tokenizer.json without added tokens of its own or as it is, and what is beside it
+    (True, {"tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"}}),
+    (True, {"tokenizer_config.json": {"eos_token": "city"}}),
+    (False, {"special_tokens_map.json": {"eos_token": IM_END}}),
+    (False, {"special_tokens_map.json": {"additional_special_tokens": [IM_END]}}),
+    (False, {"added_tokens.json": {IM_END: 891, "[x]": 892}}),
+    (False, {"tokenizer_config.json": {
+        "added_tokens_decoder": {"891": ADDED | {"content": IM_END, "special": True}}}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bare", "files"), BESIDE)
+def test_a_tokenizer_json_gets_the_tokens_beside_it(tiny_folder, bare, files):
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    text = json.loads((tiny_folder / "tokenizer.json").read_text())
+    if bare:
+        text["added_tokens"] = []
+        (tiny_folder / "tokenizer.json").write_text(json.dumps(text))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_json(tiny_folder / "config.json", vocab_size=900)
+    for name, values in files.items():
+        write_json(tiny_folder / name, **values)
+    ours = load_tokenizer(tiny_folder, add_special_tokens=False)
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    for text in ("the</s>city", f"the{IM_END}city", "thecity", f"the [x] city{IM_END}</s>"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_a_prompt_ends_where_its_last_special_token_ends(pieces_alone):
     write_json(pieces_alone / "added_tokens.json", **{IM_END: 2050})
     tokenizer = load_tokenizer(pieces_alone)
@@ -397,15 +428,27 @@ def test_a_prompt_ends_where_its_last_special_token_ends(pieces_alone):
         assert ids.count(2050) == 1
 
 
-def test_llama_2_after_a_special_token_is_sentencepiece(recordings, tmp_path):
-    """Each part as SentencePiece alone has it; transformers 5 drops a space in front of a part."""
-    for name in ("config.json", "tokenizer.model"):
-        shutil.copy(recordings / name, tmp_path / name)
-    alone = sentencepiece.SentencePieceProcessor(model_file=str(recordings / "tokenizer.model"))
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llama_2_after_a_special_token_is_sentencepiece(tmp_path, kind, legacy):
+    """Both files: each part as SentencePiece alone has it. transformers 5 has rules of its own."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    oracle = SHARED / "oracle" / "tiny-llama"
+    if not oracle.is_dir():
+        pytest.skip("needs the paper's tiny tokenizer, which is not in this repository")
+    for name in ("config.json", "tokenizer_config.json", kind):
+        (tmp_path / name).write_bytes((oracle / name).read_bytes())
+    write_json(tmp_path / "tokenizer_config.json", legacy=legacy)
+    alone = sentencepiece.SentencePieceProcessor(model_file=str(oracle / "tokenizer.model"))
     tokenizer = load_tokenizer(tmp_path, add_special_tokens=False)
-    ids = tokenizer.encode("<s>[INST] the family [/INST] it</s><s> a")
-    parts = (alone.encode("[INST] the family [/INST] it"), alone.encode(" a"))
-    assert ids == [1, *parts[0], 2, 1, *parts[1]]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for parts in (["[INST] the family"], [" a"], ["the", "the"], ["a", " the"]):
+        text = "<s>" + "</s>".join(parts)
+        want = [i for part in parts for i in (2, *alone.encode(part))]
+        assert tokenizer.encode(text) == [1, *want[1:]]
+        spaced = any(part[0] == " " for part in parts)
+        same = theirs.encode(text, add_special_tokens=False) == [1, *want[1:]]
+        assert same == (legacy and not spaced)
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("tokenizer.json", 891), ("tokenizer.model", 2048)])
@@ -429,7 +472,7 @@ def test_a_token_beyond_the_embedding_is_named(pieces_alone, kind, rows):
 def test_half_a_character_is_refused(pieces_alone, kind):
     if kind == "tokenizer.json":
         shutil.copy(MINI / "tokenizer.json", pieces_alone)
-    with pytest.raises(InputError, match=r"half a character .*ud83d.*mend it: 'Who is'"):
+    with pytest.raises(InputError, match=r"half a character .*ud83d.*correct it: 'Who is'"):
         load_tokenizer(pieces_alone).encode("Who is\ud83d it?")
 
 

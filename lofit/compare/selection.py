@@ -22,6 +22,7 @@ from lofit.heads import (
     init_offsets,
     set_edits,
 )
+from lofit.llm.device import widest
 from lofit.llm.model import CausalLM
 from lofit.objectives import Objective
 from lofit.run.artefacts import load_heads, other_task
@@ -238,11 +239,12 @@ def head_sigma(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
     head_dim: [layer, head] fp32 on CPU."""
     layers, shape = attention_layers(model), (*head_grid(model), model.config.head_dim)
     device = model.lm_head.weight.device
-    total, square = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
+    wide = widest(device)
+    total, square = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
 
     def reader(layer: int):
         def read(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            z = args[0][0].double()  # one text, so no padding: [position, n_heads, head_dim]
+            z = args[0][0].to(wide)  # one text, so no padding: [position, n_heads, head_dim]
             total[layer] += z.sum(0)
             square[layer] += z.square().sum(0)
 

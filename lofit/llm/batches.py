@@ -58,7 +58,7 @@ def pack(
     then the rest of each text as a branch. Texts are numbered through all groups.
 
     prefix: keys and values of the tokens that all texts of all groups begin with; these are left
-    out of the rows. No label may be among them, nor right behind them.
+    out of the rows. No label may be among them, nor directly after them.
     """
     start = 0 if prefix is None else prefix.k.shape[3]
     rows, places, branches, found, n_texts = [], [], [], [], 0
@@ -67,7 +67,7 @@ def pack(
         row, place = group[0][0][start:trunk], list(range(start, trunk))
         branch = [0] * len(row)
         for number, (ids, labels) in enumerate(group, 1):
-            shift = len(row) - trunk  # from a place behind the trunk to its column
+            shift = len(row) - trunk  # from a position after the trunk to its column
             for t, label in enumerate(labels):
                 if label != IGNORE:
                     column = t - 1 - start if t <= trunk else t - 1 + shift

@@ -97,8 +97,8 @@ class _Renderer:
             raise InputError(f"{self.folder}: the chat template {one_line(reply['error'])}")
         if not reply["text"].isascii() and any("\ud800" <= c <= "\udfff" for c in reply["text"]):
             raise InputError(
-                f"{self.folder}: the text that the chat template makes holds half a character; mend"
-                " the template, or the text that it was given"
+                f"{self.folder}: the text that the chat template makes holds half a character;"
+                " correct the template, or the text that it was given"
             )
         return reply["text"]
 

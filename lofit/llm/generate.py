@@ -44,8 +44,8 @@ def decode_step(
 
 
 def compiled_step() -> Step:
-    """`decode_step` compiled: on a GPU as a CUDA graph, for there launching its many small kernels
-    takes longer than running them. Compiles anew for each shape of the cache."""
+    """`decode_step`, compiled. On a GPU it is a CUDA graph: launching its many small kernels one by
+    one takes longer than running them. Each shape of the cache is compiled separately."""
     compiled = torch.compile(decode_step, mode="reduce-overhead")
 
     def step(

@@ -58,7 +58,7 @@ def score_answers(
 ) -> list[list[float]]:
     """log p(answer | question), summed over the answer's tokens, for each answer of each question.
 
-    Which tokens are the answer's is told by characters in the joint text
+    Which tokens belong to the answer follows from characters in the joint text
     (`Tokenizer.encode_pair`). What all texts begin with is computed once, each question once, and
     at least batch_size answers go together; with `plain`, each answer has a row of its own from its
     first token on. Raises InputError if a text exceeds the model's positions.

@@ -77,11 +77,11 @@ def token_text(token: object, what: str) -> str:
 def added_tokens(
     folder: Path, settings: dict, piece: Callable[[str], int | None], n: int
 ) -> dict[int, AddedToken]:
-    """The special tokens that files name beside a tokenizer.model of n pieces, by id.
+    """The special tokens that other files name beside a tokenizer's own, which has n, by id.
 
-    piece: the id of a text that is a piece. Ids are tokenizer_config.json's added_tokens_decoder's,
-    or else added_tokens.json's. A token that only has a name is a piece, or gets the next id, as in
-    transformers. Raises InputError.
+    piece: the id of a text that the tokenizer has. Ids are those of tokenizer_config.json's
+    added_tokens_decoder, or else of added_tokens.json. A token that only has a name has the
+    tokenizer's id, or else the next one, as in transformers. Raises InputError.
     """
     path, found = folder / ADDED, {}
     if "added_tokens_decoder" in settings:
@@ -106,7 +106,8 @@ def added_tokens(
 
 def _added(token: object, path: Path) -> AddedToken:
     text = token_text(token, f"{path}: an added token")
-    flags = {key: token.get(key, False) for key in (*FLAGS, "special")} if token != text else {}
+    keys = (*FLAGS, "normalized", "special")
+    flags = {key: token[key] for key in keys if key in token} if token != text else {}
     for value in flags.values():
         _of_kind(value, bool, path)
     return AddedToken(text, **flags)

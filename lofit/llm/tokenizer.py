@@ -53,7 +53,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(
                 f"a text holds half a character ({error.object[error.start]!r}), which no tokenizer"
-                f" reads; mend it: {error.object[max(0, error.start - 30) : error.start]!r}..."
+                f" reads; correct it: {error.object[max(0, error.start - 30) : error.start]!r}..."
             ) from None
         ids, n_prompt = self._backend.encode(prompt, answer)
         ids = self.prefix + ids
@@ -90,7 +90,9 @@ class Tokenizer:
 
 
 class _Json:
-    def __init__(self, path: Path):
+    """A tokenizer.json; like transformers it gets the special tokens that only other files name."""
+
+    def __init__(self, path: Path, settings: dict):
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
@@ -98,6 +100,9 @@ class _Json:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.size = self.backend.get_vocab_size(with_added_tokens=False)
+        named = added_tokens(path.parent, settings, self.id_of, self.backend.get_vocab_size())
+        own = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        self.backend.add_tokens([t for _, t in sorted(named.items()) if t.content not in own])
         unk = getattr(self.backend.model, "unk_token", None)
         self.unk_id = None if unk is None else self.backend.token_to_id(unk)
         added = self.backend.get_added_tokens_decoder()
@@ -118,7 +123,7 @@ class _Json:
         return self.backend.id_to_token(i) or ""
 
     def around(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts in front of a text and behind it."""
+        """The ids that the post-processor puts before a text and after it."""
         encoding = self.backend.encode("a")
         own = [i for i, of_text in enumerate(encoding.sequence_ids) if of_text is not None]
         first, last = (own[0], own[-1]) if own else (len(encoding), len(encoding))
@@ -126,7 +131,7 @@ class _Json:
 
 
 class _SentencePiece:
-    """A tokenizer.model, and the special tokens that stand beside it in other files."""
+    """A tokenizer.model, and the special tokens that other files name."""
 
     def __init__(self, path: Path, settings: dict):
         try:
@@ -193,18 +198,17 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer of a model folder or hub id; tokenizer.json goes before tokenizer.model.
 
-    What is put around a text is what tokenizer.json's post-processor says, and nothing else, for
-    transformers 5 does not heed add_bos_token beside it either; with a tokenizer.model it is a bos,
-    unless add_bos_token is false. add_special_tokens: False for texts that bring theirs, chat
-    prompts: a text is then trained to end with what the chat template writes after an answer, and a
-    generation ends there too. Otherwise see `special.ending_ids` and `special.end_of_text`. Raises
-    InputError.
+    tokenizer.json's post-processor alone decides what is put around a text; like transformers 5 we
+    then ignore add_bos_token. With a tokenizer.model a bos goes before it, unless add_bos_token is
+    false. add_special_tokens: False for chat prompts, which contain their special tokens. A text is
+    then trained to end with what the chat template writes after an answer, and a generation ends
+    there too. Otherwise see `special.ending_ids` and `special.end_of_text`. Raises InputError.
     """
     folder = find_folder(name, revision)
     settings = read_settings(folder)
     backend: _Json | _SentencePiece
     if is_file(folder / "tokenizer.json"):
-        backend = _Json(folder / "tokenizer.json")
+        backend = _Json(folder / "tokenizer.json", settings)
     elif is_file(folder / "tokenizer.model"):
         backend = _SentencePiece(folder / "tokenizer.model", settings)
     else:

@@ -37,8 +37,8 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
     )
     arg(
         "--data",
-        type=lambda name: local_folder(name) or Path(name),
-        default="data/mini",
+        type=Path,
+        default=Path("data/mini"),
         help="folder that holds MQuAKE/, clutrr/, truthfulqa/, boolq/, ... (default: %(default)s)",
     )
     arg(
@@ -61,6 +61,7 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
         action="store_true",
         help="no shortcuts: one text a row, every layer, the paper's batches",
     )
+    parser.set_defaults(data=local_folder("data/mini") or Path("data/mini"))
     return parser
 
 
