@@ -149,6 +149,7 @@ def test_steering_vectors_are_what_lm_eval_adds(name, quiet, tmp_path, caplog):
     assert difference(stock(IDS).logits, want) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_greedy_predictions_are_the_same(tmp_path, caplog):
     ours = make_run(tmp_path / "run", MINI, scale=4.0, n=13)

@@ -78,8 +78,14 @@ def folder_of(run, name):
     return run / name / "fold1" if name == "truthfulqa" else run / name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "runs"), [(2, ["mquake"]), (3, RUNS)])
+@pytest.mark.parametrize(
+    ("n", "runs"),
+    [
+        (2, ["few"]),
+        pytest.param(2, ["mquake"], marks=pytest.mark.slow),
+        pytest.param(3, RUNS, marks=pytest.mark.slow),
+    ],
+)
 def test_the_whole_way_through_is_that_of_one_process(flags, tmp_path, n, runs):
     group = start_group(n, *calls(flags, tmp_path / "group", runs))
     alone(calls(flags, tmp_path / "one", runs))
@@ -98,6 +104,7 @@ def one_line(ended, message, code=2):
     assert message in line
 
 
+@pytest.mark.slow
 def test_bad_input_and_a_process_of_other_arguments_are_one_line(flags, small_data, tmp_path):
     own = [*flags, "--run", str(tmp_path / "run")]
     other = start_group(2, ("train", [*own, "--heads", "all", "--data", str(tmp_path / "nowhere")]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MINI, random_model
+from conftest import MINI, random_model, slow_but
 
 import eval as eval_script
 import select_heads
@@ -87,7 +87,7 @@ def killed_thrice(script, argv, kill, monkeypatch, draw):
     raise AssertionError("killed without a kill")
 
 
-@pytest.mark.parametrize("task", ["mquake", "clutrr", "truthfulqa"])
+@pytest.mark.parametrize("task", slow_but("mquake", ["mquake", "clutrr", "truthfulqa"]))
 def test_killed_at_random_steps_it_ends_with_the_same_bytes(
     flags, tmp_path, kill, monkeypatch, capsys, task
 ):

@@ -56,9 +56,8 @@ def paired_bootstrap(
         difference[torch.randint(n, (min(at_once, draws - done), n), generator=generator)].mean(1)
         for done in range(0, draws, at_once)
     ]
-    low, high = (
-        torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    )
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.cat(means).quantile(bounds).tolist()
     return low, high
 
 
