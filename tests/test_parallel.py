@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, end_group, start_group
+from conftest import REPO, end_group, slow_but, start_group
 from safetensors.torch import load_file
 
 import eval as eval_script
@@ -78,14 +78,10 @@ def folder_of(run, name):
     return run / name / "fold1" if name == "truthfulqa" else run / name
 
 
-@pytest.mark.parametrize(
-    ("n", "runs"),
-    [
-        (2, ["few"]),
-        pytest.param(2, ["mquake"], marks=pytest.mark.slow),
-        pytest.param(3, RUNS, marks=pytest.mark.slow),
-    ],
-)
+QUICK = (2, ["few"])
+
+
+@pytest.mark.parametrize(("n", "runs"), slow_but([QUICK], [QUICK, (2, ["mquake"]), (3, RUNS)]))
 def test_the_whole_way_through_is_that_of_one_process(flags, tmp_path, n, runs):
     group = start_group(n, *calls(flags, tmp_path / "group", runs))
     alone(calls(flags, tmp_path / "one", runs))

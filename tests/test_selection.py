@@ -123,7 +123,12 @@ def flags(tiny_folder, small_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("way", "task"),
-    [("gradient", "clutrr"), ("probe", "clutrr"), ("probe", "truthfulqa"), ("gates", "mquake")],
+    [
+        ("gradient", "clutrr"),
+        ("probe", "clutrr"),
+        pytest.param("probe", "truthfulqa", marks=pytest.mark.slow),
+        ("gates", "mquake"),
+    ],
 )
 def test_the_script_takes_a_way_and_says_so(flags, tmp_path, way, task):
     select_heads.main([*flags, "--by", way, "--heads", "2", "--task", task, "--fold", "0"])
