@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import GOLDEN, difference, golden_prompts, make_run
+from conftest import GOLDEN, difference, golden_prompts, make_run, slow_but
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
@@ -71,6 +71,7 @@ def test_offsets_from_elsewhere_leave_the_runs_own_results(flags, tmp_path, monk
     assert names == ["clutrr-offsets", "mquake", "mquake-offsets"]
 
 
+@pytest.mark.slow
 def test_several_adapters_over_two_folds(tiny_folder, flags, tmp_path):
     config = read(tiny_folder / "config.json")
     (tiny_folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
@@ -156,7 +157,7 @@ def released(tiny_folder, tmp_path):
     return release(tiny_folder, tmp_path / "released", v, pad), v
 
 
-@pytest.mark.parametrize("rows_in_config", [891, 892])
+@pytest.mark.parametrize("rows_in_config", slow_but([891], [891, 892]))
 @torch.no_grad()
 def test_a_released_checkpoint_is_a_base_with_offsets(
     released, tiny, tmp_path, rows_in_config, small_data

@@ -194,7 +194,7 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
             trained.append(prompt) or encode_example(tokenizer, prompt, answer)
         ),
     )
-    train.main([*flags, "--heads", "all", "--epochs", "60", "--lr", "0.3"])
+    train.main([*flags, "--heads", "all", "--epochs", "1", "--lr", "0.3"])
     monkeypatch.setattr(
         "lofit.run.evaluation.generate_all",
         lambda model, prompts, *args: asked.extend(prompts) or [[5]] * len(prompts),

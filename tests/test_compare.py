@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import difference, random_model
+from conftest import difference, random_model, slow_but
 from peers import hf_batch, hf_twin
 
 import eval as evaluate
@@ -130,7 +130,7 @@ def test_iti_is_honest_llamas_formula_on_recorded_activations():
         assert difference(row, torch.from_numpy(15.0 * spread * direction)) < 1e-5
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "lofit"])
+@pytest.mark.parametrize("method", slow_but(["lora"], [m for m in METHODS if m != "lofit"]))
 def test_train_and_eval_take_it_like_lofit(method, tiny_folder, small_data, tmp_path, capsys):
     run = tmp_path / "run"
     flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(run)]

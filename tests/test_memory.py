@@ -116,6 +116,7 @@ def printed(capsys, *flags) -> dict[str, list[str]]:
     return {line[:22].strip(): line[22:].split() for line in lines}
 
 
+@pytest.mark.slow
 def test_the_memory_decides_what_fits(folder, capsys):
     flags = ["--model", folder, "--eval-batch", 1, "--gpus", 8, "--memory"]
     found = printed(capsys, *flags, 1)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import slow_but
 
 import eval as eval_script
 import select_heads
@@ -100,8 +101,7 @@ def test_a_choice(tmp_path):
     assert task.score_choices([-2.0], [-3.0, -1.0]) == {"accuracy": 0}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", [f for f in FORMS if f != "number"])  # no digits in
+@pytest.mark.parametrize("form", slow_but(["answer"], [f for f in FORMS if f != "number"]))
 def test_every_form_runs_the_whole_way_through(tiny_folder, tmp_path, form, capsys):
     folder = write(tmp_path / "mine", [FORMS[form]] * 6)
     flags = ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run")]

@@ -87,6 +87,7 @@ def killed_thrice(script, argv, kill, monkeypatch, draw):
     raise AssertionError("killed without a kill")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mquake", "clutrr", "truthfulqa"])
 def test_killed_at_random_steps_it_ends_with_the_same_bytes(
     flags, tmp_path, kill, monkeypatch, capsys, task
@@ -110,7 +111,11 @@ def test_killed_at_random_steps_it_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("script", "extra"),
-    [(select_heads, ["--by", "gates"]), (train, ["--method", "lora"]), (train, ["--plain"])],
+    [
+        pytest.param(select_heads, ["--by", "gates"], marks=pytest.mark.slow),
+        (train, ["--method", "lora"]),
+        (train, ["--plain"]),
+    ],
 )
 def test_what_draws_at_each_step_a_baseline_and_the_plain_way(
     flags, tmp_path, kill, monkeypatch, script, extra

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, slow_but
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_heads_and_offsets(flags, tmp_path):
     assert not torch.equal(one["offsets"], other["offsets"])
 
 
-@pytest.mark.parametrize("task", ["mquake", "clutrr", "truthfulqa"])
+@pytest.mark.parametrize("task", slow_but(["truthfulqa"], ["mquake", "clutrr", "truthfulqa"]))
 def test_the_plain_way_gives_the_same(flags, tmp_path, task):
     """One batch an epoch, so that the order is the same; scales, offsets and results agree."""
     runs = [tmp_path / name for name in ("fast", "plain")]
@@ -137,6 +137,7 @@ def test_base_only_needs_no_offsets_and_is_the_base_of_a_full_run(flags, tmp_pat
     assert predictions("base") == alone != predictions("tuned")
 
 
+@pytest.mark.slow
 def test_the_base_models_answers_can_come_from_another_run(flags, tmp_path, monkeypatch):
     """They are the same; of another split, dtype or other questions they are refused."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -257,6 +258,7 @@ def test_from_the_shell_bad_input_is_one_line_and_exit_code_2(flags, tiny_folder
     assert error.startswith(f"error: {tiny_folder}/config.json: model_type 'bert' is not supported")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_training_leaves_nothing_half_written(flags, tmp_path):
     script = start("select_heads.py", *flags, "--epochs", "100000")
     for line in script.stdout:

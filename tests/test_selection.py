@@ -104,12 +104,14 @@ def test_sigma_is_the_standard_deviation_of_z(tiny):
 
 
 def test_a_gate_is_open_as_often_as_its_penalty_says():
-    torch.manual_seed(0)
-    edit = selection.GatedOffset(torch.ones(3, 2), torch.ones(3), torch.Generator().manual_seed(0))
+    n = 20_000  # heads with each of three gates
+    edit = selection.GatedOffset(
+        torch.ones(3 * n, 2), torch.ones(3 * n), torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        edit.log_alpha.copy_(torch.tensor([-2.0, 0.0, 3.0]))
-        draws = torch.stack([edit.gate() for _ in range(20_000)])
-    assert difference((draws > 0).float().mean(0), edit.open().detach()) < 0.015
+        edit.log_alpha.copy_(torch.tensor([-2.0, 0.0, 3.0]).repeat(n))
+        draws = edit.gate().view(n, 3)
+    assert difference((draws > 0).float().mean(0), edit.open().detach()[:3]) < 0.015
     assert draws.min() == 0 and draws.max() == 1
 
 
@@ -170,7 +172,12 @@ def flags(tiny_folder, small_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("way", "task"),
-    [("gradient", "clutrr"), ("probe", "clutrr"), ("probe", "truthfulqa"), ("gates", "mquake")],
+    [
+        ("gradient", "clutrr"),
+        ("probe", "clutrr"),
+        pytest.param("probe", "truthfulqa", marks=pytest.mark.slow),
+        ("gates", "mquake"),
+    ],
 )
 def test_the_script_takes_a_way_and_says_so(flags, tmp_path, way, task):
     select_heads.main([*flags, "--by", way, "--heads", "2", "--task", task, "--fold", "0"])

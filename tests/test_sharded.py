@@ -173,6 +173,7 @@ def found(tmp_path_factory) -> dict[str, list[dict]]:
     return dict(zip(KINDS, map(list, zip(*each, strict=True)), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_split_model_computes_what_a_whole_one_does(found, kind):
     for process in found[kind]:
@@ -181,6 +182,7 @@ def test_a_split_model_computes_what_a_whole_one_does(found, kind):
             assert process[what] <= 1e-6, what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_process_keeps_its_rows_and_gathers_what_the_plan_says(found, kind):
     shapes = [p.shape for p in random_model(KINDS[kind]).parameters()]
@@ -203,6 +205,7 @@ def expected(kind: str, first: int = 0, back: bool = True) -> list:
     return start + sum(forward, []) + end + (sum(backward, []) if back else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_gathers_a_part_when_it_runs_and_lets_go_of_it(found, kind):
     """Whatever the number of logits' parts: of 15 tokens 8, and as many again in the backward
@@ -214,6 +217,7 @@ def test_a_step_gathers_a_part_when_it_runs_and_lets_go_of_it(found, kind):
         assert process["held"] == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_pass_begins_without_lm_head(found, kind):
     again = expected(kind, back=False)

@@ -56,10 +56,13 @@ def paired_bootstrap(
     difference = torch.tensor(tuned, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     n = len(difference)
-    means = torch.stack(
-        [difference[torch.randint(n, (n,), generator=generator)].mean() for _ in range(draws)]
-    )
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    at_once = max(1, 10**6 // n)  # resamples, so that they take little memory
+    means = [
+        difference[torch.randint(n, (min(at_once, draws - done), n), generator=generator)].mean(1)
+        for done in range(0, draws, at_once)
+    ]
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.cat(means).quantile(bounds).tolist()
     return low, high
 
 
