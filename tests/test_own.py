@@ -186,7 +186,7 @@ def test_groups_and_answers_are_reported(tiny_folder, tmp_path, capsys):
         ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run"),
          "--base-only"]
     )  # fmt: skip
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "results-base.json").read_text())
     assert results["always"] == {"answer": "city", "share": 0.6}
     given = results["given"]["base"]
     assert list(given) == ["city", "country", "other"] and sum(given.values()) == 5

@@ -246,11 +246,12 @@ def check_tensors(shapes: dict[str, torch.Size], model: CausalLM, folder: Path) 
 
 def save_model(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors in HF's format (tied weights once)."""
-    from lofit.files import write_atomic, write_json  # which reading a model does without
 
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    write_atomic(folder / SINGLE, lambda path: save_tensors(path, weights, HF_METADATA))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / SINGLE, weights, HF_METADATA)
     name = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})
+    config = model.config.to_hf() | {"dtype": name, "torch_dtype": name}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
