@@ -82,7 +82,9 @@ def test_half_a_surrogate_pair_is_written_and_read(tiny_folder, small_data, tmp_
     eval_script.main(
         ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(run), "--base-only"]
     )
-    assert json.loads((run / "predictions-base.jsonl").open().readline())["answer"] == "Nor\ud800via"
+    assert (
+        json.loads((run / "predictions-base.jsonl").open().readline())["answer"] == "Nor\ud800via"
+    )
 
 
 @pytest.mark.parametrize(
