@@ -211,6 +211,6 @@ def test_a_stopped_evaluation_mixes_up_no_scores(tiny_folder, tmp_path):
     found = [evaluate(run, run.read("test"), 64, "")]
     assert [set(row) for row in found[0]] == [{"prediction", "em", "log_probs", "accuracy"}]
     for _ in range(2):  # the second time from what was kept
-        kept = run.scored({}, run.read("test"))("base")
+        kept = run.scored_batches({}, run.read("test"))("base")
         found.append(evaluate(run, run.read("test"), 64, "", kept))
     assert found[0] == found[1] == found[2]
