@@ -6,18 +6,20 @@ python eval.py --split val --base-only
 """
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lofit import errors
-from lofit.distributed import group as parallel
+from lofit.errors import InputError
 from lofit.files import write_json
 from lofit.heads import Head, attached_heads, edits_off, gather_offsets
 from lofit.llm.generate import compiled_step
 from lofit.run import artefacts
 from lofit.run.adapters import find_offsets
-from lofit.run.arguments import common_parser, folds_of, run_folder, whole
-from lofit.run.session import Session
+from lofit.run.arguments import common_parser, int_at_least, trained_folders
+from lofit.run.artefacts import OFFSETS
+from lofit.run.evaluation import evaluate
+from lofit.run.session import Session, run_script
 from lofit.run.summary import (
     by_answer,
     by_group,
@@ -27,8 +29,8 @@ from lofit.run.summary import (
     summarize,
 )
 
-# by what made the offsets: the last four by a baseline, which has no heads
-TOLD = ("seed", "settings", "method", "trained_values", "share_of_base", "offsets_hash")
+# copied from the adapter's metadata; the last four only exist for methods without heads
+METADATA = ("seed", "settings", "method", "trained_values", "share_of_base", "offsets_hash")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,107 +46,132 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--base-from", type=Path, metavar="RUN",
         help="a run whose results hold the base model's answers to the same split",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=whole(1), default=64)
+    parser.add_argument("--batch-size", type=int_at_least(1), default=64)
+    parser.add_argument(
+        "--max-new-tokens", type=int_at_least(1),
+        help="of a generated answer (default: the task's; of own data enough for every reference)",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="the decoding step (for GPUs)")
     return parser.parse_args(argv)
 
 
-def suffix(args: argparse.Namespace) -> str:
-    """Offsets from elsewhere have results of their own: the run keeps its."""
-    return "-offsets" if args.offsets else ""
-
-
 def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | None]:
     """Label -> file of offsets, each attached once to see that it fits; None for offsets that came
-    with the model. InputError if there are none, or none that may be asked this."""
+    with the model. InputError if there are none, or if they were trained for other questions."""
     if args.base_only:
         return {}
-    own = run.folder / artefacts.OFFSETS
+    own = run.folder / OFFSETS
     if not args.offsets and not own.exists():
         if attached_heads(run.model):
             return {"tuned": None}
-        raise errors.InputError(f"{own}: no such file; run train.py first, or use --base-only")
+        raise InputError(f"{own}: no such file; run train.py first, or use --base-only")
     named = args.offsets or [str(own)]
     files = {name: find_offsets(name, run.fold) for name in named}
     mine = run.info()
     for path in files.values():
         trained = artefacts.load_offsets(path, run.model)[1]
-        if args.offsets and trained.get("task") != mine["task"]:
-            continue  # asked for by name: what do these offsets do to another task?
-        for key in ("fold",) if args.offsets else ("task", "fold", "chat"):
-            if trained.get(key) != mine[key]:
-                raise errors.InputError(
-                    f"{path}: trained with {key} {trained.get(key)}, asked for {key} {mine[key]}"
-                )
+        warn_of_dtype(path, trained, run)
+        if not args.offsets:
+            artefacts.check_same_run(path, trained, mine, "train.py")
+            artefacts.check_heads_of(path, trained)
+        elif trained.get("task") == mine["task"] and trained.get("fold") != mine["fold"]:
+            raise InputError(
+                f"{path}: trained with fold {trained.get('fold')}, asked for fold {mine['fold']}"
+            )
     return files if len(files) > 1 else {"tuned": files[named[0]]}
 
 
+def warn_of_dtype(path: Path, trained: dict, run: Session) -> None:
+    """Say where offsets are evaluated on a base of another dtype than they were trained on."""
+    settings = trained.get("settings")
+    dtype = settings.get("dtype") if isinstance(settings, dict) else None
+    if dtype not in (None, run.dtype):
+        print(
+            f"warning: {path}: trained on a {dtype} model, evaluated on a {run.dtype} one;"
+            f" --dtype {dtype} evaluates as in training",
+            file=sys.stderr,
+        )
+
+
+def choose_run(args: argparse.Namespace) -> Path | None:
+    """The run folder to evaluate: --run, or of several of this model and task the one that was
+    trained last. None: the folder that the arguments name."""
+    if args.run or args.offsets or args.base_only:
+        return args.run
+    folders = trained_folders(args)
+    if len(folders) > 1:
+        others = ", ".join(map(str, folders[1:]))
+        print(f"evaluating {folders[0]}, trained last; --run chooses another: {others}")
+    return folders[0] if folders else None
+
+
 def attach(run: Session, path: Path | None) -> dict:
-    """Attach a file's offsets, or keep the model's own; returns what is told of them."""
-    own = (attached_heads(run.model), {})
-    heads, trained = own if path is None else artefacts.load_offsets(path, run.model)
-    told = describe(run, heads) | {"offsets": path and str(path)}
+    """Attach a file's offsets, or keep the model's own; returns their metadata."""
+    heads, trained = attached_heads(run.model), {}
+    if path is not None:
+        heads, trained = artefacts.load_offsets(path, run.model)
+    metadata = describe(run, heads) | {"offsets": path and str(path)}
     if heads:
-        told["offsets_hash"] = artefacts.offsets_hash(heads, gather_offsets(run.model, heads))
-    return told | {key: trained[key] for key in TOLD if key in trained}
+        offsets = gather_offsets(run.model, heads)
+        metadata["offsets_hash"] = artefacts.hash_of_offsets(heads, offsets)
+    return metadata | {key: trained[key] for key in METADATA if key in trained}
 
 
 def describe(run: Session, heads: list[Head]) -> dict:
+    """Heads, trained values and their share of the base model."""
     n = len(heads) * run.model.config.head_dim
     return {"heads": heads, "trained_values": n, "share_of_base": n / run.n_base}
 
 
-def evaluate(args: argparse.Namespace, fold: int | None) -> tuple[Session, dict, dict]:
-    """Score one fold; writes and prints its results. Returns the run, these, and the scores of
-    every item: {who: [...]}."""
-    run = Session(args, "eval", fold, run_suffix=suffix(args))
-    examples = run.read(args.split)
-    adapters, told = find_adapters(args, run), {}
-    if args.compile:
-        run.decode_step = compiled_step()
+def evaluate_fold(args: argparse.Namespace, run: Session) -> tuple[dict, dict]:
+    """Score one fold; writes and prints its results. Returns them, and the scores of every item:
+    {"base" or label: [...]}."""
+    examples, batch_size = run.read(args.split), args.batch_size
+    adapters, metadata = find_adapters(args, run), {}
     mine = run.info() | {"split": args.split}
     about = mine | {"n": len(examples)} | describe(run, [])
-    kept = run.scored(about | {"batch_size": args.batch_size, "compile": args.compile}, examples)
+    memo = run.scored_batches(about | {"batch_size": batch_size, "compile": args.compile}, examples)
     if args.base_from:
-        folder = args.base_from if fold is None else args.base_from / f"fold{fold}"
+        folder = args.base_from if run.fold is None else args.base_from / f"fold{run.fold}"
         scored = {"base": artefacts.read_base(folder, mine, [e.prompt for e in examples])}
     else:
         with edits_off(run.model):
-            scored = {"base": run.evaluate(examples, args.batch_size, "base model", kept("base"))}
+            scored = {"base": evaluate(run, examples, batch_size, "base model", memo("base"))}
     for label, path in adapters.items():
-        told[label] = attach(run, path)
-        keep = kept(told[label]["offsets_hash"])
-        scored[label] = run.evaluate(examples, args.batch_size, f"{label} model", keep)
+        metadata[label] = attach(run, path)
+        keep = memo(metadata[label]["offsets_hash"])
+        scored[label] = evaluate(run, examples, batch_size, f"{label} model", keep)
 
-    results = summarize(about, told, scored, run.task.METRICS)
+    results = summarize(about, metadata, scored, run.task.METRICS)
     results |= by_answer(examples, scored) | by_group(examples, scored, run.task.METRICS)
     lines = [
         {key: value for key, value in asdict(example).items() if value}
         | {who: rows[i] for who, rows in scored.items()}
         for i, example in enumerate(examples)
     ]
-    artefacts.save_results(run.folder, results, lines)
+    names = artefacts.results_files(args.split, args.base_only)
+    artefacts.save_results(run.folder, results, lines, names)
     run.log({"results": results})
     print_results(f"{run.title}, {args.split} split ({len(examples)} items)", results)
     print_details(results)
-    print(f"-> {run.folder / artefacts.RESULTS}, predictions.jsonl")
-    return run, results, scored
+    print(f"-> {run.folder / names[0]}, {names[1]}")
+    return results, scored
 
 
-def average(args: argparse.Namespace, folds: list[tuple[Session, dict, dict]]) -> None:
+def average(args: argparse.Namespace, run: Session, folds: list[tuple[dict, dict]]) -> None:
     """Results of both folds together, over all their items; writes and prints them."""
-    (_, first, one), (_, second, other) = folds
+    (first, one), (second, other) = folds
     whole = {who: one[who] + other[who] for who in one}
     about = {k: first[k] for k in first if k not in ("settings", "fold", "offsets")}
     parts = [{k: r[k] for k in ("base", "tuned", "adapters") if k in r} for r in (first, second)]
     about |= {"n": first["n"] + second["n"], "folds": parts}
-    told = {}
+    metadata = {}
     for who in [who for who in whole if who != "base"]:
         both = [r["adapters"][who] if "adapters" in r else r for r in (first, second)]
-        told[who] = {"heads": [r["heads"] for r in both]}
-        told[who] |= {key: both[0][key] for key in ("trained_values", "share_of_base")}
-    results = summarize(about, told, whole, tuple(first["base"]))
-    write_json(run_folder(args, suffix(args)) / artefacts.RESULTS, results)
+        metadata[who] = {key: [r[key] for r in both] for key in ("heads", "offsets_hash")}
+        metadata[who] |= {key: both[0][key] for key in ("trained_values", "share_of_base")}
+    results = summarize(about, metadata, whole, tuple(first["base"]))
+    write_json(run.base_folder / artefacts.results_files(args.split, args.base_only)[0], results)
     for label, own in (results.get("adapters") or {"": {}}).items():
         title = f"both folds, {results['n']} items{f', {label}' if label else ''}"
         print(f"\n{title}\n{results_table(results | own)}")
@@ -152,12 +179,15 @@ def average(args: argparse.Namespace, folds: list[tuple[Session, dict, dict]]) -
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    found = [evaluate(args, fold) for fold in folds_of(args)]
+    args.run = choose_run(args)
+    # offsets from elsewhere have a folder of their own: the run's results stay
+    run = Session(args, "eval", "-offsets" if args.offsets else "")
+    if args.compile:
+        run.decode_step = compiled_step()
+    found = [evaluate_fold(args, run) for _ in run.folds()]
     if len(found) == 2:
-        average(args, found)
-    for run, *_ in found:
-        run.finish()
+        average(args, run, found)
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    run_script(main)

@@ -2,20 +2,20 @@
 
 python select_heads.py                     # -> runs/mini-llama/mquake/heads.json
 python select_heads.py --model meta-llama/Llama-2-7b-hf --data data/real --heads 3%
-python select_heads.py --by gradient       # another way of choosing: see lofit/compare/selection.py
+python select_heads.py --by gradient       # another way to choose: see lofit/compare/selection.py
 """
 
 import argparse
 
-from lofit import errors
-from lofit.compare.selection import WAYS, ground_of
-from lofit.distributed import group as parallel
-from lofit.heads import rank_heads
+import torch
+
+from lofit.heads import attach_scales, head_scores, init_scales, rank_heads
 from lofit.recipes import count_heads
-from lofit.run.arguments import common_parser, folds_of, real, real_or_0, whole
-from lofit.run.artefacts import HEADS, PICTURE, load_heads, other_task, save_heads
-from lofit.run.session import Session
+from lofit.run.arguments import common_parser, int_at_least, nonnegative_float, positive_float
+from lofit.run.artefacts import HEADS, PICTURE, save_heads
+from lofit.run.session import Session, run_script
 from lofit.run.summary import head_map, head_picture
+from lofit.training import Schedule, Training, fit
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,44 +23,65 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--by",
         default="scales",
-        help=f"{', '.join(WAYS)}, or task:OTHER, the run of another task or its folder",
+        help="scales, gradient, gates, probe, random, spread, or task:OTHER, the run of another"
+        " task or its folder",
     )
     parser.add_argument("--heads", help="how many to keep: a number, or a share like 3%%")
-    parser.add_argument("--n-train", type=whole(1), help="so many examples (default: all)")
-    parser.add_argument("--lr", type=real, help="peak learning rate of what is learnt")
-    parser.add_argument("--l1", type=real_or_0, help="lambda, weight of the L1 penalty (gates: L0)")
-    parser.add_argument("--epochs", type=whole(1))
-    parser.add_argument("--batch-size", type=whole(1))
+    parser.add_argument("--n-train", type=int_at_least(1), help="so many examples (default: all)")
+    parser.add_argument("--lr", type=positive_float, help="peak learning rate of the scales")
+    parser.add_argument("--l1", type=nonnegative_float, help="lambda, weight of the L1 penalty")
+    parser.add_argument("--epochs", type=int_at_least(1))
+    parser.add_argument("--batch-size", type=int_at_least(1))
     return parser.parse_args(argv)
 
 
-def select(args: argparse.Namespace, fold: int | None) -> Session:
+def learn_scales(args: argparse.Namespace, run: Session) -> torch.Tensor:
+    """Score every head by the norm of its learned scale (paper, section 3): [layer, head]."""
+    schedule = Schedule(
+        lr=run.setting("lr", args.lr, run.recipe.select_lr),
+        l1=run.setting("l1", args.l1, run.recipe.l1),
+        epochs=run.setting("epochs", args.epochs, run.recipe.select_epochs),
+        batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
+        by_length=not args.plain,
+    )
+    objective = run.objective(run.read("train", args.n_train), "train")
+    print(f"learning a scale for every head on {len(objective)} examples")
+
+    parameters = attach_scales(run.model, init_scales(run.model, run.seed))
+    training = Training(parameters, objective, schedule, run.seed)
+    with run.recorded(training) as on_step:
+        for epoch, loss in fit(training, on_step):
+            total = head_scores(run.model).sum()
+            print(f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}  sum of scores {total:.2f}")
+    return head_scores(run.model)
+
+
+def select(args: argparse.Namespace, run: Session) -> None:
     """Score the heads on one fold's training split; writes heads.json and the map."""
-    way, _, other = args.by.partition(":")
-    if way not in WAYS and not (way == "task" and other):
-        raise errors.InputError(f"--by {args.by}: expected {', '.join(WAYS)}, or task:OTHER")
-    run = Session(args, "select_heads", fold)
     k = count_heads(run.setting("heads", args.heads, run.recipe.heads), run.model.config)
-    if args.by != "scales":
-        run.settings["by"] = args.by
-    if other:
-        scores = load_heads(other_task(other, run.folder, run.fold), run.model)[1]
+    if args.by == "scales":
+        scores, label = learn_scales(args, run).cpu(), "score: norm of the learned scale"
     else:
-        scores = WAYS[way](ground_of(args, run)).cpu()
+        from lofit.compare.selection import score_heads
+
+        scores, label = score_heads(args, run).cpu(), f"score by {args.by}"
     heads = rank_heads(scores, k)
-    label = "score: norm of the learned scale" if way == "scales" else f"score by {args.by}"
     picture = head_picture(scores, heads, run.title, label)
     save_heads(run.folder / HEADS, heads, scores, run.info(), picture)
     print(f"\n{head_map(scores, heads)}\n")
     print(f"{k} heads -> {run.folder / HEADS}{f', {PICTURE}' if picture else ''}")
-    return run
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for run in [select(args, fold) for fold in folds_of(args)]:
-        run.finish()
+    if args.by != "scales":
+        from lofit.compare.selection import check_by
+
+        check_by(args)
+    run = Session(args, "select_heads")
+    for _ in run.folds():
+        select(args, run)
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    run_script(main)

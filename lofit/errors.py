@@ -1,4 +1,4 @@
-"""The one exception for anything the user can mend, and how a script ends on it."""
+"""The exception for bad input, and how a script ends on it and on signals."""
 
 import os
 import signal
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LONGEST = 500  # characters of a message: inputs may hold anything
-_came: list[int] = []  # signals that `run` was told
-_held: list[None] = []  # one for each `held_back` around what is going on
+_signals: list[int] = []  # that arrived since `run` began
+_critical_depth: list[None] = []  # one entry for each `held_back` that is entered
 
 
 class InputError(ValueError):
@@ -16,8 +16,8 @@ class InputError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. What the user can mend, a signal and a closed pipe end it by one line
-    on stderr: InputError and the pipe with exit code 2, Ctrl-C with 130, SIGTERM with 143."""
+    """Run a script's `main`. Bad input, a signal and a closed pipe end it with one line on
+    stderr: InputError and the pipe with exit code 2, Ctrl-C with 130, SIGTERM with 143."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         sys.exit(_say(f"error: {one_line(str(error))}", 2))
     except KeyboardInterrupt:
-        code = 128 + (_came or [signal.SIGINT])[0]
+        code = 128 + (_signals or [signal.SIGINT])[0]
         sys.exit(_say("\ninterrupted: nothing half-written was left behind", code))
     except BrokenPipeError:
         # what is still to be printed goes nowhere, instead of failing once more at the end
@@ -38,27 +38,22 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _interrupt(number: int, _) -> None:
-    _came.append(number)
-    if not _held or len(_came) > 1:
+    _signals.append(number)
+    if not _critical_depth or len(_signals) > 1:
         raise KeyboardInterrupt
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """A signal that comes inside interrupts at the end of it, so that what belongs together is done
-    together; a second signal does not wait."""
-    _held.append(None)
+    """Delay a signal to the end of the block, so that what belongs together is done together; a
+    second signal does not wait."""
+    _critical_depth.append(None)
     try:
         yield
     finally:
-        _held.pop()
-    if _came and not _held:
+        _critical_depth.pop()
+    if _signals and not _critical_depth:
         raise KeyboardInterrupt
-
-
-def interrupted() -> bool:
-    """Whether a signal came, and waits if it is held back."""
-    return bool(_came)
 
 
 def one_line(text: str) -> str:

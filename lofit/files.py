@@ -1,7 +1,6 @@
 """Reading and writing files: whole or not at all, and errors that name file and line."""
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -15,6 +14,11 @@ from safetensors import SafetensorError
 from lofit.errors import InputError, held_back
 from lofit.llm.files import open_tensors, parse_json, read_text, save_tensors
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows has no such locks: two runs in one folder are not noticed there
+
 _HELD: dict[Path, int] = {}  # folders that this process has locked
 Write = Callable[[Path], object]  # fills a file of this name
 IN_DATA = "; --data names the folder above it"
@@ -27,11 +31,11 @@ def is_first() -> bool:
 
 def write_atomic(path: Path, write: Write, beside: dict[Path, Write | None] | None = None) -> None:
     """Call `write(temporary)` and rename the result to `path`; an interrupted write leaves nothing.
-    Of several processes the first alone does.
+    Under torchrun only rank 0 writes.
 
-    beside: files that belong to it; None where there is to be none. `path` is away while they
-    change: where it is, all of them are of one writing. Raises InputError where the folder cannot
-    be written.
+    beside: files that belong to it; None for one that is to be deleted. `path` is removed first and
+    renamed last: if it exists, all companions belong to the same write. Raises InputError if the
+    folder cannot be written.
     """
     if not is_first():
         return
@@ -70,6 +74,8 @@ def lock_folder(folder: Path) -> None:
     """Hold a folder until this process ends, however it ends. InputError if another holds it."""
     key = folder.resolve()
     if key in _HELD:
+        return
+    if fcntl is None:  # Windows
         return
     handle = os.open(key, os.O_RDONLY)
     try:
@@ -188,7 +194,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield ("FILE, line N", object) per non-blank line. InputError if malformed or empty."""
     empty = True
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # a byte-order mark is no part of line 1
             for number, line in enumerate(file, 1):
                 where = f"{path}, line {number}"
                 if not line.strip():

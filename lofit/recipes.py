@@ -21,24 +21,24 @@ class Recipe:
     select_epochs: int = 5
     offset_epochs: int = 5
     batch_size: int = 8
-    unit: str = "one"  # of the offsets and their lr: as they are, or each head's "sigma"
-    by_share: bool = False  # offset_lr is that of all heads; fewer take it times all / K ...
-    max_lr: float = 0.1  # ... up to this
+    lr_scales_inversely_with_k: bool = False  # offset_lr is for all heads; K take it times all / K
+    max_lr: float = 0.1  # but at most this
 
     def lr_of(self, k: int, total: int) -> float:
         """The offsets' learning rate for k of all heads."""
-        if not self.by_share:
+        if not self.lr_scales_inversely_with_k:
             return self.offset_lr
         return float(f"{min(self.offset_lr * total / k, self.max_lr):.3g}")
 
 
-# (layers, query heads) tell the paper's models apart from all others
+# (model_type, layers, query heads, key-value heads, hidden size) -> the model whose values the
+# recipes hold, and its vocabulary. Llama-3-8B has 32 x 32 heads too, but fewer key-value heads.
 SHAPES = {
-    ("llama", 32, 32): "Llama-2-7B",
-    ("llama", 40, 40): "Llama-2-13B",
-    ("gemma", 28, 16): "Gemma-7B",
-    ("llama", 8, 16): "mini-llama",
-    ("gemma", 8, 16): "mini-gemma",
+    ("llama", 32, 32, 32, 4096): ("Llama-2-7B", 32000),
+    ("llama", 40, 40, 40, 5120): ("Llama-2-13B", 32000),
+    ("gemma", 28, 16, 16, 3072): ("Gemma-7B", 256000),
+    ("llama", 8, 16, 16, 256): ("mini-llama", 891),
+    ("gemma", 8, 16, 16, 256): ("mini-gemma", 2048),
 }
 MINI = {
     "mquake": Recipe(5e-2, 1e-4, 1.0, "10%", select_epochs=10, offset_epochs=30),
@@ -60,7 +60,7 @@ RECIPES = {
 # For models that nobody tuned: fewer heads take larger steps, up to max_lr, which DPO wants
 # smaller. Chosen on validation for models of 0.1 to 0.3 B (docs/results.md), where the paper's 1e-2
 # suits all heads alone.
-RULE = {"offset_lr": 0.01, "by_share": True, "heads": "3%"}
+RULE = {"offset_lr": 0.01, "lr_scales_inversely_with_k": True, "heads": "3%"}
 RULE_BY_TASK: dict[str, dict] = {"truthfulqa": {"max_lr": 0.03}}
 # The four tasks of the paper's final version: 10 % of the heads, its epochs and batch sizes (boolq
 # 4 with Llama-2-7B and 2 with 13B; we take 4). Its learning rates and lambda for them stand in
@@ -81,17 +81,27 @@ def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:
     Another task takes the model's values for MQuAKE; another model its family's 7B ones for
     selection, and RULE for its offsets; so does every model for the tasks in BY_RULE.
     """
-    shape = (config.model_type, config.num_hidden_layers, config.num_attention_heads)
-    model = SHAPES.get(shape)
+    model = known_model(config)
     family = "Gemma-7B" if config.model_type.startswith("gemma") else "Llama-2-7B"
     name = model if (model, "mquake") in RECIPES else family
     of = task if (name, task) in RECIPES else "mquake"
     recipe, origin = RECIPES[name, of], f"recipe of {name}"
     if (name, of) != (model, task):
-        origin += f" for {of}, for want of one"
+        origin += f" for {of}"
     if name == model and task not in BY_RULE:
         return origin, recipe
     return f"{origin}; offsets by rule", replace(recipe, **RULE | RULE_BY_TASK.get(task, {}))
+
+
+def known_model(config: ModelConfig) -> str | None:
+    """The name of the model of this shape, if the recipes hold values for it."""
+    shape = (
+        config.model_type, config.num_hidden_layers, config.num_attention_heads,
+        config.num_key_value_heads, config.hidden_size,
+    )  # fmt: skip
+    name, vocabulary = SHAPES.get(shape, (None, 0))
+    # one more row: the padding token that the paper's code adds
+    return name if config.vocab_size in (vocabulary, vocabulary + 1) else None
 
 
 def count_heads(text: str, config: ModelConfig) -> int:

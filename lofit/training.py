@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from lofit.errors import InputError, held_back
+from lofit.errors import InputError
 from lofit.llm.batches import draw_batches
 from lofit.losses import l1_norm
-from lofit.run.resume import Progress
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,62 @@ class Schedule:
     l1: float = 0.0  # weight of sum |parameters| in the loss (head selection only)
     max_grad_norm: float = 1.0
     by_length: bool = True  # see `draw_batches`
+
+
+class Training:
+    """One training: what is trained, on which batches, and how far it is.
+
+    parameters: tensors that are changed in place; objective: see objectives.py; epochs: the batches
+    of each epoch, lists of example indices, drawn by the seed (a last, smaller batch is used too);
+    losses: the task loss of each step that is done; generators: what the loss draws from, if
+    anything.
+    """
+
+    def __init__(
+        self,
+        parameters: list[torch.Tensor],
+        objective,
+        schedule: Schedule,
+        seed: int,
+        generators: tuple[torch.Generator, ...] = (),
+    ):
+        self.parameters, self.objective, self.schedule = parameters, objective, schedule
+        self.generators = generators
+        self.optimizer = optimizer_for(parameters, schedule.lr)
+        generator = torch.Generator().manual_seed(seed)
+        self.epochs = [
+            draw_batches(objective.lengths, schedule.batch_size, generator, schedule.by_length)
+            for _ in range(schedule.epochs)
+        ]
+        self.total = sum(map(len, self.epochs))  # steps
+        self.losses: list[float] = []
+
+
+OnStep = Callable[[Training, dict], object]
+
+
+def fit(
+    training: Training, on_step: OnStep = lambda training, record: None
+) -> Iterator[tuple[int, float]]:
+    """Train; yields (epoch from 1, mean task loss) after each epoch.
+
+    on_step: called after each step with the training and a record of the step: epoch, step (from
+    1), loss, task_loss, l1, grad_norm, lr. A training some of whose steps are done goes on after
+    them. Raises InputError if the loss is not finite.
+    """
+    done, end = len(training.losses), 0
+    for epoch, batches in enumerate(training.epochs, start=1):
+        begin, end = end, end + len(batches)
+        for step in range(max(begin, done), end):
+            task_loss = training.objective.loss(batches[step - begin])
+            record = train_step(
+                training.optimizer, training.parameters, task_loss, training.schedule,
+                step, training.total,
+            )  # fmt: skip
+            training.losses.append(record["task_loss"])
+            on_step(training, {"epoch": epoch, "step": step + 1} | record)
+        if end >= done:
+            yield epoch, sum(training.losses[begin:end]) / len(batches)
 
 
 def optimizer_for(parameters: list[torch.Tensor], lr: float) -> torch.optim.AdamW:
@@ -59,42 +113,3 @@ def train_step(
     optimizer.step()
     values = {"loss": loss, "task_loss": task_loss, "l1": penalty, "grad_norm": grad_norm}
     return {name: value.item() for name, value in values.items()} | {"lr": lr}
-
-
-def fit(
-    parameters: list[torch.Tensor],
-    lengths: list[int],
-    loss_of: Callable[[list[int]], torch.Tensor],
-    schedule: Schedule,
-    seed: int,
-    log: Callable[[dict], None],
-    progress: Progress | None = None,
-) -> Iterator[tuple[int, float]]:
-    """Train `parameters` in place; yields (epoch from 1, mean training loss) after each epoch.
-
-    lengths: of the examples, in tokens; loss_of: indices of examples -> scalar task loss. Batches
-    are drawn anew each epoch from the seed; a last, smaller one is used too. log gets one record a
-    step. progress: where a run that was stopped goes on; epochs that were over are not yielded.
-    """
-    progress = progress or Progress()
-    optimizer = optimizer_for(parameters, schedule.lr)
-    generator = torch.Generator().manual_seed(seed)
-    total = math.ceil(len(lengths) / schedule.batch_size) * schedule.epochs
-    step, done = 0, progress.restore(parameters, optimizer)
-    with tqdm(total=total, initial=done, unit="step", disable=None, leave=False) as bar:
-        for epoch in range(schedule.epochs):
-            batches = draw_batches(lengths, schedule.batch_size, generator, schedule.by_length)
-            for rows in batches:
-                step += 1
-                if step <= done:
-                    progress.again(rows, first=epoch == 0)
-                    continue
-                with held_back():  # a signal waits: the update and its state belong together
-                    loss = loss_of(rows)
-                    record = train_step(optimizer, parameters, loss, schedule, step - 1, total)
-                    log({"epoch": epoch + 1, "step": step} | record)
-                    progress.save(record["task_loss"], last=step == total)
-                bar.update()
-            if step >= done:
-                losses = progress.losses[step - len(batches) : step]
-                yield epoch + 1, sum(losses) / len(losses)

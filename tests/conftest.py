@@ -53,10 +53,11 @@ LOUD = dict(
 )  # fmt: skip
 
 
-def slow_but(quick: str | tuple, values) -> list:
-    """Parameters of which all are marked slow but the quick ones."""
-    quick = (quick,) if isinstance(quick, str) else quick
-    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+def slow_but(quick: list, values) -> list:
+    """Parameters for pytest, all of them marked slow but the quick ones; a tuple is of several."""
+    several = [v if isinstance(v, tuple) else (v,) for v in values]
+    marks = [() if v in quick else pytest.mark.slow for v in values]
+    return [pytest.param(*v, marks=mark) for v, mark in zip(several, marks, strict=True)]
 
 
 def _rope(kind: str, **values) -> dict:
@@ -208,9 +209,9 @@ def in_process(monkeypatch, tmp_path):
 # what torchrun does for scripts, without its own start
 GROUP = """
 import importlib, json, sys
-from lofit.distributed import group as parallel
+from lofit.distributed import group
 calls = json.loads(sys.argv[1])
-parallel.run(lambda: [importlib.import_module(name).main(argv) for name, argv in calls])
+group.run(lambda: [importlib.import_module(name).main(argv) for name, argv in calls])
 """
 
 

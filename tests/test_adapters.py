@@ -2,20 +2,23 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import GOLDEN, difference, golden_prompts
+from conftest import GOLDEN, difference, golden_prompts, make_run, slow_but
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 import train
 from lofit.errors import InputError
 from lofit.export import formats
+from lofit.files import write_json
 from lofit.heads import attach_offsets, attached_heads, edits_off
 from lofit.llm.generate import generate
 from lofit.run.adapters import load_tuned, open_adapter
+from lofit.run.artefacts import hash_of_offsets, read_offsets, save_offsets
 
 TRAIN = ["--epochs", "2", "--lr", "1", "--heads", "random", "--top", "3"]
 
@@ -68,6 +71,7 @@ def test_offsets_from_elsewhere_leave_the_runs_own_results(flags, tmp_path, monk
     assert names == ["clutrr-offsets", "mquake", "mquake-offsets"]
 
 
+@pytest.mark.slow
 def test_several_adapters_over_two_folds(tiny_folder, flags, tmp_path):
     config = read(tiny_folder / "config.json")
     (tiny_folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
@@ -153,7 +157,7 @@ def released(tiny_folder, tmp_path):
     return release(tiny_folder, tmp_path / "released", v, pad), v
 
 
-@pytest.mark.parametrize("rows_in_config", [891, 892])
+@pytest.mark.parametrize("rows_in_config", slow_but([891], [891, 892]))
 @torch.no_grad()
 def test_a_released_checkpoint_is_a_base_with_offsets(
     released, tiny, tmp_path, rows_in_config, small_data
@@ -217,3 +221,39 @@ def test_the_papers_own_numbers_from_a_released_checkpoint(tmp_path, v, which):
         new = generate(model, golden_prompts(golden), n, (eos,))
         filled = [row + [eos] * (n - len(row)) for row in new]
         assert torch.equal(torch.tensor(filled), golden[f"output_ids.{which}"][:, -n:])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("method", {"a": 1}), ("fingerprint", None), ("fingerprint", ["x"]), ("model", 3),
+     ("settings", "lr"), ("task", [1]), ("fold", "0"), ("seed", None)],
+)  # fmt: skip
+def test_metadata_of_a_wrong_type_ends_in_one_line(tiny_folder, tmp_path, key, value):
+    make_run(tmp_path / "run", tiny_folder)
+    path = tmp_path / "run" / "offsets.safetensors"
+    heads, offsets, info = read_offsets(path)
+    info = {k: v for k, v in (info | {key: value}).items() if v is not None}
+    save_offsets(path, heads, offsets, info)
+    if key == "seed":  # nobody needs it
+        assert open_adapter(str(tmp_path / "run")).heads == heads
+        return
+    with pytest.raises(InputError, match=f"{key} is .*; expected a") as caught:
+        open_adapter(str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+
+
+def test_malformed_results_are_named_and_not_printed(tiny_folder, tmp_path):
+    make_run(tmp_path / "run", tiny_folder)
+    adapter = open_adapter(str(tmp_path / "run"))
+    results = {"fingerprint": adapter.info["fingerprint"], "tuned": {"em": "high"}}
+    results["offsets_hash"] = hash_of_offsets(adapter.heads, adapter.offsets)
+    for base in ({"em": 0.1}, {"em": [1]}, 7):
+        write_json(tmp_path / "run" / "results.json", results | {"base": base})
+        with pytest.raises(InputError, match="results.json: malformed .*run eval.py again"):
+            adapter.results()
+
+
+def test_nothing_is_written_into_the_hubs_cache(tiny_folder, tmp_path):
+    make_run(tmp_path / "models--a--b" / "snapshots" / "abc", tiny_folder)
+    adapter = open_adapter(str(tmp_path / "models--a--b" / "snapshots" / "abc"))
+    assert adapter.folder_to_write() == Path()

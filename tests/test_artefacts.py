@@ -11,7 +11,7 @@ import eval as eval_script
 import train
 from lofit.errors import InputError
 from lofit.run.adapters import open_adapter
-from lofit.run.artefacts import offsets_hash, read_offsets
+from lofit.run.artefacts import hash_of_offsets, read_offsets
 
 
 @pytest.fixture
@@ -51,9 +51,11 @@ def test_offsets_that_are_not_finite_are_refused(run, tmp_path, value):
 
 def test_the_hash_is_of_heads_and_values():
     heads, offsets = [(0, 1), (2, 3)], torch.randn(2, 8)
-    found = offsets_hash(heads, offsets)
-    assert len(found) == 16 and found == offsets_hash(heads, offsets.clone())
-    assert found != offsets_hash(heads[::-1], offsets) and found != offsets_hash(heads, offsets + 1)
+    found = hash_of_offsets(heads, offsets)
+    assert len(found) == 16 and found == hash_of_offsets(heads, offsets.clone())
+    assert found != hash_of_offsets(heads[::-1], offsets) and found != hash_of_offsets(
+        heads, offsets + 1
+    )
 
 
 def test_a_card_shows_scores_of_these_offsets_only(tiny_folder, small_data, tmp_path):
@@ -80,7 +82,9 @@ def test_half_a_surrogate_pair_is_written_and_read(tiny_folder, small_data, tmp_
     eval_script.main(
         ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(run), "--base-only"]
     )
-    assert json.loads((run / "predictions.jsonl").open().readline())["answer"] == "Nor\ud800via"
+    assert (
+        json.loads((run / "predictions-base.jsonl").open().readline())["answer"] == "Nor\ud800via"
+    )
 
 
 @pytest.mark.parametrize(

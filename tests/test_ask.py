@@ -50,7 +50,7 @@ def test_prompts_are_those_of_the_tasks():
     assert truthfulqa.ask("Is it?") == "Q: Is it? A:"
     story = "Ann has a son, Bob. Bob has a sister, Cid."
     assert clutrr.ask(f"{story} How is Cid related to Ann?") == clutrr.prompt(story, "Ann", "Cid")
-    with pytest.raises(InputError, match="expected a story, and behind it `How is B related to"):
+    with pytest.raises(InputError, match="expected a story followed by `How is B related to"):
         clutrr.ask("Who is Cid?")
 
 

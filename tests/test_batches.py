@@ -144,5 +144,7 @@ def test_batches_by_length_hold_little_padding_and_are_not_sorted():
 
 def test_too_long_an_example_is_named():
     check_length([4, 9], 9, "here")
-    with pytest.raises(InputError, match="here: example 1 needs 9 positions, the model has 8"):
+    with pytest.raises(
+        InputError, match="here: example 1 has 9 tokens; the limit of 8 is the model's"
+    ):
         check_length([4, 9], 8, "here")

@@ -4,7 +4,7 @@ import json
 
 from conftest import MINI, MINI_GEMMA, make_run, run_export
 
-from lofit.run.artefacts import offsets_hash, read_offsets
+from lofit.run.artefacts import hash_of_offsets, read_offsets
 
 
 def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
@@ -29,7 +29,7 @@ def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
     change = {"em": {"value": 0.5, "ci95": [0.4, 0.6]}}
     heads, offsets, _ = read_offsets(tmp_path / "run" / "offsets.safetensors")
     results = {"fingerprint": told["fingerprint"], "heads": told["heads"], "task": "mquake"}
-    results["offsets_hash"] = offsets_hash(heads, offsets)
+    results["offsets_hash"] = hash_of_offsets(heads, offsets)
     results |= {"split": "test", "n": 9, "base": {"em": 0.25}, "tuned": {"em": 0.75}}
     path = tmp_path / "run" / "results.json"
     path.write_text(json.dumps(results | {"difference": change}))

@@ -1,10 +1,15 @@
 """Chat templates: what transformers makes of them, in training and evaluation alike."""
 
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import MINI
+from conftest import MINI, REPO
 
 import eval as eval_script
 import select_heads
@@ -68,6 +73,96 @@ def test_a_list_of_named_templates(chatty):
 
 
 @pytest.mark.parametrize(
+    "template", [[1], 5, {"default": "x"}, [{"name": "default", "template": 5}], True]
+)
+def test_a_template_of_a_wrong_type_is_refused(chatty, template):
+    folder = chatty(template, "tokenizer_config.json")
+    with pytest.raises(InputError, match="tokenizer_config.json: chat_template is .*a text, or a"):
+        load_chat_template(folder)
+
+
+SAME = [  # what public templates make use of
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}!{% endfor %}",
+    "{%- for m in messages -%}\n{% generation -%}\n  {% set x = 1 %}{{ x }}{% endgeneration %}\n"
+    "{{ x is defined }}{% endfor %}",
+    "{{ {'b': 'é<', 'a': [1, 2]} | tojson }}",
+    "{{ {'b': 'é<', 'a': [1, 2]} | tojson(ensure_ascii=True, indent=2, sort_keys=True) }}",
+    "{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}",
+    "{{ messages | tojson(true, 1) }}",
+    "{{ tools is none }} {{ tools is not none }} {{ documents is none }} {{ tools is defined }}",
+    "{% if tools is not none %}{{ tools | length }}{% endif %}{{ pad_token is defined }}",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{% break %}{% endfor %}x",
+    "{{ strftime_now('%Y') }}{{ messages[0]['content'] | trim }}{{ add_generation_prompt }}",
+]
+
+
+@pytest.mark.parametrize("template", SAME)
+def test_what_templates_expect_to_find(chatty, template):
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    folder = chatty(template)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", chat_template=template
+    )
+    want = theirs.apply_chat_template(
+        [{"role": "user", "content": TEXT}], add_generation_prompt=True, tokenize=False
+    )
+    assert load_chat_template(folder)(TEXT) == want
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "message"),
+    [
+        ("{{ '\\ud83d' }}", "Q:", "half a character"),
+        ("{{ messages[0].content }}", "Q: \ud83d", "half a character"),
+        ("{{ raise_exception('first\nsecond') }}", "Q:", "fails .first second"),
+        ("{{ raise_exception('\\ud83d') }}", "Q:", "fails"),
+        ("{% for\n\n%}", "Q:", "is malformed"),
+    ],
+)
+def test_odd_texts_end_in_one_line(chatty, template, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_chat_template(chatty(template))(text)
+    assert len(str(caught.value).splitlines()) == 1
+    str(caught.value).encode()
+
+
+def test_the_renderer_takes_the_jinja2_of_its_parent(chatty, tmp_path):
+    """Where it is the user's own, by PYTHONPATH, and not the one that Python finds by itself."""
+    for package in ("jinja2", "markupsafe"):
+        origin = Path(importlib.util.find_spec(package).origin).parent
+        shutil.copytree(origin, tmp_path / "own" / package)
+    with (tmp_path / "own" / "jinja2" / "__init__.py").open("a") as file:
+        file.write("\nTemplateError.__str__ = lambda self: 'my own jinja2'\n")
+    folder = chatty("{{ raise_exception('no') }}")
+    code = f"from lofit.llm.chat import load_chat_template as t; t({str(folder)!r})('Q')"
+    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'own'}:{REPO}"}
+    ended = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "the chat template fails (my own jinja2)" in ended.stderr
+
+
+NAMES = [  # tokenizer_config.json, special_tokens_map.json
+    ({}, {"bos_token": "<s>"}),
+    ({}, {"bos_token": {"content": "<s>", "lstrip": False, "rstrip": False}}),
+    ({"bos_token": "city"}, {"bos_token": "<s>"}),
+    ({"bos_token": "<s>", "added_tokens_decoder": {}}, {"bos_token": "city"}),
+    ({"tokenizer_class": "LlamaTokenizerFast"}, {}),
+    ({"tokenizer_class": "LlamaTokenizer", "bos_token": None}, {}),
+]
+
+
+@pytest.mark.parametrize(("settings", "beside"), NAMES)
+def test_special_tokens_are_those_of_transformers(chatty, settings, beside):
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    folder = chatty("{{ bos_token }} and {{ eos_token }}")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps(beside))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    asked = [{"role": "user", "content": TEXT}]
+    assert load_chat_template(folder)(TEXT) == theirs.apply_chat_template(asked, tokenize=False)
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{% for %}", "chat template is malformed"),
@@ -99,9 +194,9 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
             trained.append(prompt) or encode_example(tokenizer, prompt, answer)
         ),
     )
-    train.main([*flags, "--heads", "all", "--epochs", "60", "--lr", "0.3"])
+    train.main([*flags, "--heads", "all", "--epochs", "1", "--lr", "0.3"])
     monkeypatch.setattr(
-        "lofit.run.session.generate_all",
+        "lofit.run.evaluation.generate_all",
         lambda model, prompts, *args: asked.extend(prompts) or [[5]] * len(prompts),
     )
     eval_run = [*flags[:4], "--run", str(tmp_path / "runs")]
@@ -112,10 +207,10 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
     assert all(p.startswith("<s>[ city ] Q: Imagine that") for p in trained)
     assert all(ids.count(1) == 1 for ids in asked)
     assert all(p.endswith("A: [ country ]") for p in trained)
-    line = json.loads((tmp_path / "runs" / "predictions.jsonl").open().readline())
+    line = json.loads((tmp_path / "runs" / "predictions-train.jsonl").open().readline())
     assert line["prompt"].startswith("Q: Imagine") and "country" not in line["tuned"]["prediction"]
     with pytest.raises(
-        InputError, match="offsets.safetensors: trained with chat True, asked for chat False"
+        InputError, match="offsets.safetensors: made for chat True, but this run is for chat False"
     ):
         eval_script.main(eval_run)
 
@@ -123,7 +218,7 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
 def test_given_answers_stand_behind_the_template_too(chatty, small_data, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "lofit.run.session.score_answers",
+        "lofit.run.evaluation.score_answers",
         lambda model, tokenizer, questions, *args: (
             asked.extend(questions) or [[0.0, -1.0, -1.0] for _ in questions]
         ),

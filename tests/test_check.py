@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from conftest import MINI, REPO, make_run, run_export
+from conftest import MINI, REPO, make_run, run_export, slow_but
 
 from lofit.errors import InputError
 from lofit.export import check
@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("form", ["hf", "peft"])
+@pytest.mark.parametrize("form", slow_but(["hf"], ["hf", "peft"]))
 def test_it_says_whose_answers_they_are(run, form, tmp_path, capsys):
     if form == "peft":
         pytest.importorskip("peft", reason='needs pip install -e ".[test]"')

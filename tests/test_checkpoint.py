@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import LOUD_GEMMAS, LOUD_MODELS, MINI, difference
+from conftest import LOUD_GEMMAS, LOUD_MODELS, MINI, REPO, difference
 from safetensors.torch import load_file, save_file
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import find_folder, load_model, save_model, weight_files
 from lofit.llm.tokenizer import load_tokenizer
+from lofit.run.arguments import common_parser, run_folder
 
 IDS = torch.tensor([[1, 5, 9, 33, 7]])
 
@@ -440,6 +441,8 @@ def test_the_shipped_models_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr("lofit.llm.folder.snapshot_download", lambda *_, **__: pytest.fail("asked"))
     monkeypatch.chdir(tmp_path)
     assert find_folder("weights/mini-llama") == MINI
+    args = common_parser("").parse_args([])
+    assert args.data == REPO / "data" / "mini" and run_folder(args).parts[1] == "mini-llama"
     for name in ("weights/mini-lama", "runs/mini-llama", "data/mini-llama", "weights/a/b"):
         with pytest.raises(InputError, match=f"{name}: no such folder"):
             find_folder(name)

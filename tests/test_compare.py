@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import difference, random_model
+from conftest import difference, random_model, slow_but
 from peers import hf_batch, hf_twin
 
 import eval as evaluate
@@ -18,6 +18,7 @@ from lofit.heads import attach_offsets, edits_off, init_offsets
 from lofit.llm.batches import IGNORE, collate
 from lofit.llm.checkpoint import load_model
 from lofit.llm.scoring import target_losses
+from lofit.run.arguments import METHODS
 from lofit.run.artefacts import load_offsets
 from lofit.training import Schedule, optimizer_for, train_step
 
@@ -129,12 +130,13 @@ def test_iti_is_honest_llamas_formula_on_recorded_activations():
         assert difference(row, torch.from_numpy(15.0 * spread * direction)) < 1e-5
 
 
-@pytest.mark.parametrize("method", [m for m in baselines.METHODS if m != "lofit"])
+@pytest.mark.parametrize("method", slow_but(["lora"], [m for m in METHODS if m != "lofit"]))
 def test_train_and_eval_take_it_like_lofit(method, tiny_folder, small_data, tmp_path, capsys):
     run = tmp_path / "run"
     flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(run)]
     trained = ["--epochs", "3", "--lr", "0.05"] if method in baselines.LR else ["--alpha", "5"]
-    train.main([*flags, "--method", method, "--top", "2", *trained])
+    top = ["--top", "2"] if method == "iti" else []
+    train.main([*flags, "--method", method, *top, *trained])
     evaluate.main(flags)
     results = json.loads((run / "results.json").read_text())
     info = json.loads((run / "lofit_config.json").read_text())

@@ -17,6 +17,7 @@ from conftest import (
     hf_model,
     make_run,
     run_export,
+    slow_but,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,7 @@ def load_stock(folder, caplog, dtype=torch.float32):
 MINIS = {"mini-llama": MINI, "mini-gemma": MINI_GEMMA}
 
 
-@pytest.mark.parametrize("name", [*MINIS, *LOUD_MODELS])
+@pytest.mark.parametrize("name", slow_but(["gqa", "gemma2"], [*MINIS, *LOUD_MODELS]))
 @torch.no_grad()
 def test_transformers_computes_the_same_from_a_checkpoint(name, quiet, tmp_path, caplog):
     ours = make_run(tmp_path / "run", MINIS.get(name) or quiet(name), scale=10.0)
@@ -83,7 +84,7 @@ def test_transformers_computes_the_same_from_a_checkpoint(name, quiet, tmp_path,
             assert f"model.layers.{layer}.self_attn.{which}_proj.bias" in keys
 
 
-@pytest.mark.parametrize("name", LOUD_MODELS)
+@pytest.mark.parametrize("name", slow_but(["gemma3"], LOUD_MODELS))
 @torch.no_grad()
 def test_also_with_large_weights(name, loud, tmp_path, caplog):
     want = make_run(tmp_path / "run", loud(name)[1])(IDS)
@@ -91,7 +92,7 @@ def test_also_with_large_weights(name, loud, tmp_path, caplog):
     assert difference(load_stock(out, caplog)(IDS).logits, want) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", [*MINIS, "gqa", "biases", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", slow_but(["gqa"], [*MINIS, "gqa", "biases", "gemma2", "gemma3"]))
 @torch.no_grad()
 def test_stock_peft_computes_the_same_from_an_adapter(name, quiet, tmp_path, caplog):
     peft = pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
@@ -106,7 +107,7 @@ def test_stock_peft_computes_the_same_from_an_adapter(name, quiet, tmp_path, cap
         assert difference(model(IDS).logits, plain) == 0
 
 
-@pytest.mark.parametrize("name", ["gqa", "gemma3"])
+@pytest.mark.parametrize("name", slow_but(["gqa"], ["gqa", "gemma3"]))
 @torch.no_grad()
 def test_peft_holds_several_adapters_and_changes_between_them(name, quiet, tmp_path, caplog):
     peft = pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
@@ -129,7 +130,7 @@ def test_peft_holds_several_adapters_and_changes_between_them(name, quiet, tmp_p
         model.merge_and_unload()
 
 
-@pytest.mark.parametrize("name", ["mini-llama", "gqa", "gemma2"])
+@pytest.mark.parametrize("name", slow_but(["gqa"], ["mini-llama", "gqa", "gemma2"]))
 @torch.no_grad()
 def test_steering_vectors_are_what_lm_eval_adds(name, quiet, tmp_path, caplog):
     """As lm-eval 0.4.13 hooks them: by name from the body on, added at every position."""
@@ -149,6 +150,7 @@ def test_steering_vectors_are_what_lm_eval_adds(name, quiet, tmp_path, caplog):
     assert difference(stock(IDS).logits, want) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_greedy_predictions_are_the_same(tmp_path, caplog):
     ours = make_run(tmp_path / "run", MINI, scale=4.0, n=13)
@@ -163,6 +165,7 @@ def test_greedy_predictions_are_the_same(tmp_path, caplog):
         assert new == theirs[: theirs.index(eos[0])] if eos[0] in theirs else new == theirs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_multimodal_gemma_3_keeps_its_other_half(tmp_path, caplog):
     transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')

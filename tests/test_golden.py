@@ -33,7 +33,7 @@ EVERY_HEAD = [(layer, head) for layer in range(4) for head in range(8)]
 class Ids:
     """Takes the place of a tokenizer: its texts are lists of ids already."""
 
-    eos_ids = (2,)
+    eos_ids, end_id, unk_id = (2,), 2, None
 
     def encode_pair(self, prompt, answer):
         return [*prompt, *answer], len(prompt)
@@ -201,7 +201,9 @@ def test_the_papers_limits_of_length(model, kind, limit):
     """An example has at most 400 tokens, eos among them; for DPO each text of a pair 512."""
     prompt, more = [1] * (limit - 4), [[7] * 2] * (kind is Preference)
     assert len(kind(model, Ids(), [(prompt, [6] * 3, *more)], "golden")) == 1
-    with pytest.raises(InputError, match=rf"example 0 needs {limit + 1} positions"):
+    with pytest.raises(
+        InputError, match=rf"example 0 has {limit + 1} tokens; the limit of {limit} is the paper's"
+    ):
         kind(model, Ids(), [(prompt, [6] * 4, *more)], "golden")
 
 

@@ -7,15 +7,14 @@ import torch
 from conftest import LOUD_GEMMAS, TOLERANCE, difference, random_model
 
 from lofit.errors import InputError
+from lofit.fast.folded import folded_offsets
 from lofit.heads import (
     attach_offsets,
     attach_scales,
     attention_layers,
     edits_off,
-    folded_offsets,
     gather_offsets,
     head_scores,
-    head_sigma,
     init_offsets,
     init_scales,
     lowest_edit,
@@ -151,40 +150,6 @@ def test_folded_offsets_equal_live_ones(loud, ids, name):
     assert torch.equal(model(ids), live)
     with edits_off(model), folded_offsets(model):
         assert not torch.allclose(model(ids), live)
-
-
-def test_sigma_is_the_standard_deviation_of_z(tiny):
-    """By hand, from the z of each text alone; the slots are left as they were."""
-    texts = [[1, 5, 6, 7, 8], [1, 9, 10]]
-    seen = [torch.cat(z) for z in zip(*(_z_of(tiny, text) for text in texts), strict=True)]
-    want = torch.stack([z.var(0, correction=0).mean(-1).sqrt() for z in seen])
-    sigma = head_sigma(tiny, texts)
-    assert sigma.shape == (3, 4) and difference(sigma, want) < 1e-5
-    assert not any(a.head_out._forward_pre_hooks for a in attention_layers(tiny))
-
-
-def _z_of(model, text) -> list[torch.Tensor]:
-    seen = record_z(model)
-    model(torch.tensor([text]))
-    return [z[0] for z in seen[:3]]
-
-
-def test_an_offset_in_units_is_unit_times_offset(tiny, ids):
-    u, unit = torch.randn(3, 8), torch.tensor([2.0, 0.5, 3.0])
-    parameters = attach_offsets(tiny, HEADS, u, unit)
-    v = gather_offsets(tiny, HEADS)
-    assert torch.equal(v, unit[:, None] * u)
-    in_units = tiny(ids)
-    in_units.square().mean().backward()
-    grads = torch.cat([p.grad for p in parameters])
-    with folded_offsets(tiny):
-        assert difference(tiny(ids), in_units) < 1e-4
-    plain = attach_offsets(tiny, HEADS, v)
-    assert difference(tiny(ids), in_units) < 1e-5
-    tiny(ids).square().mean().backward()
-    by_layer = torch.tensor([0.5, 2.0, 3.0])  # layer 0 comes first
-    want = by_layer[:, None] * torch.cat([p.grad for p in plain])
-    assert difference(grads, want) < 1e-4 * want.abs().max()
 
 
 def test_the_lowest_edit(tiny):

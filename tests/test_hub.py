@@ -79,6 +79,7 @@ def hub():
     server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "offline", "message"),
     [

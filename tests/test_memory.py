@@ -1,4 +1,4 @@
-"""What the plan reckons without values is what real models and steps take."""
+"""What the plan computes without values is what real models and steps take."""
 
 from dataclasses import replace
 from functools import partial
@@ -116,6 +116,7 @@ def printed(capsys, *flags) -> dict[str, list[str]]:
     return {line[:22].strip(): line[22:].split() for line in lines}
 
 
+@pytest.mark.slow
 def test_the_memory_decides_what_fits(folder, capsys):
     flags = ["--model", folder, "--eval-batch", 1, "--gpus", 8, "--memory"]
     found = printed(capsys, *flags, 1)
@@ -142,8 +143,8 @@ def test_a_sum_is_of_its_parts(folder, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gpus", "0"], "expected a whole number from 1, found '0'"),
-        (["--memory", "80GB"], "expected a whole number from 1, found '80GB'"),
+        (["--gpus", "0"], "expected an integer from 1 to 2147483647, found '0'"),
+        (["--memory", "80GB"], "expected an integer from 1 to 2147483647, found '80GB'"),
         (["--length", "16"], "--new: an answer is shorter than its text (--length)"),
         (["--dtype", "int4"], "invalid choice: 'int4'"),
         (["--model", "./nowhere"], "./nowhere: no such folder"),

@@ -270,3 +270,48 @@ def test_positions_stay_fp32_in_bfloat16(tiny_config):
     attention.register_forward_pre_hook(lambda _, args: seen.append(args[1].cos_sin))
     model(torch.ones(1, 4, dtype=torch.int64))
     assert all(table.dtype == torch.float32 for table in seen[0][FULL])
+
+
+class CountCopies(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes each operation that makes a tensor longer in its second dimension."""
+
+    def __init__(self, found: list):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "repeat" in str(func) or "index_select" in str(func) or "expand" in str(func):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("n_kv_heads", "queries"), [(8, 40), (2, 40), (1, 40), (2, 1)])
+def test_groups_of_queries_have_the_bits_of_repeated_keys(dtype, masked, n_kv_heads, queries):
+    """Forward without copies, and backward, where the keys are repeated."""
+    if queries == 1 and not masked:
+        pytest.skip("one query of many is no causal attention of all")
+    torch.manual_seed(0)
+    q = torch.randn(3, 8, queries, 24, dtype=dtype)
+    k, v = torch.randn(2, 3, n_kv_heads, 40, 24, dtype=dtype).unbind()
+    mask = torch.rand(3, 1, queries, 40) < 0.5 if masked else None
+    if masked:
+        mask[..., 0] = True  # no row without a key
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    many = [x.repeat_interleave(8 // n_kv_heads, dim=1) for x in (k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, *many, attn_mask=mask, is_causal=mask is None, scale=0.3
+    )
+    copied = []
+    with torch.no_grad(), CountCopies(copied):
+        assert torch.equal(attend(q, k, v, mask, 0.3), want)
+    assert not copied
+    got = attend(*inputs, mask, 0.3)
+    assert torch.equal(got, want)
+    for one, other in zip(
+        torch.autograd.grad(got.square().sum(), inputs),
+        torch.autograd.grad(want.square().sum(), inputs),
+        strict=True,
+    ):
+        assert torch.equal(one, other)

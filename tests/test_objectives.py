@@ -7,9 +7,10 @@ import torch
 from conftest import difference
 
 from lofit.errors import InputError
+from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, edits_off
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.objectives import CrossEntropy, FrozenLayers, Preference, mean_loss
+from lofit.objectives import CrossEntropy, Preference, mean_loss
 from lofit.training import Schedule, optimizer_for, train_step
 
 HEADS = [(2, 1), (0, 3)]
@@ -68,7 +69,9 @@ def test_dpo_raises_the_chosen_answer_above_the_rejected(tiny, tokenizer):
 def test_too_long_an_example_is_named(tiny, tokenizer):
     long = ("Q: " + "the " * 260 + "A:", "city", "city")
     for kind, n in ((CrossEntropy, 2), (Preference, 3)):
-        with pytest.raises(InputError, match="here: example 1 needs 26. positions.* 256"):
+        with pytest.raises(
+            InputError, match="here: example 1 has 26. tokens; the limit of 256 is the model"
+        ):
             kind(tiny, tokenizer, [t[:n] for t in (PAIRS[0], long)], "here")
 
 
@@ -98,7 +101,7 @@ def test_the_fast_way_agrees_with_the_plain_one(tiny, tokenizer, kind, heads):
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     assert difference(grad, want_grad) < 1e-5 * want_grad.abs().max()
     lowest = min(layer for layer, _ in heads)
-    assert set(fast.frozen.kept) == ({0, 2} if lowest else set())
+    assert set(fast.cache.kept) == ({0, 2} if lowest else set())
     calls = []
     tiny.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     fast.loss([0, 2])
@@ -111,14 +114,14 @@ def test_kept_states_are_bounded_and_follow_the_heads(tiny, tokenizer):
     objective = CrossEntropy(tiny, tokenizer, TEXTS, "here")
     attach_offsets(tiny, [(1, 0)], torch.ones(1, 8))
     n_bytes = [4 * 32 * length for length in objective.lengths]
-    objective.frozen = FrozenLayers(tiny, max_bytes=n_bytes[0] + n_bytes[2])
+    objective.cache = HiddenCache(tiny, max_bytes=n_bytes[0] + n_bytes[2])
     want = objective.loss([0, 1, 2]).item()
     assert objective.loss([0, 1, 2]).item() == pytest.approx(want, rel=1e-5)
-    assert set(objective.frozen.kept) == {0, 2} or objective.frozen.left < n_bytes[2]
-    assert sum(x.nbytes for x in objective.frozen.kept.values()) <= n_bytes[0] + n_bytes[2]
+    assert set(objective.cache.kept) == {0, 2} or objective.cache.left < n_bytes[2]
+    assert sum(x.nbytes for x in objective.cache.kept.values()) <= n_bytes[0] + n_bytes[2]
     # heads of another layer: nothing kept for the first ones may serve
     attach_offsets(tiny, [(2, 0)], torch.ones(1, 8))
     plain = CrossEntropy(tiny, tokenizer, TEXTS, "here", plain=True)
     for _ in range(2):
         assert objective.loss([0]).item() == pytest.approx(plain.loss([0]).item(), rel=1e-5)
-    assert objective.frozen.layer == 2
+    assert objective.cache.layer == 2

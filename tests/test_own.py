@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from conftest import slow_but
 
 import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
+from lofit.run.evaluation import evaluate
 from lofit.run.session import Session
 from lofit.tasks import first_option
 from lofit.tasks.own import OwnTask
@@ -99,8 +101,7 @@ def test_a_choice(tmp_path):
     assert task.score_choices([-2.0], [-3.0, -1.0]) == {"accuracy": 0}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", [f for f in FORMS if f != "number"])  # no digits in
+@pytest.mark.parametrize("form", slow_but(["answer"], [f for f in FORMS if f != "number"]))
 def test_every_form_runs_the_whole_way_through(tiny_folder, tmp_path, form, capsys):
     folder = write(tmp_path / "mine", [FORMS[form]] * 6)
     flags = ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run")]
@@ -185,7 +186,7 @@ def test_groups_and_answers_are_reported(tiny_folder, tmp_path, capsys):
         ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run"),
          "--base-only"]
     )  # fmt: skip
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "results-base.json").read_text())
     assert results["always"] == {"answer": "city", "share": 0.6}
     given = results["given"]["base"]
     assert list(given) == ["city", "country", "other"] and sum(given.values()) == 5
@@ -206,9 +207,10 @@ def test_a_stopped_evaluation_mixes_up_no_scores(tiny_folder, tmp_path):
     folder = write(tmp_path / "mine", [FORMS["option"]])
     argv = ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run")]
     run = Session(eval_script.parse_args(argv), "eval")
-    found = [run.evaluate(run.read("test"), 64, "")]
+    next(run.folds())
+    found = [evaluate(run, run.read("test"), 64, "")]
     assert [set(row) for row in found[0]] == [{"prediction", "em", "log_probs", "accuracy"}]
     for _ in range(2):  # the second time from what was kept
-        kept = run.scored({}, run.read("test"))("base")
-        found.append(run.evaluate(run.read("test"), 64, "", kept))
+        kept = run.scored_batches({}, run.read("test"))("base")
+        found.append(evaluate(run, run.read("test"), 64, "", kept))
     assert found[0] == found[1] == found[2]

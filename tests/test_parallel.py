@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ from safetensors.torch import load_file
 import eval as eval_script
 import select_heads
 import train
+from lofit.distributed.loss import shared
+from lofit.heads import attach_offsets
+from lofit.llm.checkpoint import load_model
+from lofit.llm.tokenizer import load_tokenizer
+from lofit.objectives import CrossEntropy, Preference
 
 FAST = ["--epochs", "2", "--lr", "0.02", "--batch-size", "5"]
 # run -> flags: batches of 5 and a last one of 4, 2 or 5; a batch of fewer rows than processes
@@ -78,6 +84,42 @@ def folder_of(run, name):
     return run / name / "fold1" if name == "truthfulqa" else run / name
 
 
+TEXTS = [
+    ("Q: Who is it? A:", "the capital", "city"),
+    ("Q: What is the sport of it? A:", "city", "the capital of the country"),
+    ("Q: Is it? A:", "country", "sport"),
+]
+
+
+def losses(folder, wrap=lambda objective: objective) -> list[float]:
+    """Loss and gradients of both objectives, again for rows whose states the first time kept, and
+    for fewer rows than processes."""
+    model, tokenizer, found = load_model(folder), load_tokenizer(folder), []
+    for kind, n in ((CrossEntropy, 2), (Preference, 3)):
+        objective = wrap(kind(model, tokenizer, [text[:n] for text in TEXTS], "here"))
+        parameters = attach_offsets(model, [(1, 0), (2, 3)], torch.ones(2, 8))
+        for rows in ([0, 1, 2], [2, 0, 1], [1]):
+            loss = objective.loss(rows)
+            gradients = torch.autograd.grad(loss, parameters)
+            found += [loss.item(), *torch.cat([g.flatten() for g in gradients]).tolist()]
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """One of the processes of the next test."""
+    found = losses(argv[0], lambda objective: shared(objective, nullcontext, nullcontext))
+    sys.__stdout__.write(json.dumps(found))
+
+
+def test_losses_and_gradients_are_those_of_one_process(tiny_folder):
+    group = start_group(2, ("test_parallel", [str(tiny_folder)]))
+    want = losses(tiny_folder)
+    assert max(want) > 0.1
+    for code, out, error in end_group(group):
+        assert code == 0, error
+        assert json.loads(out) == pytest.approx(want, abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "runs"), [(2, ["mquake"]), (3, RUNS)])
 def test_the_whole_way_through_is_that_of_one_process(flags, tmp_path, n, runs):
@@ -98,6 +140,7 @@ def one_line(ended, message, code=2):
     assert message in line
 
 
+@pytest.mark.slow
 def test_bad_input_and_a_process_of_other_arguments_are_one_line(flags, small_data, tmp_path):
     own = [*flags, "--run", str(tmp_path / "run")]
     other = start_group(2, ("train", [*own, "--heads", "all", "--data", str(tmp_path / "nowhere")]))

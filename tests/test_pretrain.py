@@ -52,6 +52,7 @@ def small(monkeypatch, tmp_path, folders):
     return lambda out: pretrain.main(["--out", out, *steps])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(small, monkeypatch):
     small("whole")
     original, calls = pretrain.train_step, []

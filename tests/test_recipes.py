@@ -6,12 +6,38 @@ import pytest
 
 from lofit.errors import InputError
 from lofit.llm.config import ModelConfig
-from lofit.recipes import count_heads, find_recipe
+from lofit.recipes import SHAPES, count_heads, find_recipe
 from lofit.run.arguments import NAMED, TASKS
 
+SIZES = {(layers, heads, kind): (hidden, rows) for (kind, layers, heads, _, hidden), (_, rows) in
+         SHAPES.items()}  # fmt: skip
 
-def config(layers, heads, model_type="llama"):
-    return ModelConfig(32000, 64, 64, layers, heads, heads, 8, 64, 1e-5, model_type)
+
+def config(layers, heads, model_type="llama", **other):
+    """A configuration with so many layers and heads: of the model that the recipes know, if any."""
+    hidden, rows = SIZES.get((layers, heads, model_type), (64, 32000))
+    known = ModelConfig(rows, hidden, 64, layers, heads, heads, 8, 64, 1e-5, model_type)
+    return replace(known, **other)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "other"),
+    [
+        (32, 32, {"num_key_value_heads": 8, "vocab_size": 128256}),  # Llama-3-8B
+        (32, 32, {"vocab_size": 128256}),
+        (32, 32, {"hidden_size": 2560}),
+        (8, 16, {"vocab_size": 32000}),
+        (8, 16, {"hidden_size": 512}),
+    ],
+)
+def test_as_many_heads_do_not_make_another_model_the_papers(layers, heads, other):
+    origin, recipe = find_recipe(config(layers, heads, **other), "mquake")
+    assert origin == "recipe of Llama-2-7B for mquake; offsets by rule"
+    assert (recipe.offset_lr, recipe.heads) == (0.01, "3%")
+
+
+def test_the_row_that_the_papers_code_adds_for_padding_changes_no_recipe():
+    assert find_recipe(config(32, 32, vocab_size=32001), "mquake")[0] == "recipe of Llama-2-7B"
 
 
 @pytest.mark.parametrize(
@@ -38,9 +64,9 @@ def test_the_papers_values(shape, values):
 )
 def test_an_unknown_model_gets_its_familys_values_and_a_share_of_heads(model_type, family, shape):
     name, recipe = find_recipe(config(26, 4, model_type), "mquake")
-    assert family in name and "want of one; offsets by rule" in name
+    assert family in name and name.endswith(" for mquake; offsets by rule")
     paper = find_recipe(config(*shape), "mquake")[1]
-    assert recipe == replace(paper, heads="3%", offset_lr=0.01, by_share=True)
+    assert recipe == replace(paper, heads="3%", offset_lr=0.01, lr_scales_inversely_with_k=True)
     assert [recipe.lr_of(k, 104) for k in (104, 26, 3)] == [0.01, 0.04, 0.1]  # 26 x 4 heads
     assert paper.lr_of(1, 104) == paper.lr_of(104, 104) == paper.offset_lr
     dpo = find_recipe(config(26, 4, model_type), "truthfulqa")[1]
@@ -50,18 +76,18 @@ def test_an_unknown_model_gets_its_familys_values_and_a_share_of_heads(model_typ
 @pytest.mark.parametrize("shape", [(8, 16), (8, 16, "gemma")])
 def test_the_miniatures_have_a_recipe_for_each_task(shape):
     found = {task: find_recipe(config(*shape), task) for task in TASKS}
-    assert all("want" not in origin and recipe.heads == "10%" for origin, recipe in found.values())
+    assert all(" for " not in origin and recipe.heads == "10%" for origin, recipe in found.values())
     assert len({recipe for _, recipe in found.values()}) == len(TASKS)
 
 
 def test_a_task_without_a_recipe_takes_the_models_values_for_mquake():
     name, recipe = find_recipe(config(8, 16), "mine")
-    assert name == "recipe of mini-llama for mquake, for want of one"
+    assert name == "recipe of mini-llama for mquake"
     assert recipe == find_recipe(config(8, 16), "mquake")[1]
     name, recipe = find_recipe(config(32, 32), "clutrr")
     assert name == "recipe of Llama-2-7B" and (recipe.select_lr, recipe.l1) == (5e-4, 5e-3)
     name, recipe = find_recipe(config(7, 7), "truthfulqa")
-    assert name == "recipe of Llama-2-7B for truthfulqa, for want of one; offsets by rule"
+    assert name == "recipe of Llama-2-7B for truthfulqa; offsets by rule"
     assert recipe.l1 == 5e-4
 
 

@@ -21,7 +21,7 @@ from lofit.llm import generate, scoring
 from lofit.llm.checkpoint import save_model
 from lofit.run import resume
 from lofit.run.artefacts import save_heads, save_offsets, save_results
-from lofit.training import Schedule, fit
+from lofit.training import Schedule, Training, fit
 
 FAST = ["--epochs", "3", "--lr", "0.05", "--batch-size", "2"]
 
@@ -87,6 +87,7 @@ def killed_thrice(script, argv, kill, monkeypatch, draw):
     raise AssertionError("killed without a kill")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mquake", "clutrr", "truthfulqa"])
 def test_killed_at_random_steps_it_ends_with_the_same_bytes(
     flags, tmp_path, kill, monkeypatch, capsys, task
@@ -104,20 +105,24 @@ def test_killed_at_random_steps_it_ends_with_the_same_bytes(
                 kills += killed_thrice(script, argv, kill, monkeypatch, draw)
         run.rename(tmp_path / name)
     assert kills >= 7  # in all, more than 20
-    assert "going on behind step" in capsys.readouterr().out
+    assert "continuing after step" in capsys.readouterr().out
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
 
 
 @pytest.mark.parametrize(
     ("script", "extra"),
-    [(select_heads, ["--by", "gates"]), (train, ["--method", "lora"]), (train, ["--plain"])],
+    [
+        pytest.param(select_heads, ["--by", "gates"], marks=pytest.mark.slow),
+        (train, ["--method", "lora"]),
+        (train, ["--plain"]),
+    ],
 )
 def test_what_draws_at_each_step_a_baseline_and_the_plain_way(
     flags, tmp_path, kill, monkeypatch, script, extra
 ):
     run, draw = tmp_path / "run", random.Random(1)
     argv = [*flags, *FAST, "--run", str(run), "--epochs", "2", *extra]
-    argv += ["--heads", "random"] if script is train else []
+    argv += ["--heads", "random"] if extra == ["--plain"] else []
     script.main(argv)
     run.rename(tmp_path / "whole")
     assert killed_thrice(script, argv, kill, monkeypatch, draw) == 3
@@ -132,37 +137,76 @@ def test_another_setting_other_data_and_fresh_start_anew(flags, small_data, tmp_
         return capsys.readouterr().out
 
     argv = [*flags, *FAST, "--heads", "random", "--run", str(tmp_path / "run")]
-    assert "behind step" not in stopped()
-    assert "going on behind step" in stopped()
+    assert "after step" not in stopped()
+    assert "continuing after step" in stopped()
     said = stopped("--lr", "0.1")
-    assert "starting anew, not from " in said and "train.unfinished: lr was 0.05, is 0.1\n" in said
+    assert "starting from the beginning, not from " in said
+    assert "train.unfinished: lr was 0.05, is 0.1\n" in said
     path = small_data / "MQuAKE" / "train.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[::-1]))
     assert "train.unfinished: examples was " in stopped("--lr", "0.1")
-    assert "anew" not in (said := stopped("--lr", "0.1", "--fresh")) and "going on" not in said
+    said = stopped("--lr", "0.1", "--fresh")
+    assert "beginning" not in said and "continuing" not in said
     state = tmp_path / "run" / "train.unfinished"
     state.write_bytes(state.read_bytes()[:100])
     assert "not a whole safetensors file" in stopped("--lr", "0.1")
 
 
-def test_what_is_kept_of_the_first_epoch_is_computed_in_its_batches_again():
-    def batches(progress):
-        x, seen = torch.nn.Parameter(torch.ones(1)), []
+class Objective:
+    """The loss x^2; says which batches it was asked for, and which to compute into its cache."""
+
+    lengths = [1] * 10
+
+    def __init__(self):
+        self.x, self.batches, self.cached = torch.nn.Parameter(torch.ones(1)), [], []
+        self.fill_cache = self.cached.append
+
+    def loss(self, rows):
+        self.batches.append(rows)
+        return (self.x * self.x).sum()
+
+
+def test_the_cache_is_filled_again_in_the_batches_of_the_first_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SHARE", 1e9)
+
+    def run(stop_at=None):
+        objective = Objective()
         schedule = Schedule(lr=0.1, epochs=2, batch_size=3)
+        training = Training([objective.x], objective, schedule, 0)
+        state = resume.TrainingState(tmp_path / "state", {"script": "x"}, tmp_path / "log.jsonl")
+        state.restore(training)
 
-        def loss(rows):
-            seen.append(rows)
-            return (x * x).sum()
+        def on_step(training, record):
+            state(training, record)
+            if record["step"] == stop_at:
+                raise Killed
 
-        list(fit([x], [1] * 10, loss, schedule, 0, lambda _: None, progress))
-        return seen
+        with suppress(Killed):
+            list(fit(training, on_step))
+        return objective
 
-    again = []
-    progress = resume.Progress(remember=again.append)
-    progress.restore = lambda *_: progress.losses.extend([0.0] * 6) or 6
-    whole = batches(resume.Progress())
-    assert batches(progress) == whole[6:]
-    assert again == whole[:4]
+    whole = run()
+    (tmp_path / "state").unlink()
+    run(stop_at=6)
+    rest = run()
+    assert rest.batches == whole.batches[6:] and rest.cached == whole.batches[:4]
+    assert torch.equal(rest.x, whole.x)
+
+
+def test_an_interrupt_writes_the_state_after_the_last_whole_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SHARE", 1e-9)
+    objective = Objective()
+    training = Training([objective.x], objective, Schedule(lr=0.1, epochs=2, batch_size=3), 0)
+    state = resume.TrainingState(tmp_path / "state", {"script": "x"}, tmp_path / "log.jsonl")
+    for _ in zip(range(1), fit(training, state), strict=False):  # one epoch, 4 steps
+        pass
+    after = objective.x.detach().clone()
+    with torch.no_grad():
+        objective.x.add_(7)  # a step that was half done
+    state.write()
+    again = Training([objective.x], objective, Schedule(lr=0.1, epochs=2, batch_size=3), 0)
+    state.restore(again)
+    assert torch.equal(objective.x, after) and len(again.losses) == 4
 
 
 def test_a_state_that_cannot_be_written_does_not_end_a_run(flags, tmp_path, monkeypatch, capsys):

@@ -7,14 +7,22 @@ import sys
 import pytest
 from conftest import REPO
 
-METHOD = [f"lofit.{name}" for name in ("heads", "losses", "objectives", "training")]
+METHOD = ["heads", "losses", "objectives", "training", "recipes"]
 SCRIPTS = {"select_heads", "train", "eval"}
+EXTRAS = [f"lofit.{room}" for room in ("compare", "inspect", "export", "studies")]
+LAZY = [
+    "lofit.fast",
+    "lofit.distributed",
+    "lofit.compare",
+]  # where a flag or torchrun asks for them
 
 
-def imported(path) -> set[str]:
-    """Every module that a file names in an import, and each name it takes from one."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, at_load: bool = False) -> set[str]:
+    """Every module that a file names in an import, and each name it takes from one; at_load: only
+    those outside of functions."""
+    found, tree = set(), ast.parse(path.read_text())
+    nodes = tree.body if at_load else ast.walk(tree)
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -23,25 +31,44 @@ def imported(path) -> set[str]:
 
 
 def files(*rooms: str) -> list:
-    return [path for room in rooms for path in sorted(REPO.glob(room))]
+    found = [path for room in rooms for path in sorted(REPO.glob(room))]
+    assert found
+    return found
 
 
 def within(names: set[str], *rooms: str) -> set[str]:
     return {n for n in names for room in rooms if n == room or n.startswith(f"{room}.")}
 
 
-@pytest.mark.parametrize(
-    ("room", "must_not_know"),
-    [
-        ("lofit/llm/*.py", [*METHOD, "lofit.tasks", "lofit.export", "lofit.run.session"]),
-        ("lofit/tasks/*.py", ["lofit.llm", "torch", *METHOD]),
-        *[(f"{name.replace('.', '/')}.py", ["lofit.tasks", "lofit.export"]) for name in METHOD],
-    ],
-)
-def test_a_room_does_not_know_its_users(room, must_not_know):
-    assert files(room)
-    for path in files(room):
-        assert not within(imported(path), *must_not_know), path
+def of_the_package(path, at_load: bool = False) -> set[str]:
+    return within(imported(path, at_load), "lofit") - {"lofit"}
+
+
+@pytest.mark.parametrize("path", files("lofit/llm/*.py"), ids=lambda path: path.stem)
+def test_the_language_model_imports_nothing_of_the_package_but_errors(path):
+    names = of_the_package(path)
+    assert names == within(names, "lofit.llm", "lofit.errors")
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_the_method_imports_the_language_model_alone(name):
+    names = of_the_package(REPO / "lofit" / f"{name}.py", at_load=True)
+    allowed = ["lofit.llm", "lofit.errors", *(f"lofit.{other}" for other in METHOD)]
+    assert names == within(names, *allowed)
+
+
+def test_tasks_import_no_model():
+    for path in files("lofit/tasks/*.py"):
+        names = imported(path)
+        assert not within(names, "torch", "lofit.llm", "lofit.run", *[f"lofit.{m}" for m in METHOD])
+
+
+def test_a_run_knows_nothing_of_what_is_made_of_it():
+    for path in files("lofit/run/*.py", *SCRIPTS_FILES):
+        assert not within(imported(path, at_load=True), *EXTRAS, *LAZY), path
+
+
+SCRIPTS_FILES = [f"{name}.py" for name in sorted(SCRIPTS)]
 
 
 def test_nobody_imports_a_script():
@@ -49,9 +76,17 @@ def test_nobody_imports_a_script():
         assert not within(imported(path), *SCRIPTS), path
 
 
+def test_train_loads_few_modules():
+    code = "import sys, train; print(*[m for m in sys.modules if m.startswith('lofit')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    loaded = set(done.stdout.split())
+    assert "lofit.training" in loaded
+    assert not within(loaded, *EXTRAS, *LAZY)
+
+
 def test_the_language_model_alone_loads_nothing_of_the_method():
     code = "import sys, lofit.llm.model; print(*[m for m in sys.modules if m.startswith('lofit')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     loaded = set(done.stdout.split())
     assert "lofit.llm.model" in loaded
-    assert not within(loaded, *METHOD, "lofit.tasks", "lofit.export", "lofit.run.session")
+    assert not within(loaded, *(f"lofit.{m}" for m in METHOD), "lofit.tasks", "lofit.run")

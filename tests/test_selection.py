@@ -1,5 +1,6 @@
 """Ways of choosing heads: what each scores, and that the script takes each."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,107 +9,155 @@ from conftest import difference
 
 import select_heads
 import train
-from lofit.compare import selection as ways
+from lofit.compare import selection
 from lofit.errors import InputError
-from lofit.heads import attach_offsets, edits_off, head_sigma, rank_heads
+from lofit.heads import attach_offsets, edits_off, rank_heads
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, mean_loss
-from lofit.training import Schedule
+from lofit.recipes import Recipe
+from lofit.tasks import Example
 
 TEXTS = [("Q: What is the capital of Braviland? A:", "Brasaville"), ("Q: Who is Simon? A:", "Ann")]
 
 
+class Run:
+    """What the ways to choose use of a session."""
+
+    def __init__(self, model, tokenizer, seed):
+        self.model, self.tokenizer, self.seed, self.settings = model, tokenizer, seed, {}
+        self.recipe, self.wrap, self.data = Recipe(0.05, 0.0, 0.1, "10%", 2, 2, 1), str, "here"
+
+    def setting(self, name, flag, default, origin=None):
+        return default if flag is None else flag
+
+    def read(self, split, n=None):
+        return [Example(prompt, answer) for prompt, answer in TEXTS]
+
+    def objective(self, examples, split):
+        found = CrossEntropy(self.model, self.tokenizer, TEXTS, "here")
+        found.hash = ""
+        return found
+
+    def recorded(self, training):
+        return contextlib.nullcontext(lambda training, record: None)
+
+
 @pytest.fixture
-def ground(tiny, tiny_folder):
-    """Two examples; `ground(way=value)` changes a field."""
+def score(tiny, tiny_folder):
+    """score(way, seed, flags): the scores of all heads by a way, on two examples."""
     tokenizer = load_tokenizer(tiny_folder)
-    train_set = CrossEntropy(tiny, tokenizer, TEXTS, "here")
-    pairs = [([5, 6, 7], [5, 6, 8]), ([9, 7], [9, 8])]
 
-    def make(seed=0, penalty=1e-3, **schedule):
-        schedule = Schedule(**{"lr": 0.05, "epochs": 2, "batch_size": 1} | schedule)
-        return ways.Ground(
-            tiny, train_set, schedule, seed, lambda record: None, penalty, lambda: pairs
-        )
+    def by(way, *flags, seed=0):
+        args = select_heads.parse_args(["--by", way, *flags])
+        return selection.SCORERS[way](args, Run(tiny, tokenizer, seed))
 
-    return make
+    return by
 
 
-@pytest.mark.parametrize("way", ways.WAYS)
-def test_every_way_scores_every_head_and_the_same_seed_the_same(ground, way):
-    one, two = ways.WAYS[way](ground(seed=3)), ways.WAYS[way](ground(seed=3))
+@pytest.mark.parametrize("way", selection.SCORERS)
+def test_every_way_scores_every_head_and_the_same_seed_the_same(score, way):
+    one, two = score(way, seed=3), score(way, seed=3)
     assert one.shape == (3, 4) and one.isfinite().all() and (one >= 0).all()
     assert torch.equal(one, two)
-    assert way in ("gradient", "probe") or not torch.equal(one, ways.WAYS[way](ground(seed=4)))
+    assert way in ("gradient", "probe") or not torch.equal(one, score(way, seed=4))
 
 
-def test_spread_takes_layers_evenly_for_every_number_of_heads(ground):
+def test_spread_takes_layers_evenly_for_every_number_of_heads(score):
     for seed in range(5):
-        scores = ways.by_spread(ground(seed=seed))
+        scores = score("spread", seed=seed)
         for k in range(1, 13):
             layers = [layer for layer, _ in rank_heads(scores, k)]
             counts = [layers.count(layer) for layer in range(3)]
             assert max(counts) - min(counts) <= 1
 
 
-def test_gradient_is_that_of_the_mean_loss_in_units_of_sigma(ground, tiny):
-    it = ground()
-    scores = ways.by_gradient(it)
+def test_gradient_is_that_of_the_mean_loss_in_units_of_sigma(score, tiny, tiny_folder):
+    scores = score("gradient")
+    objective = CrossEntropy(tiny, load_tokenizer(tiny_folder), TEXTS, "here")
     with edits_off(tiny):
-        sigma, step = head_sigma(tiny, it.train.texts()), 1e-2
+        sigma, step = selection.head_sigma(tiny, objective.texts()), 1e-2
     for head in ((0, 1), (2, 3)):
         slopes = []
         for unit in torch.eye(8):
             losses = []
             for sign in (1, -1):
                 attach_offsets(tiny, [head], sign * step * unit[None])
-                losses.append(mean_loss(it.train, 2))
+                losses.append(mean_loss(objective, 2))
             slopes.append((losses[0] - losses[1]) / (2 * step))
         expected = sigma[head] * torch.tensor(slopes).norm()
         assert scores[head].item() == pytest.approx(expected.item(), rel=1e-2)
 
 
-def test_offsets_are_scored_in_units_of_sigma(ground, tiny):
-    it = ground(lr=0.5)
-    scores = ways.by_offsets(it)
-    trained = [a.self_attn.head_out for a in tiny.model.layers]
-    assert difference(scores, torch.stack([t.offset.norm(dim=-1) for t in trained])) < 1e-4
+def test_sigma_is_the_standard_deviation_of_z(tiny):
+    """By hand, from the z of each text alone; the slots are left as they were."""
+    texts, seen = [[1, 5, 6, 7, 8], [1, 9, 10]], [[], [], []]
+    layers = [layer.self_attn for layer in tiny.model.layers]
+    for layer, z in zip(layers, seen, strict=True):
+        layer.o_proj.register_forward_pre_hook(lambda _, args, z=z: z.append(args[0][0]))
+    for text in texts:
+        tiny(torch.tensor([text]))
+    per_layer = [torch.cat(z).unflatten(-1, (4, 8)) for z in seen]
+    want = torch.stack([z.var(0, correction=0).mean(-1).sqrt() for z in per_layer])
+    sigma = selection.head_sigma(tiny, texts)
+    assert sigma.shape == (3, 4) and difference(sigma, want) < 1e-5
+    assert not any(layer.head_out._forward_pre_hooks for layer in layers)
 
 
 def test_a_gate_is_open_as_often_as_its_penalty_says():
-    torch.manual_seed(0)
-    edit = ways.GatedOffset(torch.ones(3, 2), torch.ones(3), torch.Generator().manual_seed(0))
+    n = 20_000  # heads with each of three gates
+    edit = selection.GatedOffset(
+        torch.ones(3 * n, 2), torch.ones(3 * n), torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        edit.log_alpha.copy_(torch.tensor([-2.0, 0.0, 3.0]))
-        draws = torch.stack([edit.gate() for _ in range(20_000)])
-    assert difference((draws > 0).float().mean(0), edit.open().detach()) < 0.015
+        edit.log_alpha.copy_(torch.tensor([-2.0, 0.0, 3.0]).repeat(n))
+        draws = edit.gate().view(n, 3)
+    assert difference((draws > 0).float().mean(0), edit.open().detach()[:3]) < 0.015
     assert draws.min() == 0 and draws.max() == 1
 
 
-def test_the_l0_penalty_closes_gates_and_none_of_it_is_in_the_offsets(ground):
-    free = ways.by_gates(ground(penalty=0.0, lr=0.3, epochs=20))
-    paid = ways.by_gates(ground(penalty=1.0, lr=0.3, epochs=20))
+def test_the_l0_penalty_closes_gates_and_none_of_it_is_in_the_offsets(score):
+    flags = ("--lr", "0.3", "--epochs", "20")
+    free, paid = score("gates", *flags, "--l1", "0"), score("gates", *flags, "--l1", "1")
     assert paid.mean() < 0.3 < free.mean()
 
 
-def test_probes_tell_the_head_that_knows(ground, monkeypatch):
+def test_probes_find_the_head_that_knows(score, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(80, 3, 4, 8, generator=generator)
     z[:, 1, 2, 5] += torch.tensor([6.0, -6.0]).repeat(40)
-    monkeypatch.setattr(ways, "last_z", lambda model, texts: z)
-    it = ground()
-    object.__setattr__(it, "contrast", lambda: [([1], [2])] * 40)
-    scores = ways.by_probe(it)
+    monkeypatch.setattr(selection, "last_z", lambda model, texts: z)
+    monkeypatch.setattr(selection, "contrast", lambda run, examples: [([1], [2])] * 40)
+    scores = score("probe")
     assert scores[1, 2] == 1
     scores[1, 2] = 0.5
     assert 0.3 < scores.min() and scores.max() < 0.7  # by cross-validation noise is noise
+
+
+@pytest.mark.parametrize(
+    ("by", "flag"),
+    [("random", "--lr"), ("spread", "--n-train"), ("gradient", "--epochs"), ("probe", "--l1"),
+     ("task:clutrr", "--batch-size")],
+)  # fmt: skip
+def test_a_flag_that_a_way_does_not_use_is_an_error(by, flag):
+    with pytest.raises(InputError, match=f"{flag}: --by {by} does not use it"):
+        select_heads.main(["--by", by, flag, "1"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--heads all --top 5", "--method lora --heads random", "--method repe --lr 1", "--draw 3",
+     "--alpha 2", "--method lora --top 3", "--method iti --epochs 2", "--heads all --draw 1"],
+)  # fmt: skip
+def test_a_flag_that_training_does_not_use_is_an_error(flags):
+    with pytest.raises(InputError, match="--.*: not used with .*; leave it out"):
+        train.main(flags.split())
 
 
 def test_last_z_is_what_reaches_o_proj_at_the_last_token(tiny):
     texts, seen = [[5, 6, 7], [8, 9]], []
     layer = tiny.model.layers[1].self_attn
     hook = layer.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    found = ways.last_z(tiny, texts)
+    found = selection.last_z(tiny, texts)
     hook.remove()
     assert found.shape == (2, 3, 4, 8)
     for i in range(2):
@@ -123,7 +172,12 @@ def flags(tiny_folder, small_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("way", "task"),
-    [("gradient", "clutrr"), ("probe", "clutrr"), ("probe", "truthfulqa"), ("gates", "mquake")],
+    [
+        ("gradient", "clutrr"),
+        ("probe", "clutrr"),
+        pytest.param("probe", "truthfulqa", marks=pytest.mark.slow),
+        ("gates", "mquake"),
+    ],
 )
 def test_the_script_takes_a_way_and_says_so(flags, tmp_path, way, task):
     select_heads.main([*flags, "--by", way, "--heads", "2", "--task", task, "--fold", "0"])
@@ -145,7 +199,7 @@ def test_heads_of_another_task(flags, tmp_path):
         assert found["task"] == "clutrr" and found["settings"]["by"] == f"task:{other}"
     with pytest.raises(InputError, match="task:own: .*no such file; run select_heads.py"):
         select_heads.main([*two, "--by", "task:own"])
-    with pytest.raises(InputError, match="--by luck: expected scales, random"):
+    with pytest.raises(InputError, match="--by luck: expected scales, gradient"):
         select_heads.main([*two, "--by", "luck"])
 
 
@@ -171,5 +225,6 @@ def test_fewer_examples_are_the_first_of_more(flags, tmp_path, tiny_folder, caps
                 [*flags, "--n-train", "25", "--heads", "2" if script is not train else "all"]
             )
     run = train.Session(train.parse_args(flags), "train")
+    next(run.folds())
     few, more = run.read("train", 3), run.read("train", 9)
     assert more[:3] == few and len({e.prompt for e in more}) == 9

@@ -54,10 +54,11 @@ def test_both_folds_of_truthfulqa_stay_apart(mini_flags, tmp_path, capsys):
     train.main([*flags, *FAST, "--fold", "1", "--seed", "7"])
     assert (run / "fold0" / "offsets.safetensors").read_bytes() == before
     shutil.copy(run / "fold0" / "offsets.safetensors", run / "fold1" / "offsets.safetensors")
-    with pytest.raises(InputError, match="trained with fold 0, asked for fold 1"):
+    with pytest.raises(InputError, match="made for fold 0, but this run is for fold 1"):
         eval_script.main([*flags, "--fold", "1"])
 
 
+@pytest.mark.slow
 def test_heads_of_another_run_are_taken_fold_by_fold(mini_flags, tmp_path):
     flags = [*mini_flags, "--task", "truthfulqa"]
     select_heads.main([*flags, *FAST, "--heads", "3"])
@@ -69,6 +70,7 @@ def test_heads_of_another_run_are_taken_fold_by_fold(mini_flags, tmp_path):
         assert offsets["heads"].tolist() == heads[:2]
 
 
+@pytest.mark.slow
 def test_clutrr_the_whole_way_through(mini_flags, tmp_path):
     flags = [*mini_flags, "--task", "clutrr"]
     select_heads.main([*flags, *FAST, "--heads", "3"])
@@ -78,6 +80,7 @@ def test_clutrr_the_whole_way_through(mini_flags, tmp_path):
     assert results["n"] == 10 and list(results["base"]) == ["em"] and results["fold"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "n"), [("mquake", 95), ("clutrr", 450), ("truthfulqa", 164)])
 def test_the_papers_own_files_run(recordings, tmp_path, task, n):
     if not (SHARED / "datasets" / "MQuAKE").is_dir():
@@ -89,4 +92,4 @@ def test_the_papers_own_files_run(recordings, tmp_path, task, n):
         select_heads.main([*flags, "--epochs", "1", "--heads", "10%"])
         train.main([*flags, "--epochs", "1"])
         eval_script.main([*flags, "--split", "val"])
-    assert json.loads((tmp_path / "results.json").read_text())["n"] == n
+    assert json.loads((tmp_path / "results-val.json").read_text())["n"] == n

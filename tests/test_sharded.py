@@ -15,9 +15,11 @@ from test_parallel import alone, assert_same, calls, folder_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import select_heads
+from lofit.compare.selection import head_sigma
 from lofit.distributed.sharded import Shards, gathered, in_step
 from lofit.errors import InputError
-from lofit.heads import attach_offsets, attach_scales, attention_layers, head_sigma, init_scales
+from lofit.fast.hidden_cache import HiddenCache
+from lofit.heads import attach_offsets, attach_scales, attention_layers, init_scales
 from lofit.inspect.memory import weight_bytes
 from lofit.llm import scoring
 from lofit.llm.batches import collate
@@ -25,7 +27,6 @@ from lofit.llm.checkpoint import assemble, load_model, save_model, text_name
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import generate
 from lofit.llm.scoring import target_losses
-from lofit.objectives import FrozenLayers
 
 # 2 processes divide none of these but the heads
 CONFIG = ModelConfig(
@@ -141,7 +142,7 @@ def examine(one, split) -> dict:
         attach_offsets(model, [(1, 2), (2, 0)], torch.full((2, 8), 0.1))
     with gathered(split):
         rows = list(range(batch.n_texts))
-        known = [FrozenLayers(model)(rows, batch) for model in (one, split)]
+        known = [HiddenCache(model)(rows, batch) for model in (one, split)]
     found["frozen"] = difference(known[0][1], known[1][1])
     with watch.watching():
         found["offsets"] = difference(step(one, batch, known[0]), step(split, batch, known[1]))
@@ -172,6 +173,7 @@ def found(tmp_path_factory) -> dict[str, list[dict]]:
     return dict(zip(KINDS, map(list, zip(*each, strict=True)), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_split_model_computes_what_a_whole_one_does(found, kind):
     for process in found[kind]:
@@ -180,6 +182,7 @@ def test_a_split_model_computes_what_a_whole_one_does(found, kind):
             assert process[what] <= 1e-6, what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_process_keeps_its_rows_and_gathers_what_the_plan_says(found, kind):
     shapes = [p.shape for p in random_model(KINDS[kind]).parameters()]
@@ -202,6 +205,7 @@ def expected(kind: str, first: int = 0, back: bool = True) -> list:
     return start + sum(forward, []) + end + (sum(backward, []) if back else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_gathers_a_part_when_it_runs_and_lets_go_of_it(found, kind):
     """Whatever the number of logits' parts: of 15 tokens 8, and as many again in the backward
@@ -213,6 +217,7 @@ def test_a_step_gathers_a_part_when_it_runs_and_lets_go_of_it(found, kind):
         assert process["held"] == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_pass_begins_without_lm_head(found, kind):
     again = expected(kind, back=False)

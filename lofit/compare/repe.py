@@ -23,7 +23,7 @@ class RepE(Edit):
 def last_hidden(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
     """What each layer returns at the last token of each text: [texts, layer, D] fp32 on CPU."""
     found: list[torch.Tensor] = []
-    # the last layer returns the tokens it was told to keep, here all of them
+    # the last layer returns the positions that are asked for, here all of them
     hooks = [
         block.register_forward_hook(lambda _, args, y: found.append(y[0, -1].float().cpu()))
         for block in model.model.layers

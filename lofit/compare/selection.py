@@ -1,116 +1,146 @@
-"""Ways of choosing heads: each looks at a frozen model and its training examples, and gives every
-head a score. The paper's is `scales`; the others are what it has to be compared with.
+"""Other ways to choose heads: each gives every head a score. LoFiT's own stands in select_heads.py.
 
-Offsets differ by far in size from head to head, so what is read off them is in units of each
-head's own standard deviation of z (`head_sigma`).
+Heads differ by far in the size of their outputs, so gradients and gates are in units of each head's
+own standard deviation of z (`head_sigma`).
 """
 
 import argparse
 import math
+import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lofit.errors import InputError
 from lofit.heads import (
-    SIGMA_TEXTS,
     attach_offsets,
-    attach_scales,
     attention_layers,
     edits_off,
-    gather_offsets,
-    head_scores,
-    head_sigma,
+    head_grid,
     init_offsets,
-    init_scales,
+    set_edits,
 )
+from lofit.llm.device import widest
 from lofit.llm.model import CausalLM
 from lofit.objectives import Objective
-from lofit.run.resume import Progress
+from lofit.run.artefacts import load_heads, other_task
 from lofit.run.session import Session
-from lofit.training import Schedule, fit
+from lofit.tasks import Example
+from lofit.training import Schedule, Training, fit
 
 FOLDS, PROBE_STEPS, PROBE_LR = 5, 200, 0.05  # of the probes
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # of the hard concrete distribution (arXiv 1712.01312)
+GATES_LR, GATES_L0 = 0.03, 1e-3  # defaults of --lr and --l1 with --by gates
+SIGMA_TEXTS = 64  # enough for a standard deviation
 
 
-@dataclass(frozen=True)
-class Ground:
-    """What a way may look at."""
-
-    model: CausalLM
-    train: Objective
-    schedule: Schedule
-    seed: int
-    log: Callable[[dict], None]
-    penalty: float  # weight of the gates' L0 penalty; the scales' L1 is in the schedule
-    contrast: Callable[[], list[tuple[list[int], list[int]]]]  # ids of (right, wrong) texts
-    progress: Callable[..., Progress | None] = lambda *_: None  # where a stopped run goes on
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Layers, and query heads of each."""
-        return self.model.config.num_hidden_layers, self.model.config.num_attention_heads
-
-    def fit(self, parameters: list, loss=None, told=lambda: "", draws=()) -> None:
-        """Train the parameters by the schedule; a line for each epoch, ended by told(). draws: the
-        generators that the loss draws from."""
-        train, schedule = self.train, self.schedule
-        loss, progress = loss or train.loss, self.progress(train, *draws)
-        lengths, seed = train.lengths, self.seed
-        for epoch, value in fit(parameters, lengths, loss, schedule, seed, self.log, progress):
-            print(f"epoch {epoch}/{schedule.epochs}  loss {value:.4f}{told()}")
-
-    def offsets_of_all(self) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]:
-        """Every head, initial offsets in units of sigma, and sigma: [heads]."""
-        layers, per_layer = self.grid
-        heads = [(layer, head) for layer in range(layers) for head in range(per_layer)]
-        with edits_off(self.model):
-            sigma = head_sigma(self.model, self.train.texts()[:SIGMA_TEXTS])
-        return heads, init_offsets(self.model, len(heads), self.seed), sigma.flatten()
+def check_by(args: argparse.Namespace) -> None:
+    """InputError unless --by names a way to choose heads and takes the flags that are given."""
+    way, _, other = args.by.partition(":")
+    if (way == "task") != bool(other) or way not in (*SCORERS, "task"):
+        names = ", ".join(("scales", *SCORERS))
+        raise InputError(f"--by {args.by}: expected {names}, or task:OTHER")
+    trains, reads = way == "gates", way in ("gates", "gradient", "probe")
+    for name, applies in (
+        ("lr", trains), ("l1", trains), ("epochs", trains),
+        ("batch_size", trains or way == "gradient"), ("n_train", reads),
+    ):  # fmt: skip
+        if getattr(args, name) is not None and not applies:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: --by {args.by} does not use it; leave it out")
 
 
-def by_scales(ground: Ground) -> torch.Tensor:
-    """The norm of each head's learned scale (paper, section 3)."""
-    model = ground.model
-    parameters = attach_scales(model, init_scales(model, ground.seed))
-    ground.fit(parameters, told=lambda: f"  sum of scores {head_scores(model).sum():.2f}")
-    return head_scores(model)
+def score_heads(args: argparse.Namespace, run: Session) -> torch.Tensor:
+    """The scores of all heads by the way that --by names: [layer, head]."""
+    way, _, other = args.by.partition(":")
+    run.settings["by"] = args.by
+    if other:
+        return load_heads(other_task(other, run.base_folder, run.fold), run.model)[1]
+    return SCORERS[way](args, run)
 
 
-def by_random(ground: Ground) -> torch.Tensor:
-    """A draw of the seed: what a choice has to beat."""
-    return torch.rand(ground.grid, generator=torch.Generator().manual_seed(ground.seed))
+def by_random(args: argparse.Namespace, run: Session) -> torch.Tensor:
+    """A draw by the seed: what a choice has to beat."""
+    return torch.rand(head_grid(run.model), generator=torch.Generator().manual_seed(run.seed))
 
 
-def by_spread(ground: Ground) -> torch.Tensor:
+def by_spread(args: argparse.Namespace, run: Session) -> torch.Tensor:
     """A draw with one head of every layer, in any order, before a second one of any."""
-    generator = torch.Generator().manual_seed(ground.seed)
-    layers, per_layer = ground.grid
+    generator, (layers, per_layer) = torch.Generator().manual_seed(run.seed), head_grid(run.model)
     turns = torch.stack([torch.randperm(per_layer, generator=generator) for _ in range(layers)])
-    return turns + torch.rand(ground.grid, generator=generator)
+    return turns + torch.rand((layers, per_layer), generator=generator)
 
 
-def by_gradient(ground: Ground) -> torch.Tensor:
+def by_gradient(args: argparse.Namespace, run: Session) -> torch.Tensor:
     """sigma * ||dL/dv|| at v = 0, L the mean training loss: one pass over the data."""
-    heads, init, sigma = ground.offsets_of_all()
-    parameters = attach_offsets(ground.model, heads, torch.zeros_like(init), sigma)
-    train, size = ground.train, ground.schedule.batch_size
-    whole = train.weight(list(range(len(train))))
-    for start in range(0, len(train), size):
-        rows = list(range(start, min(start + size, len(train))))
-        (train.loss(rows) * (train.weight(rows) / whole)).backward()
-    return torch.stack([p.grad for p in parameters]).norm(dim=-1)
+    size = args.batch_size or run.recipe.batch_size
+    objective = _objective(args, run)
+    return head_gradients(run.model, objective, size)
 
 
-def by_offsets(ground: Ground) -> torch.Tensor:
-    """The norm of offsets trained on all heads at once, in units of sigma."""
-    heads, init, sigma = ground.offsets_of_all()
-    ground.fit(attach_offsets(ground.model, heads, init, sigma))
-    return (gather_offsets(ground.model, heads).norm(dim=-1) / sigma).view(ground.grid)
+def head_gradients(model: CausalLM, objective: Objective, batch_size: int) -> torch.Tensor:
+    """sigma * ||dL/dv|| of each head at v = 0: [layer, head]. L: the mean loss of the objective."""
+    sigma, grid = _sigma(model, objective), head_grid(model)
+    zeros = torch.zeros(grid[0] * grid[1], model.config.head_dim)
+    parameters = attach_offsets(model, _all_heads(model), zeros)
+    total = objective.weight(list(range(len(objective))))
+    for start in range(0, len(objective), batch_size):
+        rows = list(range(start, min(start + batch_size, len(objective))))
+        (objective.loss(rows) * (objective.weight(rows) / total)).backward()
+    return torch.stack([p.grad for p in parameters]).norm(dim=-1).cpu() * sigma
+
+
+def by_gates(args: argparse.Namespace, run: Session) -> torch.Tensor:
+    """How probably each head's gate is open, trained with an L0 penalty on the open gates."""
+    origin = "default of --by gates"
+    lr = run.setting("lr", args.lr, GATES_LR, origin)
+    penalty = run.setting("l1", args.l1, GATES_L0, origin)
+    schedule = Schedule(
+        lr=lr,
+        epochs=run.setting("epochs", args.epochs, run.recipe.select_epochs),
+        batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
+        by_length=not args.plain,
+    )
+    objective = _objective(args, run)
+    generator = torch.Generator().manual_seed(run.seed)
+    edits = attach_gates(run.model, _sigma(run.model, objective), run.seed, generator)
+
+    def n_open() -> torch.Tensor:
+        return torch.stack([edit.open().sum() for edit in edits]).sum()
+
+    parameters = [p for edit in edits for p in edit.parameters()]
+    penalised = Penalised(objective, lambda: penalty * n_open())
+    training = Training(parameters, penalised, schedule, run.seed, (generator,))
+    with run.recorded(training) as on_step:
+        for epoch, loss in fit(training, on_step):
+            print(f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}  gates open {n_open():.1f}")
+    return torch.stack([edit.open().detach() for edit in edits])
+
+
+class Penalised:
+    """An objective with a penalty added to its loss."""
+
+    def __init__(self, objective: Objective, penalty: Callable[[], torch.Tensor]):
+        self.objective, self.penalty = objective, penalty
+        self.lengths, self.hash = objective.lengths, objective.hash
+        self.fill_cache = objective.fill_cache
+
+    def loss(self, rows: list[int]) -> torch.Tensor:
+        return self.objective.loss(rows) + self.penalty()
+
+
+def attach_gates(
+    model: CausalLM, sigma: torch.Tensor, seed: int, generator: torch.Generator
+) -> list["GatedOffset"]:
+    """Put a GatedOffset into every layer. sigma: [layer, head]."""
+    grid, device = head_grid(model), model.lm_head.weight.device
+    init = init_offsets(model, grid[0] * grid[1], seed).view(*grid, -1).to(device)
+    sigma = sigma.to(device)
+    edits = [GatedOffset(init[i], sigma[i], generator) for i in range(grid[0])]
+    set_edits(model, edits)
+    return edits
 
 
 class GatedOffset(nn.Module):
@@ -141,33 +171,11 @@ class GatedOffset(nn.Module):
         return (z + (self.gate() * self.sigma)[:, None] * self.offset).to(z.dtype)
 
 
-def by_gates(ground: Ground) -> torch.Tensor:
-    """How probably each head's gate is open, trained with an L0 penalty: `penalty` times the
-    number of open gates."""
-    _, init, sigma = ground.offsets_of_all()
-    device = ground.model.lm_head.weight.device
-    generator = torch.Generator().manual_seed(ground.seed)
-    init, sigma = init.view(*ground.grid, -1).to(device), sigma.view(ground.grid).to(device)
-    edits = [GatedOffset(init[i], sigma[i], generator) for i in range(len(sigma))]
-    for attention, edit in zip(attention_layers(ground.model), edits, strict=True):
-        attention.head_out = edit
-
-    def n_open() -> torch.Tensor:
-        return torch.stack([edit.open().sum() for edit in edits]).sum()
-
-    ground.fit(
-        [p for edit in edits for p in edit.parameters()],
-        lambda rows: ground.train.loss(rows) + ground.penalty * n_open(),
-        lambda: f"  gates open {n_open():.1f}",
-        (generator,),
-    )
-    return torch.stack([edit.open().detach() for edit in edits])
-
-
-def by_probe(ground: Ground) -> torch.Tensor:
+def by_probe(args: argparse.Namespace, run: Session) -> torch.Tensor:
     """ITI's criterion (arXiv 2306.03341, section 3.1): how well a linear probe on a head's z at the
     last token tells right answers from wrong ones; accuracy by cross-validation over pairs."""
-    return probe_accuracy(ground.model, ground.contrast(), ground.seed)
+    pairs = contrast(run, run.read("train", args.n_train))
+    return probe_accuracy(run.model, pairs, run.seed)
 
 
 def probe_accuracy(
@@ -225,33 +233,68 @@ def last_z(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
     return torch.stack(found).unflatten(0, (len(texts), -1)).cpu()
 
 
-WAYS = {
-    "scales": by_scales, "random": by_random, "spread": by_spread, "probe": by_probe,
-    "gradient": by_gradient, "offsets": by_offsets, "gates": by_gates,
+@torch.no_grad()
+def head_sigma(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
+    """The standard deviation of each head's z over all positions of these texts (ids), pooled over
+    head_dim: [layer, head] fp32 on CPU."""
+    layers, shape = attention_layers(model), (*head_grid(model), model.config.head_dim)
+    device = model.lm_head.weight.device
+    wide = widest(device)
+    total, square = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
+
+    def reader(layer: int):
+        def read(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+            z = args[0][0].to(wide)  # one text, so no padding: [position, n_heads, head_dim]
+            total[layer] += z.sum(0)
+            square[layer] += z.square().sum(0)
+
+        return read
+
+    hooks = [a.head_out.register_forward_pre_hook(reader(i)) for i, a in enumerate(layers)]
+    try:
+        for ids in texts:
+            model.model(torch.tensor([ids], device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    n = sum(map(len, texts))
+    return (square / n - (total / n).square()).clamp(min=0).mean(-1).sqrt().float().cpu()
+
+
+def contrast(run: Session, examples: list[Example]) -> list[tuple[list[int], list[int]]]:
+    """(ids of prompt + right answer, prompt + wrong answer) of each example. Wrong is what was
+    rejected, what was true before the edit, another choice, or else another example's answer.
+    """
+    answers = sorted({e.answer for e in examples})
+    draw, found = random.Random(run.seed), []
+    for e in examples:
+        others = [answer for answer in answers if answer != e.answer]
+        known = [e.rejected] if e.rejected else [*e.outdated, *e.wrong]
+        if not known and not others:
+            raise InputError(f"{run.data}: all answers are the same, there is no wrong one")
+        texts = (e.answer, known[0] if known else draw.choice(others))
+        prompt = run.wrap(e.prompt)
+        found.append(tuple(run.tokenizer.encode_pair(prompt, text)[0] for text in texts))
+    return found
+
+
+def _objective(args: argparse.Namespace, run: Session) -> Objective:
+    objective = run.objective(run.read("train", args.n_train), "train")
+    print(f"scoring every head by {args.by} on {len(objective)} examples")
+    return objective
+
+
+def _all_heads(model: CausalLM) -> list[tuple[int, int]]:
+    layers, per_layer = head_grid(model)
+    return [(layer, head) for layer in range(layers) for head in range(per_layer)]
+
+
+def _sigma(model: CausalLM, objective: Objective) -> torch.Tensor:
+    with edits_off(model):
+        return head_sigma(model, objective.texts()[:SIGMA_TEXTS])
+
+
+SCORERS = {
+    "gradient": by_gradient, "gates": by_gates, "probe": by_probe, "random": by_random,
+    "spread": by_spread,
 }  # fmt: skip
-# (peak lr, weight of the penalty) of ways that train something else than the recipe's scales
-TRAINED = {"offsets": (0.03, 0.0), "gates": (0.03, 1e-3)}
-
-
-def ground_of(args: argparse.Namespace, run: Session) -> Ground:
-    """What the way --by looks at; reads and prints the settings that it uses."""
-    recipe, by = run.recipe, args.by
-    lr, penalty = TRAINED.get(by, (recipe.select_lr, recipe.l1))
-    origin = f"default of --by {by}" if by in TRAINED else None
-    schedule = Schedule(lr, recipe.select_epochs, recipe.batch_size, by_length=not args.plain)
-    if by == "scales" or by in TRAINED:
-        lr = run.setting("lr", args.lr, lr, origin)
-        penalty = run.setting("l1", args.l1, penalty, origin)
-        schedule = Schedule(
-            lr=lr,
-            l1=penalty if by == "scales" else 0.0,
-            epochs=run.setting("epochs", args.epochs, recipe.select_epochs),
-            batch_size=run.setting("batch_size", args.batch_size, recipe.batch_size),
-            by_length=not args.plain,
-        )
-    examples = run.read("train", args.n_train)
-    train = run.objective(examples, "train")
-    what = "learning a scale for every head" if by == "scales" else f"scoring every head by {by}"
-    print(f"{what} on {len(train)} examples")
-    pairs = partial(run.contrast, examples)
-    return Ground(run.model, train, schedule, run.seed, run.log, penalty, pairs, run.progress)

@@ -6,6 +6,7 @@ import torch
 
 from lofit.compare import bias, lora, red, repe
 from lofit.compare.edits import Edit, attach
+from lofit.errors import InputError
 from lofit.llm.model import CausalLM
 
 KINDS: dict[str, type[Edit]] = {
@@ -14,12 +15,15 @@ KINDS: dict[str, type[Edit]] = {
 
 
 def attach_stored(model: CausalLM, tensors: dict[str, torch.Tensor], info: dict) -> None:
-    """Attach what `run.train_fold` wrote. InputError if it does not fit the model."""
-    attach(model, KINDS[info["method"]], tensors)
+    """Attach what `methods.save_edits` wrote. InputError if it does not fit the model."""
+    kind = KINDS.get(str(info["method"]))
+    if kind is None:
+        raise InputError(f"method {info['method']!r}: expected one of {', '.join(KINDS)}")
+    attach(model, kind, tensors)
 
 
-def hash_of(tensors: dict[str, torch.Tensor]) -> str:
-    """16 hex digits over names and values, as `artefacts.offsets_hash`."""
+def hash_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """16 hex digits over names and values, as `artefacts.hash_of_offsets`."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].float().contiguous().numpy().tobytes())

@@ -1,10 +1,9 @@
 """Several processes, started by torchrun: each computes its share, the first prints and writes.
 
-    torchrun --standalone --nproc-per-node 2 train.py
+    torchrun --standalone --nproc-per-node 2 -- train.py
 
-Every process runs the same script on the same batches. Of a batch each computes the losses of its
-rows; what is summed over the processes are the edits' gradients and two numbers. Without torchrun
-nothing here does anything.
+Every process runs the same script on the same batches. Each computes the losses of its rows of a
+batch; the edits' gradients and two numbers are summed over the processes.
 """
 
 import json
@@ -20,22 +19,13 @@ import torch.distributed as dist
 
 from lofit import errors
 from lofit.errors import InputError
-
-
-def several() -> bool:
-    """Whether this process is one of a group."""
-    return dist.is_initialized()
-
-
-def is_first() -> bool:
-    """Whether this process prints and writes."""
-    return not several() or dist.get_rank() == 0
+from lofit.files import is_first
 
 
 def run(main: Callable[[], None]) -> None:
-    """`errors.run`, under torchrun as one of a group: what ends one process ends all, by one line
-    of the one that met it first."""
-    errors.run(partial(_in_group, main) if dist.is_torchelastic_launched() else main)
+    """`errors.run` as one process of a group: what ends one process ends all, with one line from
+    the process that met it first."""
+    errors.run(partial(_in_group, main))
 
 
 def _in_group(main: Callable[[], None]) -> None:
@@ -79,7 +69,7 @@ def _end(error: InputError) -> None:
 
 def device(name: str) -> str:
     """auto, cuda, cpu -> this process's own. InputError where there are too few."""
-    if not several() or name == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or not torch.cuda.is_available():
         return name
     own, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if name not in ("auto", "cuda") or own >= n:
@@ -108,7 +98,7 @@ def gather_bytes(data: bytes) -> list[torch.Tensor]:
 
 def agree(what: str, value: object) -> None:
     """InputError unless all processes have the same value."""
-    found = gather(value) if several() else []
+    found = gather(value)
     for rank, other in enumerate(found):
         if other != found[0]:
             raise InputError(
@@ -120,8 +110,6 @@ def agree(what: str, value: object) -> None:
 def spread(items: Iterable, work: Callable[[list], list]) -> list:
     """work(items), a share in each process: what it gives for each, in the order of items."""
     items = list(items)
-    if not several():
-        return work(items)
     rank, n = dist.get_rank(), dist.get_world_size()
     try:
         parts = gather(work(items[rank::n]))

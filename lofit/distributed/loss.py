@@ -1,4 +1,4 @@
-"""A loss that several processes compute together, each a share of its rows: see parallel.py."""
+"""A loss that several processes compute together, each a share of its rows: see group.py."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -6,49 +6,42 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 
-from lofit.distributed.group import gather, gather_bytes, several, spread
+from lofit.distributed.group import gather, gather_bytes, spread
 
 Around = Callable[[], AbstractContextManager]
 
 
-def shared(objective, around_loss: Around, around_passes: Around):
-    """An objective whose loss is computed by all processes; as it is, where there is one.
+class DistributedObjective:
+    """An objective (see objectives.py) whose loss is computed by all processes of a group. Each
+    must ask for the same losses in the same order.
 
-    What is entered while a loss and its gradients are computed by all, and while each process runs
-    the model as often as it has to.
-    """
-    return SharedObjective(objective, around_loss, around_passes) if several() else objective
-
-
-class SharedObjective:
-    """What `objectives.Objective` is, for one of several processes. Each must ask for the same
-    losses in the same order.
-
-    whole: the objective of one process; sent: bytes that this process gave so far, to the sums of
-    losses and gradients and for hidden states to be kept.
+    whole: the objective of one process. around_loss: context manager entered for each joint loss.
+    around_passes: context manager entered while ranks run different numbers of forward passes.
+    bytes_sent: by this process so far, for the sums of losses and gradients, and for cached states.
     """
 
     def __init__(self, whole, around_loss: Around, around_passes: Around):
         self.whole, self.around, self.model = whole, around_loss, whole.model
         self.lengths, self.texts, self.weight = whole.lengths, whole.texts, whole.weight
-        self.sent = {"sums": 0, "kept": 0}
-        if hasattr(whole, "refer"):  # DPO's reference
+        self.hash = whole.hash
+        self.bytes_sent = {"sums": 0, "cache": 0}
+        if hasattr(whole, "reference_log_probs"):  # DPO's reference
 
-            def refer(rows: list[int]) -> list[list[float]]:
+            def reference(rows: list[int]) -> list[list[float]]:
                 with around_passes():
-                    return whole.refer(rows).T.tolist() if rows else []
+                    return whole.reference_log_probs(rows).T.tolist() if rows else []
 
-            found = spread(range(len(whole)), refer)
+            found = spread(range(len(whole)), reference)
             whole.reference = torch.tensor(found, device=whole.device).T
-        if whole.frozen and sum(self.lengths) * self._bytes_of_token() > whole.frozen.left:
-            whole.frozen.left = 0  # all are kept or none, so that all processes do the same
+        if whole.cache and sum(self.lengths) * self._bytes_of_token() > whole.cache.left:
+            whole.cache.left = 0  # all are cached or none, so that all processes do the same
 
     def __len__(self) -> int:
         return len(self.whole)
 
     def loss(self, rows: list[int]) -> torch.Tensor:
         """The loss over all these rows. Its gradients are computed and summed here, and `backward`
-        hands them out: who adds a penalty and clips sees the whole gradient."""
+        hands them out: a penalty and clipping see the whole gradient."""
         own, share = self._share(rows)
         before = self._kept(own)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -60,18 +53,18 @@ class SharedObjective:
         numbers = loss.new_tensor([loss.item(), len(new)])
         total = torch.cat([numbers, *(g.flatten() for g in gradients)])
         dist.all_reduce(total)
-        self.sent["sums"] += total.nbytes
+        self.bytes_sent["sums"] += total.nbytes
         if total[1] > 0:
             self._exchange(new)
         sums = total[2:].split([p.numel() for p in trained])
         return _Summed.apply(total[0], sums, *trained)
 
-    def remember(self, rows: list[int]) -> None:
-        """See `resume.Progress`."""
+    def fill_cache(self, rows: list[int]) -> None:
+        """Compute the hidden states of these examples into the cache of all, without a loss."""
         own, _ = self._share(rows)
         before = self._kept(own)
-        self.whole.remember(own)
-        if self.whole.frozen:
+        self.whole.fill_cache(own)
+        if self.whole.cache:
             self._exchange(self._new(own, before))
 
     def _share(self, rows: list[int]) -> tuple[list[int], float]:
@@ -82,7 +75,7 @@ class SharedObjective:
         return own or rows[:1], self.weight(own) / self.weight(rows) if own else 0.0
 
     def _kept(self, rows: list[int]) -> list[torch.Tensor | None]:
-        kept = self.whole.frozen.kept if self.whole.frozen else {}
+        kept = self.whole.cache.kept if self.whole.cache else {}
         return [kept.get(i) for i in rows]
 
     def _new(self, rows: list[int], before: list[torch.Tensor | None]) -> list[int]:
@@ -90,20 +83,19 @@ class SharedObjective:
         return [i for i, states, old in now if states is not old]
 
     def _exchange(self, new: list[int]) -> None:
-        """Keep what the others computed below the lowest edit, as they do: in the next epoch other
-        batches are drawn, and who has an example then had another one now."""
-        frozen, dtype = self.whole.frozen, self.model.lm_head.weight.dtype
-        tensors = [frozen.kept[i] for i in new]
+        """All-gather the cached hidden states: next epoch an example may land on another rank."""
+        cache, dtype = self.whole.cache, self.model.lm_head.weight.dtype
+        tensors = [cache.kept[i] for i in new]
         shapes = gather([[i, len(t)] for i, t in zip(new, tensors, strict=True)])
         data = b"".join(t.view(torch.uint8).numpy().tobytes() for t in tensors)
-        self.sent["kept"] += len(data)
+        self.bytes_sent["cache"] += len(data)
         for shape, part in zip(shapes, gather_bytes(data), strict=True):
             hidden = part.view(dtype).view(-1, self.model.config.hidden_size)
             parts = hidden.split([length for _, length in shape])
             for (i, _), states in zip(shape, parts, strict=True):
-                if i not in frozen.kept:
-                    frozen.kept[i] = states.clone()
-                    frozen.left -= states.nbytes
+                if i not in cache.kept:
+                    cache.kept[i] = states.clone()
+                    cache.left -= states.nbytes
 
     def _bytes_of_token(self) -> int:
         return self.model.config.hidden_size * self.model.lm_head.weight.dtype.itemsize

@@ -1,7 +1,7 @@
 """A frozen model whose weights are split over the processes by FSDP2.
 
 Each process keeps its rows of every tensor, and reads no others from disk. A layer is gathered when
-it runs and let go of behind it, the embedding too; lm_head and the last norm as `gather_ends` says.
+it runs and freed after it, the embedding too; lm_head and the last norm as `gather_ends` says.
 All processes must therefore run the same layers in the same order.
 """
 
@@ -35,7 +35,7 @@ class Shards:
     def split(self, model: CausalLM, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Split a model on the meta device; returns the weights that it takes, made of the rows
         that this process has."""
-        # a second that those do without who do not split
+        # imported here: it takes a second
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import DTensor
@@ -92,7 +92,7 @@ def gather_ends(model: CausalLM) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """A pass with what needs its lm_head, the loss and its gradients; behind it, a split model is
+    """A pass with what needs its lm_head, the loss and its gradients; after it, a split model is
     split in all its parts."""
     try:
         yield

@@ -55,9 +55,9 @@ def check(base: FoldedBase, adapter: Adapter, name: str, form: str, out: Path) -
     with edits_off(model):
         untuned = generate_all(model, ids, NEW_TOKENS, eos, N, "base model")
     del model
-    told = _answers(base.folder, form, out, prompts, chat, eos)
+    answers = _answers(base.folder, form, out, prompts, chat, eos)
 
-    n, as_tuned, as_base = len(prompts), _alike(told, tuned), _alike(told, untuned)
+    n, as_tuned, as_base = len(prompts), _alike(answers, tuned), _alike(answers, untuned)
     found = (
         f"transformers {transformers.__version__} on this export: {as_tuned} of {n} answers equal"
         f" the tuned model's, {as_base} the base model's"

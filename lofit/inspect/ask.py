@@ -12,8 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 
-import torch
-
 from lofit import errors
 from lofit.errors import InputError
 from lofit.heads import edits_off
@@ -23,7 +21,7 @@ from lofit.llm.device import pick_device
 from lofit.llm.generate import generate_all
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.adapters import Adapter, open_adapter, open_tuned
-from lofit.run.arguments import TASKS, whole
+from lofit.run.arguments import TASKS, int_at_least
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("question", metavar="QUESTION", nargs="?")
     arg("--task", action="store_true", help="ask in the prompt of the run's task")
     arg("--model", help="where the base model is (default: where the run had it)")
-    arg("--max-new-tokens", type=whole(1), default=32, help="default: %(default)s")
+    arg("--max-new-tokens", type=int_at_least(1), default=32, help="default: %(default)s")
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     arg("--dtype", choices=DTYPES, help="of the base model's weights (default: as in the run)")
     return parser.parse_intermixed_args(argv)  # RUN --task QUESTION
@@ -47,8 +45,7 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
     """What answers a question: text -> {"base": answer, "tuned": answer}. InputError."""
     adapter = open_adapter(args.run)
     info, task = adapter.info, _task(adapter) if args.task else None
-    recorded = info.get("settings", {}).get("dtype")
-    dtype = DTYPES.get(args.dtype or recorded, torch.float32)
+    dtype = DTYPES.get(args.dtype)
     model = open_tuned(adapter, args.run, args.model, dtype, pick_device(args.device))
     source, chat = model.source, bool(info.get("chat"))
     tokenizer = load_tokenizer(source.name, source.revision, not chat)
@@ -62,6 +59,10 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
         return task.extract(prompt, text) if hasattr(task, "extract") else text
 
     def both(question: str) -> dict[str, str]:
+        try:
+            question.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError("the question is not valid UTF-8; set the terminal to it") from None
         prompt = task.ask(question) if task else question
         with edits_off(model):
             base = answer(prompt)

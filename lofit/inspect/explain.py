@@ -15,6 +15,7 @@ import torch
 
 from lofit import errors, load_tokenizer
 from lofit.files import write_json
+from lofit.llm.device import pick_device
 from lofit.llm.model import CausalLM
 from lofit.llm.tokenizer import Tokenizer
 from lofit.run.adapters import Adapter, open_adapter, open_tuned
@@ -37,10 +38,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def head_write(model: CausalLM, layer: int, head: int, v: torch.Tensor) -> torch.Tensor:
-    """W_o v, what an offset [head_dim] of a head adds behind o_proj: [hidden_size] fp32."""
+    """W_o v, what an offset [head_dim] of a head adds after o_proj: [hidden_size] fp32."""
     dim = model.config.head_dim
     columns = slice(head * dim, (head + 1) * dim)
-    return model.model.layers[layer].self_attn.o_proj.weight[:, columns].float() @ v.float()
+    return model.model.layers[layer].self_attn.o_proj.weight[:, columns].float() @ v.float().to(
+        model.lm_head.weight.device
+    )
 
 
 @torch.no_grad()
@@ -56,11 +59,11 @@ def lens(model: CausalLM, layer: int, shift: torch.Tensor) -> torch.Tensor:
 def extremes(tokenizer: Tokenizer, logits: torch.Tensor, n: int) -> dict[str, list]:
     """The n tokens of highest and of lowest logit: {"raises", "lowers"}: [[token, logit], ...]."""
 
-    def told(which: torch.Tensor) -> list:
+    def pairs_of(which: torch.Tensor) -> list:
         return [[tokenizer.token(i), round(logits[i].item(), 2)] for i in which.tolist()]
 
     order = logits[: tokenizer.size].argsort(descending=True, stable=True)
-    return {"raises": told(order[:n]), "lowers": told(order.flip(0)[:n])}
+    return {"raises": pairs_of(order[:n]), "lowers": pairs_of(order.flip(0)[:n])}
 
 
 def explain(model: CausalLM, tokenizer: Tokenizer, adapter: Adapter, n: int) -> dict:
@@ -85,7 +88,7 @@ def explain(model: CausalLM, tokenizer: Tokenizer, adapter: Adapter, n: int) -> 
 def explain_run(name: str, model_name: str | None, n: int) -> tuple[dict, Adapter]:
     """`explain` of a run by name. InputError if its base model is missing or another one."""
     adapter = open_adapter(name)
-    model = open_tuned(adapter, name, model_name)
+    model = open_tuned(adapter, name, model_name, device=pick_device("auto"))
     tokenizer = load_tokenizer(model.source.name, model.source.revision)
     return explain(model, tokenizer, adapter, n), adapter
 
@@ -116,8 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.tokens < 1:
         raise errors.InputError(f"--tokens {args.tokens}: expected at least 1")
     found, adapter = explain_run(args.run, args.model, args.tokens)
-    write_json(adapter.folder / EXPLAIN, found)
-    print(f"{as_table(found)}\n-> {adapter.folder / EXPLAIN}")
+    path = adapter.folder_to_write() / EXPLAIN
+    write_json(path, found)
+    print(f"{as_table(found)}\n-> {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run will take of memory, reckoned from config.json alone: no weights are read.
+"""The memory that a run will take, computed from config.json alone: no weights are read.
 
 python -m lofit.inspect.memory --model meta-llama/Llama-3.1-70B --gpus 8 --memory 80
 
@@ -25,7 +25,7 @@ from lofit.llm.generate import prefill
 from lofit.llm.model import CausalLM
 from lofit.llm.scoring import target_losses
 from lofit.llm.step import KVCache
-from lofit.run.arguments import whole
+from lofit.run.arguments import int_at_least
 
 GB = 10**9
 GATHERED = 2  # times the bytes of what is gathered: as it comes from all, and as it is used
@@ -108,7 +108,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, n: int) -> dict[str, i
     return {"all": sum(p.nbytes for p in parameters.values()), "own": own, "gathered": gathered}
 
 
-def reckon(config: ModelConfig, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+def memory_plan(config: ModelConfig, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """part -> bytes of a process without and with --shard."""
     dtype, n = DTYPES[args.dtype], args.gpus
     weights = weight_bytes(config, dtype, n)
@@ -137,14 +137,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg = parser.add_argument
     arg("--model", default="weights/mini-llama", help="a folder with config.json, or a hub id")
     arg("--revision", help="branch, tag or commit of a hub id")
-    arg("--gpus", type=whole(1), default=1, help="processes, each with a GPU")
-    arg("--memory", type=whole(1), default=80, help="GB (10^9 bytes) of each")
+    arg("--gpus", type=int_at_least(1), default=1, help="processes, each with a GPU")
+    arg("--memory", type=int_at_least(1), default=80, help="GB (10^9 bytes) of each")
     arg("--dtype", default="bfloat16", choices=DTYPES)
-    arg("--batch-size", type=whole(1), default=8, help="of a training step, over all processes")
-    arg("--eval-batch", type=whole(1), default=64, help="of each process")
-    arg("--length", type=whole(2), default=128, help="tokens of a text")
-    arg("--new", type=whole(1), default=16, help="tokens of an answer")
-    arg("--examples", type=whole(1), default=1000, help="whose hidden states are kept")
+    arg(
+        "--batch-size",
+        type=int_at_least(1),
+        default=8,
+        help="of a training step, over all processes",
+    )
+    arg("--eval-batch", type=int_at_least(1), default=64, help="of each process")
+    arg("--length", type=int_at_least(2), default=128, help="tokens of a text")
+    arg("--new", type=int_at_least(1), default=16, help="tokens of an answer")
+    arg("--examples", type=int_at_least(1), default=1000, help="whose hidden states are kept")
     args = parser.parse_args(argv)
     if args.new >= args.length:
         parser.error("--new: an answer is shorter than its text (--length)")
@@ -155,10 +160,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = find_folder(args.model, args.revision, ("config.json",))
     config = ModelConfig.from_file(folder / "config.json")
-    parts = reckon(config, args)
+    parts = memory_plan(config, args)
     print(
         f"{args.model}, {args.dtype}, {args.gpus} processes, batch {args.batch_size} of"
-        f" {args.length} tokens; reckoned, not run\n\n{'GB of a process':22}{'':>10}{'--shard':>10}"
+        f" {args.length} tokens; computed, not run\n\n{'GB of a process':22}{'':>10}{'--shard':>10}"
     )
     for name, sizes in parts.items():
         print(f"{name:22}" + "".join(f"{size / GB:10.3f}" for size in sizes))

@@ -20,8 +20,8 @@ from lofit import errors
 from lofit.files import read_jsonl, write_text
 from lofit.inspect.explain import explain_run
 from lofit.llm.files import read_json
-from lofit.run.adapters import find_offsets
-from lofit.run.artefacts import PREDICTIONS, RESULTS, offsets_hash, read_offsets
+from lofit.run.adapters import find_offsets, open_adapter
+from lofit.run.artefacts import PREDICTIONS, read_offsets
 
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
 SHOWN = 12  # answers
@@ -145,10 +145,8 @@ def page(run: Path, model: str | None = None) -> str:
     path = find_offsets(run)
     run = path.parent
     heads, offsets, info = read_offsets(path)
-    explained, _ = explain_run(str(run), model, 5)
-    results = read_json(run / RESULTS) if (run / RESULTS).exists() else None
-    if results and results.get("offsets_hash") != offsets_hash(heads, offsets):
-        results = None  # of other offsets than these
+    explained, adapter = explain_run(str(run), model, 5)
+    results = adapter.results()
     answers, log, scores = [], [], None
     if results and (run / PREDICTIONS).exists():
         lines = [line for _, line in read_jsonl(run / PREDICTIONS)]
@@ -167,7 +165,7 @@ def page(run: Path, model: str | None = None) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     text = page(Path(args.run), args.model)
-    out = find_offsets(args.run).with_name(PAGE)
+    out = open_adapter(args.run).folder_to_write() / PAGE
     write_text(out, text)
     print(f"-> {out}")
 

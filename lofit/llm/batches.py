@@ -58,7 +58,7 @@ def pack(
     then the rest of each text as a branch. Texts are numbered through all groups.
 
     prefix: keys and values of the tokens that all texts of all groups begin with; these are left
-    out of the rows. No label may be among them, nor right behind them.
+    out of the rows. No label may be among them, nor directly after them.
     """
     start = 0 if prefix is None else prefix.k.shape[3]
     rows, places, branches, found, n_texts = [], [], [], [], 0
@@ -67,7 +67,7 @@ def pack(
         row, place = group[0][0][start:trunk], list(range(start, trunk))
         branch = [0] * len(row)
         for number, (ids, labels) in enumerate(group, 1):
-            shift = len(row) - trunk  # from a place behind the trunk to its column
+            shift = len(row) - trunk  # from a position after the trunk to its column
             for t, label in enumerate(labels):
                 if label != IGNORE:
                     column = t - 1 - start if t <= trunk else t - 1 + shift
@@ -105,12 +105,14 @@ def draw_batches(
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def check_length(lengths: list[int], max_positions: int, what: str) -> None:
-    """Raise InputError if a sequence needs more positions than the model was made for."""
-    if max(lengths) > max_positions:
+def check_length(lengths: list[int], limit: int, what: str, limit_of: str | None = None) -> None:
+    """Raise InputError if a sequence is longer than a limit, by default the model's positions.
+    limit_of: whose limit it is, for the error."""
+    if max(lengths) > limit:
+        limit_of = limit_of or "the model's (max_position_embeddings); shorten it"
         raise InputError(
-            f"{what}: example {lengths.index(max(lengths))} needs {max(lengths)} positions,"
-            f" the model has {max_positions} (max_position_embeddings); shorten it"
+            f"{what}: example {lengths.index(max(lengths))} has {max(lengths)} tokens; the limit of"
+            f" {limit} is {limit_of}"
         )
 
 

@@ -1,5 +1,6 @@
 """A checkpoint's own chat template: how a chat model wants to be asked."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -8,12 +9,12 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from lofit.errors import InputError
-from lofit.llm import render
+from lofit.errors import InputError, one_line
 from lofit.llm.files import read_text
 from lofit.llm.folder import find_folder
-from lofit.llm.special import NAMES, read_settings
+from lofit.llm.special import SETTINGS, read_settings, template_tokens
 
+RENDER = Path(__file__).with_name("render.py")
 ANSWER = "This is the answer."
 
 
@@ -50,9 +51,11 @@ def end_of_turn(folder: Path) -> str:
 
 def _open_template(folder: Path) -> "_Renderer | None":
     path, settings = folder / "chat_template.jinja", read_settings(folder)
-    source = read_text(path) if path.exists() else _named_default(settings.get("chat_template"))
-    tokens = {key: settings[key] for key in NAMES if key in settings}
-    return _Renderer(folder, source, tokens) if isinstance(source, str) else None
+    template = settings.get("chat_template")
+    source = read_text(path) if path.exists() else _named_default(template, folder / SETTINGS)
+    if source is None:
+        return None
+    return _Renderer(folder, source, template_tokens(folder, settings))
 
 
 class _Renderer:
@@ -62,7 +65,7 @@ class _Renderer:
     def __init__(self, folder: Path, source: str, tokens: dict[str, str]):
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-I", render.__file__],
+            [sys.executable, "-I", str(RENDER), *_folders_of("jinja2", "markupsafe")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -85,14 +88,27 @@ class _Renderer:
         except BrokenPipeError:
             line = ""
         if not line:
-            late = self.process.wait() == -signal.SIGPROF
-            why = f"it takes over {render.SECONDS} s" if late else "its process ended"
+            late = self.process.wait() == -getattr(signal, "SIGPROF", 0)
+            why = "it takes too long" if late else "its process ended"
             reply = {"error": f"fails ({why})"}
         else:
             reply = json.loads(line)
         if "error" in reply:
-            raise InputError(f"{self.folder}: the chat template {reply['error']}")
+            raise InputError(f"{self.folder}: the chat template {one_line(reply['error'])}")
+        if not reply["text"].isascii() and any("\ud800" <= c <= "\udfff" for c in reply["text"]):
+            raise InputError(
+                f"{self.folder}: the text that the chat template makes holds half a character;"
+                " correct the template, or the text that it was given"
+            )
         return reply["text"]
+
+
+def _folders_of(*packages: str) -> list[str]:
+    """Where this process finds packages: the renderer must not take others."""
+    found = [importlib.util.find_spec(package) for package in packages]
+    if None in found:
+        raise InputError("chat templates need the package jinja2; install it: pip install jinja2")
+    return list(dict.fromkeys(str(Path(spec.origin).absolute().parents[1]) for spec in found))
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -100,8 +116,13 @@ def _end(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def _named_default(template: object) -> object:
-    """Some files hold several templates by name."""
-    if isinstance(template, list):
-        return {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return template
+def _named_default(template: object, path: Path) -> str | None:
+    """Some files hold several templates by name; InputError for what is neither that nor one."""
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = {str(each.get("name")): each.get("template") for each in template}.get("default")
+    if template is None or isinstance(template, str):
+        return template
+    raise InputError(
+        f"{path}: chat_template is {str(template)[:60]!r}; expected a text, or a list of objects"
+        " with name and template"
+    )

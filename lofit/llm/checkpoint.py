@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from lofit.errors import InputError
-from lofit.files import write_atomic, write_json
 from lofit.llm.config import PLAIN_CURE, ModelConfig
 from lofit.llm.files import open_tensors, save_tensors
 from lofit.llm.folder import SINGLE, find_folder, weight_files
@@ -83,9 +82,10 @@ def assemble(
     device: str,
     shards=None,
 ) -> CausalLM:
-    """The model that `config` describes, with a folder's weights. name_of: a stored tensor's name
-    in the model, None to leave it out; shards: a distributed.sharded.Shards, to read and keep this
-    process's part alone.
+    """Build the model that `config` describes, with a folder's weights.
+
+    name_of: maps a stored tensor's name to its name in the model, or to None to leave it out.
+    shards: a distributed.sharded.Shards; this process then reads and keeps its own part only.
     InputError unless each tensor has its place and is finite."""
     files, rows = weight_files(folder), shards.rows if shards else None
     weights: dict[str, torch.Tensor] = {}
@@ -98,6 +98,7 @@ def assemble(
     for key, tensor in stored_tensors(files, name_of, rows):
         check_values(tensor, f"{folder}: tensor {key}", dtype)
         samples[name_of(key)] = sample(tensor, stored[name_of(key)], rows)
+        tensor = tensor.to(dtype) if tensor.dtype == torch.float64 else tensor  # not every GPU's
         weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
     samples = shards.merge(samples) if shards else samples
     digests = {name: digest(stored[name], values) for name, values in samples.items()}
@@ -153,14 +154,14 @@ def stored_tensors(
     wanted: Callable[[str], object],
     rows: Callable[[int], slice] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all in checkpoint files whose name is wanted, read when its turn comes; of
-    its n rows, rows(n)."""
+    """Yield (name, tensor) for each tensor whose name is wanted; each is read when it is yielded.
+    rows: maps a tensor's number of rows to the slice of rows to read."""
     stored = []
     for path in paths:
         with open_tensors(path) as file:
             stored += [(path, key) for key in file.keys() if wanted(key)]  # noqa: SIM118
     for path, key in tqdm(stored, desc="reading", unit="tensor", disable=None, leave=False):
-        # opened anew each time: while a file is open, all that was read of it stays in memory
+        # opened again for each tensor: what was read of an open file stays in memory
         with open_tensors(path) as file:
             if rows is None:
                 tensor = file.get_tensor(key)
@@ -195,8 +196,8 @@ def check_values(tensor: torch.Tensor, what: str, dtype: torch.dtype) -> None:
 def sample(
     tensor: torch.Tensor, shape: torch.Size, rows: Callable[[int], slice] | None = None
 ) -> list[float]:
-    """Up to 64 values, evenly spread, of a tensor of that shape; those among the rows that are
-    here."""
+    """Up to 64 evenly spread values of a tensor of that shape; with `rows`, those in the rows that
+    this process has."""
     n, step = shape.numel(), max(1, shape.numel() // 64)
     first = 0 if rows is None else rows(shape[0]).start * (n // shape[0])
     number = -(-first // step)  # of the first one here
@@ -245,9 +246,12 @@ def check_tensors(shapes: dict[str, torch.Size], model: CausalLM, folder: Path) 
 
 def save_model(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors in HF's format (tied weights once)."""
+
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    write_atomic(folder / SINGLE, lambda path: save_tensors(path, weights, HF_METADATA))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / SINGLE, weights, HF_METADATA)
     name = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", model.config.to_hf() | {"dtype": name, "torch_dtype": name})
+    config = model.config.to_hf() | {"dtype": name, "torch_dtype": name}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

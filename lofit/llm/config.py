@@ -2,7 +2,7 @@
 
 Data only: every difference between the supported models is a field here, never a branch on the
 model's name. Files written by transformers 4 (`rope_theta` + `rope_scaling`) and by transformers 5
-(`rope_parameters`) are read alike, and so is the text part of a multimodal Gemma 3.
+(`rope_parameters`) give the same config; so does the text part of a multimodal Gemma 3.
 """
 
 from collections.abc import Callable
@@ -252,7 +252,7 @@ ARCHITECTURES = {
 
 
 def _fields(raw: dict, source: str) -> dict:
-    """The values of ModelConfig's fields. Raises KeyError and the like where `raw` is amiss."""
+    """The values of ModelConfig's fields. Raises KeyError and the like for a malformed `raw`."""
     if raw["model_type"] == "gemma3":  # text and vision: the token ids may stand outside
         outer = {k: raw[k] for k in _OUTER if raw.get(k) is not None}
         raw = {"model_type": "gemma3_text"} | raw["text_config"] | outer

@@ -1,4 +1,4 @@
-"""Where and in which dtype a model runs, for who says `auto`."""
+"""The device and the dtype of a model: what `auto` stands for, and what the hardware has."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 from lofit.errors import InputError
 from lofit.llm.checkpoint import DTYPES
 
+AMPERE = (8, 0)  # the first GPUs that compute in bfloat16; older ones emulate it
 LARGE = 100 * 10**6  # bytes of weights, see `pick_dtype`
 
 
@@ -23,13 +24,18 @@ def pick_device(name: str) -> str:
     return name
 
 
+def widest(device: str | torch.device) -> torch.dtype:
+    """float64, where sums lose nothing; float32 on Apple's GPUs, which have no more."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def pick_dtype(name: str, device: str, n_bytes: int) -> torch.dtype:
     """auto -> bfloat16 where it is faster for weights of so many bytes as stored, else float32.
 
-    That is where matrix units compute it (a GPU, a CPU with AMX), and on AMD's CPUs with
-    AVX512-bf16 for models that are not tiny: 1.4 to 1.8 times as fast at 0.1 to 0.3 B parameters,
-    but 0.7 to 0.9 times at the miniatures' 6 M. An Intel CPU with AVX512-bf16 and no AMX was 0.6
-    and 0.4 times as fast (tests/measure/dtype.py).
+    That is where matrix units compute it (a GPU from Ampere on, a CPU with AMX), and on AMD's CPUs
+    with AVX512-bf16 for models that are not tiny: 1.4 to 1.8 times as fast at 0.1 to 0.3 B
+    parameters, but 0.7 to 0.9 times at the miniatures' 6 M. An Intel CPU with AVX512-bf16 and no
+    AMX was 0.6 and 0.4 times as fast (tests/measure/dtype.py).
     """
     if name != "auto":
         return DTYPES[name]
@@ -37,7 +43,7 @@ def pick_dtype(name: str, device: str, n_bytes: int) -> torch.dtype:
         fast = torch.cpu._is_amx_tile_supported()
         fast = fast or (n_bytes >= LARGE and is_amd() and torch.cpu._is_avx512_bf16_supported())
     else:
-        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        fast = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= AMPERE
     return torch.bfloat16 if fast else torch.float32
 
 

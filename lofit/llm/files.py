@@ -59,7 +59,7 @@ def unreadable(path: Path, what: str) -> InputError:
 def read_text(path: Path, hint: str = "") -> str:
     """Read a UTF-8 text file. Raises InputError; `hint` is added where there is no such file."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -10,7 +10,8 @@ from lofit.errors import InputError
 from lofit.llm.files import is_file, read_json, what_it_is
 
 REPOSITORY = Path(__file__).parents[2]
-OWN_FOLDERS = ("weights", "data", "runs")  # of the repository; never an owner on the hub
+SHIPPED = ("weights", "data")  # folders of the repository, found from any working directory
+OWN_FOLDERS = (*SHIPPED, "runs")  # never an owner on the hub
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -27,11 +28,9 @@ HUB_CURES = {  # a gated repository's error is one of a repository not found, so
 
 def local_folder(name: str | Path) -> Path | None:
     """The folder of that name: in the working directory, else, if its path begins with one of
-    OWN_FOLDERS, in the repository. None if there is none."""
+    SHIPPED, in the repository. None if there is none."""
     path = Path(name)
-    found = [path]
-    if path.parts[:1] and path.parts[0] in OWN_FOLDERS:
-        found.append(REPOSITORY / path)
+    found = [path, REPOSITORY / path] if path.parts[:1] and path.parts[0] in SHIPPED else [path]
     try:
         return next((folder for folder in found if folder.is_dir()), None)
     except (OSError, ValueError):  # too long a name, or one with a null character

@@ -44,8 +44,8 @@ def decode_step(
 
 
 def compiled_step() -> Step:
-    """`decode_step` compiled: on a GPU as a CUDA graph, for there launching its many small kernels
-    takes longer than running them. Compiles anew for each shape of the cache."""
+    """`decode_step`, compiled. On a GPU it is a CUDA graph: launching its many small kernels one by
+    one takes longer than running them. Each shape of the cache is compiled separately."""
     compiled = torch.compile(decode_step, mode="reduce-overhead")
 
     def step(
@@ -56,6 +56,16 @@ def compiled_step() -> Step:
         return compiled(model, token, position, cache)
 
     return step
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """InputError if the model computed something that is not a finite number."""
+    if not values.isfinite().all():
+        name = str(values.dtype).removeprefix("torch.")
+        raise InputError(
+            f"the model's outputs are not finite ({name}); try --dtype float32 or bfloat16, or"
+            " offsets trained with a smaller --lr"
+        )
 
 
 @torch.no_grad()
@@ -77,7 +87,9 @@ def generate(
     new: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     going = set(rows)
-    token = prefill(model, ids, lengths, cache).argmax(-1)
+    logits = prefill(model, ids, lengths, cache)
+    check_finite(logits)
+    token = logits.argmax(-1)
     for i in range(max_new_tokens):
         for row, t in zip(rows, token.tolist(), strict=True):
             if row not in going:

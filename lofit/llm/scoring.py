@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lofit.llm.batches import Batch, Encoded, check_length, collate, encode_example, n_shared, pack
-from lofit.llm.generate import Keep, compute
+from lofit.llm.generate import Keep, check_finite, compute
 from lofit.llm.model import CausalLM
 from lofit.llm.step import KVCache, make_step
 from lofit.llm.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def score_answers(
 ) -> list[list[float]]:
     """log p(answer | question), summed over the answer's tokens, for each answer of each question.
 
-    Which tokens are the answer's is told by characters in the joint text
+    Which tokens belong to the answer follows from characters in the joint text
     (`Tokenizer.encode_pair`). What all texts begin with is computed once, each question once, and
     at least batch_size answers go together; with `plain`, each answer has a row of its own from its
     first token on. Raises InputError if a text exceeds the model's positions.
@@ -79,7 +79,9 @@ def score_answers(
     def log_probs(rows: list[int]) -> list[list[float]]:
         part = [groups[i] for i in rows]
         batch = collate([t for (t,) in part], device) if plain else pack(part, device, prefix)
-        found = iter(sum_by_text(target_losses(model, batch), batch).tolist())
+        values = sum_by_text(target_losses(model, batch), batch)
+        check_finite(values)
+        found = iter(values.tolist())
         return [[next(found) for _ in group] for group in part]
 
     scores: dict[int, list[float]] = {}

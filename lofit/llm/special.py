@@ -1,6 +1,9 @@
 """Special tokens: what a checkpoint's files call them, and which ids end a generation."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+from tokenizers import AddedToken
 
 from lofit.errors import InputError
 from lofit.llm.config import ModelConfig
@@ -11,25 +14,54 @@ SETTINGS, MAP, GENERATION = (
     "special_tokens_map.json",
     "generation_config.json",
 )
+ADDED = "added_tokens.json"
+FLAGS = ("single_word", "lstrip", "rstrip")
 NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+CLASS_NAMES = {
+    "Llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Gemma": {
+        "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
+    },
+}  # fmt: skip
 
 
 def read_settings(folder: Path) -> dict:
-    """tokenizer_config.json as a dict, {} where there is none.
+    """tokenizer_config.json as a dict; each of `NAMES` is a text, None or absent, and nothing else
+    is None.
 
     As in transformers, special_tokens_map.json is merged in where tokenizer_config.json has no
-    added_tokens_decoder. Each of `NAMES` is a text or absent. Raises InputError.
+    added_tokens_decoder. Raises InputError.
     """
-    found: dict = {}
-    for name in (SETTINGS, MAP):
-        path = folder / name
-        if not path.exists() or (name == MAP and "added_tokens_decoder" in found):
-            continue
-        values = {key: value for key, value in read_json(path).items() if value is not None}
-        for key in values.keys() & set(NAMES):
+    path, beside = folder / SETTINGS, folder / MAP
+    found = read_json(path) if path.exists() else {}
+    _check_names(found, path)
+    if "added_tokens_decoder" not in found and beside.exists():
+        named = {key: value for key, value in read_json(beside).items() if value is not None}
+        _check_names(named, beside)
+        found = found | named
+    return {key: value for key, value in found.items() if value is not None or key in NAMES}
+
+
+def template_tokens(folder: Path, settings: dict) -> dict[str, str]:
+    """The special tokens by name, for a chat template; those that no file names are the ones of the
+    tokenizer's class."""
+    found = CLASS_NAMES.get(_class_of(folder, settings), {}) | settings
+    return {key: found[key] for key in NAMES if found.get(key) is not None}
+
+
+def _check_names(values: dict, path: Path) -> None:
+    """Make each of `NAMES` a text."""
+    for key in values.keys() & set(NAMES):
+        if values[key] is not None:
             values[key] = token_text(values[key], f"{path}: {key}")
-        found |= values
-    return found
+
+
+def _class_of(folder: Path, settings: dict) -> str:
+    """The tokenizer's class; with a tokenizer.model alone, that of the model's family."""
+    name, config = settings.get("tokenizer_class"), folder / "config.json"
+    if name is None and not (folder / "tokenizer.json").exists() and config.exists():
+        name = "Llama" if read_json(config).get("model_type") == "llama" else "Gemma"
+    return str(name).removesuffix("Fast").removesuffix("Tokenizer")
 
 
 def token_text(token: object, what: str) -> str:
@@ -40,6 +72,64 @@ def token_text(token: object, what: str) -> str:
             f"{what} is {str(token)[:60]!r}; expected a text, or an object with a text as content"
         )
     return text
+
+
+def added_tokens(
+    folder: Path, settings: dict, piece: Callable[[str], int | None], n: int
+) -> dict[int, AddedToken]:
+    """The special tokens that other files name beside a tokenizer's own, which has n, by id.
+
+    piece: the id of a text that the tokenizer has. Ids are those of tokenizer_config.json's
+    added_tokens_decoder, or else of added_tokens.json. A token that only has a name has the
+    tokenizer's id, or else the next one, as in transformers. Raises InputError.
+    """
+    path, found = folder / ADDED, {}
+    if "added_tokens_decoder" in settings:
+        path = folder / SETTINGS
+        for i, token in _of_kind(settings["added_tokens_decoder"], dict, path).items():
+            found[_id(i, path)] = _added(token, path)
+    elif path.exists():
+        for text, i in read_json(path).items():
+            found[_id(i, path)] = AddedToken(text)
+    named = [settings[key] for key in NAMES if settings.get(key) is not None]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = _of_kind(settings.get(key, []), (list, dict), folder / SETTINGS)
+        named += extra.values() if isinstance(extra, dict) else extra
+    for token in named:
+        text = token_text(token, f"{folder / SETTINGS}: a special token")
+        known = next((i for i, added in found.items() if added.content == text), piece(text))
+        i = max([n - 1, *found]) + 1 if known is None else known
+        flags = {key: getattr(found[i], key) for key in FLAGS} if i in found else {}
+        found[i] = AddedToken(text, **flags, special=True)
+    return found
+
+
+def _added(token: object, path: Path) -> AddedToken:
+    text = token_text(token, f"{path}: an added token")
+    keys = (*FLAGS, "normalized", "special")
+    flags = {key: token[key] for key in keys if key in token} if token != text else {}
+    for value in flags.values():
+        _of_kind(value, bool, path)
+    return AddedToken(text, **flags)
+
+
+def _id(value: object, path: Path) -> int:
+    """A token's id; tokenizer_config.json writes it as a text."""
+    i = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if type(i) is not int or not 0 <= i < 10**9:
+        raise InputError(
+            f"{path}: {str(value)[:60]!r} is no id of an added token; expected a whole number"
+        )
+    return i
+
+
+def _of_kind(value: object, kind: type | tuple, path: Path) -> object:
+    if not isinstance(value, kind):
+        raise InputError(
+            f"{path}: {str(value)[:60]!r} among the added and special tokens; expected tokens as"
+            " transformers writes them"
+        )
+    return value
 
 
 def ending_ids(folder: Path, config: ModelConfig, named: int | None) -> tuple[int, ...]:

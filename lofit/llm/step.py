@@ -48,8 +48,8 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Tree:
-    """Rows that hold a trunk and branches behind it, each of which continues the trunk and does not
-    see the others: texts that begin alike, the beginning computed once.
+    """Texts with a common beginning, packed into rows so that the beginning is computed once: the
+    trunk, then one branch for each text, which sees the trunk but no other branch.
 
     prefix: keys and values of what stands in front of every row, from a pass over one row.
     """

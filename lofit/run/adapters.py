@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from lofit.distributed.sharded import Shards
 from lofit.errors import InputError
 from lofit.heads import Head, attach_offsets, check_heads
 from lofit.llm.checkpoint import (
+    DTYPES,
     assemble,
     find_folder,
     stored_tensors,
@@ -19,7 +19,15 @@ from lofit.llm.checkpoint import (
 from lofit.llm.config import ModelConfig
 from lofit.llm.files import open_tensors, read_json
 from lofit.llm.model import CausalLM
-from lofit.run.artefacts import OFFSETS, RESULTS, check_base, offsets_hash, read_offsets
+from lofit.run.artefacts import (
+    OFFSETS,
+    RESULTS,
+    check_base,
+    check_metadata,
+    hash_of_offsets,
+    read_offsets,
+)
+from lofit.run.summary import results_table
 
 # Beside a model's own tensors in the paper's released checkpoints: A and v of each head.
 RELEASED = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
@@ -40,8 +48,19 @@ class Adapter:
         path = self.folder / RESULTS
         found = read_json(path) if path.exists() else {}
         same = found.get("fingerprint") == self.info.get("fingerprint")
-        same = same and found.get("offsets_hash") == offsets_hash(self.heads, self.offsets)
-        return found if same and "tuned" in found else None
+        same = same and found.get("offsets_hash") == hash_of_offsets(self.heads, self.offsets)
+        if not same or "tuned" not in found:
+            return None
+        try:
+            results_table(found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: malformed ({error!r}); run eval.py again") from None
+        return found
+
+    def folder_to_write(self) -> Path:
+        """Where to write what is found out about a run: its folder, but for one in the hub's cache,
+        which belongs to the hub, the working directory."""
+        return Path() if "snapshots" in self.folder.resolve().parts else self.folder
 
 
 def find_offsets(name: str | Path, fold: int | None = None) -> Path:
@@ -73,21 +92,25 @@ def open_adapter(name: str) -> Adapter:
             raise InputError(f"{name}: a model without offsets; expected a run folder, an adapter")
         return Adapter(*released, {"model": name, "revision": None, "fingerprint": None}, folder)
     path = find_offsets(folder)
-    return Adapter(*read_offsets(path), path.parent)
+    heads, offsets, info = read_offsets(path)
+    check_metadata(info, path, needed=("model", "fingerprint"))
+    return Adapter(heads, offsets, info, path.parent)
 
 
 def open_tuned(
     adapter: Adapter,
     name: str,
     model: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> CausalLM:
     """The base model of an adapter with its offsets attached.
 
-    name: the adapter's; model: where its base is, if not where the adapter says. InputError if the
-    base is missing or another one.
+    name: the adapter's; model: where its base is, if not where the adapter says; dtype: of the
+    base's weights, by default as recorded. InputError if the base is missing or another one.
     """
+    recorded = DTYPES.get((adapter.info.get("settings") or {}).get("dtype"), torch.float32)
+    dtype = dtype or recorded
     base = model or adapter.info["model"]
     revision = None if Path(base).is_dir() else adapter.info.get("revision")
     found = load_tuned(base, revision, dtype, device)
@@ -126,7 +149,7 @@ def load_tuned(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    shards: Shards | None = None,
+    shards=None,
 ) -> CausalLM:
     """`load_model`; but a checkpoint that the paper released becomes its base model, with its
     offsets attached. shards: as in `assemble`. InputError as there."""

@@ -1,93 +1,142 @@
-"""What the three scripts share: the opened model, task and run folder."""
+"""What the three scripts share: the opened model and task, and the folder of a run."""
 
 import argparse
 import json
 import random
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 
-import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
-from lofit.distributed import group as parallel
-from lofit.distributed.loss import shared
-from lofit.distributed.sharded import Shards, gathered, in_step, is_sharded
+from lofit import errors
 from lofit.errors import InputError
-from lofit.fast.packed import packed_weights
-from lofit.files import lock_folder, sweep_partials
-from lofit.heads import attached_heads, edits_off, folded_offsets
-from lofit.llm.chat import load_chat_template
+from lofit.files import is_first, lock_folder, sweep_partials
+from lofit.heads import attached_heads, edits_off, get_edits, set_edits
 from lofit.llm.checkpoint import find_folder, weight_files
 from lofit.llm.device import pick_device, pick_dtype
-from lofit.llm.generate import Keep, compute, decode_step, generate_all
-from lofit.llm.scoring import score_answers
+from lofit.llm.generate import decode_step
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.objectives import CrossEntropy, Objective, Preference, mean_loss
+from lofit.objectives import CrossEntropy, Objective, Preference
 from lofit.recipes import find_recipe
 from lofit.run.adapters import load_tuned
-from lofit.run.arguments import find_task, model_name, run_folder
-from lofit.run.resume import Progress, Scored, digest
-from lofit.run.summary import mean
+from lofit.run.arguments import find_task, folds_of, model_name, run_folder
+from lofit.run.artefacts import hash_of_file, hash_of_text
+from lofit.run.resume import ScoredBatches, TrainingState
 from lofit.tasks import Example
-from lofit.training import Schedule, fit
+from lofit.tasks.own import OwnTask
+from lofit.training import OnStep, Training
 
-EVAL_BATCH = 64
+MOST_UNKNOWN = 0.25  # share of unknown tokens with which a training means nothing
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main` with the errors and signals of `errors.run`; under torchrun as one
+    process of a group."""
+    if dist.is_torchelastic_launched():
+        from lofit.distributed import group
+
+        group.run(main)
+    else:
+        errors.run(main)
 
 
 class Session:
-    """An opened run: frozen base model, tokenizer, task and the folder that takes the results.
+    """An opened model, tokenizer and task, and the run folder of one fold at a time.
 
-    Opening checks everything that can be checked before work begins; raises InputError.
+    Opening checks everything that can be checked before work begins; raises InputError. `folds`
+    enters the folds; before that there is no folder.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, script: str, fold: int | None = None, run_suffix: str = ""
-    ):
-        self.script, self.seed, self.fold = script, args.seed, fold
+    def __init__(self, args: argparse.Namespace, script: str, run_suffix: str = ""):
+        self.args, self.script, self.seed = args, script, args.seed
         self.task_name, self.task = find_task(args.task)
         self.data = getattr(self.task, "folder", None) or args.data
-        self.device = pick_device(parallel.device(args.device))
-        if args.shard and not parallel.several():
-            raise InputError("--shard: one process has nothing to split; start by torchrun")
+        self.device = self._device()
         files = weight_files(find_folder(args.model, args.revision))
         n_bytes = sum(path.stat().st_size for path in files)
         dtype = pick_dtype(args.dtype, self.device, n_bytes)
-        self.title = f"{model_name(args)}, {self.task_name}"
-        self.folder = run_folder(args, run_suffix)
-        if fold is not None:
-            self.title, self.folder = f"{self.title} fold {fold}", self.folder / f"fold{fold}"
-        shards = Shards(self.device) if args.shard else None
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.base_folder = run_folder(args, run_suffix)
+        shards = self._shards()
         self.model = load_tuned(args.model, args.revision, dtype, self.device, shards)
         self.tokenizer = load_tokenizer(args.model, args.revision, not args.chat)
-        self.chat, self.plain = args.chat, args.plain
-        self.wrap = load_chat_template(args.model, args.revision) if args.chat else str
-        with edits_off(self.model):  # a checkpoint that the paper released has offsets
+        self.chat, self.plain, self.sharded = args.chat, args.plain, bool(shards)
+        self.wrap = self._chat_template() if args.chat else str
+        self.own_edits = get_edits(self.model)  # a checkpoint that the paper released has offsets
+        with edits_off(self.model):
             self.n_base = sum(p.numel() for p in self.model.parameters())
         self.recipe_name, self.recipe = find_recipe(self.model.config, self.task_name)
         self.decode_step = decode_step  # eval.py may put a compiled one here
-        self.settings: dict[str, object] = {"dtype": str(dtype).removeprefix("torch.")}
-        self._log, self.log_failed = self.folder / "log.jsonl", False
-        self.unfinished, self.digests = self.folder / f"{script}.unfinished", {}
-        if parallel.is_first():
-            self._open_folder(args.fresh)
-        # behind what the first does to the folder, which all read from
-        parallel.agree("dtype and weights", [str(dtype), self.model.source.fingerprint])
+
+    def _device(self) -> str:
+        if not dist.is_initialized():
+            if self.args.shard:
+                raise InputError("--shard: one process has nothing to split; start by torchrun")
+            return pick_device(self.args.device)
+        from lofit.distributed import group
+
+        return pick_device(group.device(self.args.device))
+
+    def _shards(self):
+        if not self.args.shard:
+            return None
+        from lofit.distributed.sharded import Shards
+
+        return Shards(self.device)
+
+    def _chat_template(self) -> Callable[[str], str]:
+        from lofit.llm.chat import load_chat_template
+
+        return load_chat_template(self.args.model, self.args.revision)
+
+    def folds(self) -> Iterator[int | None]:
+        """Enter each fold in turn: its folder, the model as it was opened, settings of its own.
+        None for a task without folds. After the last one the run is whole, and what was kept for
+        continuing it goes."""
+        unfinished = []
+        for fold in folds_of(self.args):
+            self._enter(fold)
+            unfinished.append(self.unfinished)
+            yield fold
+        if is_first():
+            for path in unfinished:
+                path.unlink(missing_ok=True)
+
+    def _enter(self, fold: int | None) -> None:
+        self.fold, self.folder = fold, self.base_folder
+        self.title = f"{model_name(self.args)}, {self.task_name}"
+        if fold is not None:
+            self.title, self.folder = f"{self.title} fold {fold}", self.folder / f"fold{fold}"
+        set_edits(self.model, self.own_edits)
+        self.settings: dict[str, object] = {"dtype": self.dtype}
+        self.log_file, self.log_failed = self.folder / "log.jsonl", False
+        self.unfinished = self.folder / f"{self.script}.unfinished"
+        self.data_hash = hash_of_file(self.task.path(self.data, "train", fold))
+        if is_first():
+            self._open_folder()
+        if dist.is_initialized():
+            from lofit.distributed import group
+
+            # a barrier too: rank 0 has prepared the folder
+            group.agree("dtype and weights", [self.dtype, self.model.source.fingerprint])
+        config = self.model.config
         print(
-            f"{args.model}: {self.n_base:,} parameters, {self.model.config.num_hidden_layers}"
-            f" layers x {self.model.config.num_attention_heads} heads,"
-            f" {self.settings['dtype']} on {self.device} -> {self.folder}/"
+            f"{self.args.model}: {self.n_base:,} parameters, {config.num_hidden_layers} layers x"
+            f" {config.num_attention_heads} heads, {self.dtype} on {self.device} -> {self.folder}/"
         )
 
-    def _open_folder(self, fresh: bool) -> None:
+    def _open_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(self.folder)
             sweep_partials(self.folder)
-            self._log.touch()
-            if fresh:
-                self.finish()
+            self.log_file.touch()
+            if self.args.fresh:
+                self.unfinished.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another by --run"
@@ -113,42 +162,23 @@ class Session:
             "chat": self.chat,
             "plain": self.plain,
             "data": str(self.data),
+            "data_hash": self.data_hash,
             "seed": self.seed,
             "settings": self.settings,
         }
 
     def log(self, record: dict) -> None:
         """Append a record to log.jsonl. Where that fails the run goes on, and says so once."""
-        if not parallel.is_first():
+        if not is_first():
             return
         line = json.dumps({"script": self.script, "time": time.time()} | record)
         try:
-            with self._log.open("a", encoding="utf-8") as file:
+            with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
             if not self.log_failed:
-                print(f"{self._log}: cannot be written ({error.strerror})", file=sys.stderr)
+                print(f"{self.log_file}: cannot be written ({error.strerror})", file=sys.stderr)
             self.log_failed = True
-
-    def progress(self, train: Objective, *generators: torch.Generator) -> Progress:
-        """The state of this run's training, of the heads that are attached now; generators: what
-        the loss draws from."""
-        about = self.info() | {"heads": attached_heads(self.model)}
-        about = self._of_this(about, self.digests["train"])
-        return Progress(self.unfinished, about, self._log, train.remember, generators)
-
-    def scored(self, about: dict, examples: list[Example]) -> Scored:
-        """What this run's evaluation has scored. about: all that it depends on, but the offsets."""
-        return Scored(self.unfinished, self._of_this(about, digest((self.wrap("?"), examples))))
-
-    def _of_this(self, about: dict, examples: str) -> dict:
-        config = digest(self.model.config)
-        return {"script": self.script, "config": config, "examples": examples} | about
-
-    def finish(self) -> None:
-        """The run is whole: what was kept for going on with it is no longer needed."""
-        if parallel.is_first():
-            self.unfinished.unlink(missing_ok=True)
 
     def read(self, split: str, n: int | None = None) -> list[Example]:
         """The examples of a split, or n of them, drawn by the seed. Raises InputError if the files
@@ -161,23 +191,6 @@ class Session:
         self.settings[f"n_{split}"] = n
         return random.Random(self.seed).sample(examples, n)
 
-    def contrast(self, examples: list[Example]) -> list[tuple[list[int], list[int]]]:
-        """(ids of prompt + right answer, prompt + wrong answer) of each example. Wrong is what was
-        rejected, what was true before the edit, another choice, or else another example's answer.
-        """
-        answers = sorted({e.answer for e in examples})
-        draw, found = random.Random(self.seed), []
-        for e in examples:
-            others = [answer for answer in answers if answer != e.answer]
-            known = [e.rejected] if e.rejected else [*e.outdated, *e.wrong]
-            if not known and not others:
-                raise InputError(f"{self.data}: all answers are alike, there is no wrong one")
-            texts = (e.answer, known[0] if known else draw.choice(others))
-            found.append(
-                tuple(self.tokenizer.encode_pair(self.wrap(e.prompt), text)[0] for text in texts)
-            )
-        return found
-
     def objective(self, examples: list[Example], split: str) -> Objective:
         """What to train on: DPO for examples with a rejected answer, else cross-entropy."""
         where = f"{self.data}, split {split}"
@@ -186,100 +199,72 @@ class Session:
         else:
             kind = Preference
             texts = [(self.wrap(e.prompt), e.answer, e.rejected) for e in examples]
-        found = kind(self.model, self.tokenizer, texts, where, self.plain)
-        self.digests[split] = digest((texts, found.texts()))
-        return shared(found, partial(gathered, self.model), partial(in_step, self.model))
+        limit = {} if self._max_length() is None else {"max_length": self._max_length()}
+        found = kind(self.model, self.tokenizer, texts, where, self.plain, **limit)
+        self._check_vocabulary(found.texts(), where)
+        found.hash = hash_of_text((texts, found.texts()))
+        if not dist.is_initialized():
+            return found
+        from lofit.distributed.loss import DistributedObjective
+        from lofit.distributed.sharded import gathered, in_step
 
-    def fit(
-        self, parameters: list, train: Objective, val: list[Example], schedule: Schedule, when: str
-    ) -> dict[str, float]:
-        """Train the attached parameters, with a line for each epoch; returns the metrics on `val`
-        after the last one. when: validate after "every" epoch, or the "last" alone."""
-        held_out, metrics = self.objective(val, "val"), {}
-        progress = self.progress(train)
-        steps = fit(parameters, train.lengths, train.loss, schedule, self.seed, self.log, progress)
-        for epoch, loss in steps:
-            line = f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}"
-            if when == "last" and epoch < schedule.epochs:
-                print(line)
-                continue
-            val_loss = mean_loss(held_out, EVAL_BATCH)
-            metrics = self.validate(val)
-            self.log({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, "val": metrics})
-            name = self.task.MAIN_METRIC
-            print(f"{line}  val loss {val_loss:.4f}  val {name} {metrics[name]:.1%}")
-        return metrics
+        return DistributedObjective(
+            found, partial(gathered, self.model), partial(in_step, self.model)
+        )
 
-    def validate(self, val: list[Example] | None = None) -> dict[str, float]:
-        """The metrics of the model as it is on the validation split."""
-        scored = self.evaluate(val or self.read("val"), EVAL_BATCH, "validation")
-        return {metric: mean([s[metric] for s in scored]) for metric in self.task.METRICS}
+    def _max_length(self) -> int | None:
+        """--max-length; the model's positions for tasks that are not the paper's; None: its own."""
+        own = isinstance(self.task, OwnTask)
+        positions = self.model.config.max_position_embeddings if own else None
+        return self.args.max_length or positions
+
+    def _check_vocabulary(self, texts: list[list[int]], where: str) -> None:
+        """InputError if the tokenizer cannot read much of these texts; a warning for less."""
+        unknown = sum(ids.count(self.tokenizer.unk_id) for ids in texts)
+        share = unknown / max(1, sum(map(len, texts)))
+        message = f"{where}: {share:.1%} of the tokens are unknown to this model's tokenizer"
+        if share > MOST_UNKNOWN:
+            raise InputError(f"{message}; take a model that can read these texts by --model")
+        if unknown:
+            print(f"warning: {message}", file=sys.stderr)
+
+    @contextmanager
+    def recorded(self, training: Training) -> Iterator[OnStep]:
+        """What a training's steps leave, as an `on_step` for `training.fit`: log.jsonl, a progress
+        bar, and the state from which the same command continues after a kill. A training that was
+        stopped before continues."""
+        about = self.info() | {"heads": attached_heads(self.model)}
+        about = self._depends_on(about, training.objective.hash)
+        state = TrainingState(self.unfinished, about, self.log_file)
+        state.restore(training)
+        if dist.is_initialized():
+            from lofit.distributed import group
+
+            group.agree("the step to continue from", len(training.losses))
+        done = len(training.losses)
+        with tqdm(total=training.total, initial=done, unit="step", disable=None, leave=False) as b:
+
+            def on_step(training: Training, record: dict) -> None:
+                self.log(record)
+                state(training, record)
+                b.update()
+
+            try:
+                yield on_step
+            except KeyboardInterrupt:
+                state.write()
+                raise
+
+    def scored_batches(self, about: dict, examples: list[Example]) -> ScoredBatches:
+        """What this run's evaluation has scored. about: all that it depends on but the offsets."""
+        about = self._depends_on(about, hash_of_text((self.wrap("?"), examples)))
+        return ScoredBatches(self.unfinished, about)
+
+    def _depends_on(self, about: dict, examples: str) -> dict:
+        config = hash_of_text(self.model.config)
+        return {"script": self.script, "config": config, "examples": examples} | about
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens behind which nothing counts."""
+        """Tokens after which nothing counts in a generated answer."""
         return frozenset() if self.task.STOP is None else self.tokenizer.ids_with(self.task.STOP)
-
-    def evaluate(
-        self, examples: list[Example], batch_size: int, description: str, keep: Keep = compute
-    ) -> list[dict]:
-        """The scores of each example with the model's present edits, and what they are based on:
-        a prediction, the log-probabilities of the given answers, or both."""
-        ways = [self._predict] if examples[0].generated else []
-        ways += [self._choose] if examples[0].right else []
-        if parallel.several():  # batches are of their number: what is kept is what all found
-            each, keep_all = compute, keep
-        else:
-            each, keep_all = keep, compute
-
-        def score(own: list[Example]) -> list[dict]:
-            found = []
-            for i, way in enumerate(ways):
-                with in_step(self.model):
-                    found.append(way(own, batch_size, description, _apart(each, i)) if own else [])
-            return [
-                {k: v for part in row for k, v in part.items()} for row in zip(*found, strict=True)
-            ]
-
-        with nullcontext() if self.plain or is_sharded(self.model) else self._folded():
-            return keep_all(lambda _: parallel.spread(examples, score), [])
-
-    @contextmanager
-    def _folded(self) -> Iterator[None]:
-        """Of a split model there is nothing to fold into, nor to pack."""
-        # a compiler sees no further than the packed products
-        packed = packed_weights if self.decode_step is decode_step else nullcontext
-        with folded_offsets(self.model), packed(self.model):
-            yield
-
-    def _choose(self, examples: list, batch_size: int, description: str, keep: Keep) -> list[dict]:
-        asked = [(self.wrap(e.question), [*e.right, *e.wrong]) for e in examples]
-        scores = score_answers(
-            self.model, self.tokenizer, asked, batch_size, description, self.plain, keep
-        )
-        found = []
-        for example, each in zip(examples, scores, strict=True):
-            right, wrong = each[: len(example.right)], each[len(example.right) :]
-            metrics = self.task.score_choices(right, wrong)
-            found.append({"log_probs": {"right": right, "wrong": wrong}} | metrics)
-        return found
-
-    def _predict(self, examples: list, batch_size: int, description: str, keep: Keep) -> list[dict]:
-        prompts = [self.tokenizer.encode_pair(self.wrap(e.prompt), "")[0] for e in examples]
-        stop = frozenset() if self.plain else self.stop_ids
-        new = generate_all(
-            self.model, prompts, self.task.MAX_NEW_TOKENS, self.tokenizer.eos_ids, batch_size,
-            description, stop, self.decode_step, keep,
-        )  # fmt: skip
-        found = []
-        for example, prompt, tokens in zip(examples, prompts, new, strict=True):
-            # decoded together: SentencePiece drops the space in front of a first word
-            whole, before = (self.tokenizer.decode(ids) for ids in (prompt + tokens, prompt))
-            prediction = self.task.extract(example.prompt, whole[len(before) :])
-            found.append({"prediction": prediction} | self.task.score(prediction, example))
-        return found
-
-
-def _apart(keep: Keep, i: int) -> Keep:
-    """keep, for the i-th of several ways to evaluate: equal rows of two ways are not the same."""
-    return (lambda compute, rows: keep(lambda _: compute(rows), [-i, *rows])) if i else keep

@@ -56,10 +56,13 @@ def paired_bootstrap(
     difference = torch.tensor(tuned, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     n = len(difference)
-    means = torch.stack(
-        [difference[torch.randint(n, (n,), generator=generator)].mean() for _ in range(draws)]
-    )
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    at_once = max(1, 10**6 // n)  # resamples, so that they take little memory
+    means = [
+        difference[torch.randint(n, (min(at_once, draws - done), n), generator=generator)].mean(1)
+        for done in range(0, draws, at_once)
+    ]
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.cat(means).quantile(bounds).tolist()
     return low, high
 
 
@@ -85,17 +88,17 @@ def results_table(results: dict) -> str:
 
 
 def summarize(
-    about: dict, told: dict[str, dict], scored: dict[str, list[dict]], metrics: tuple[str, ...]
+    about: dict, metadata: dict[str, dict], scored: dict[str, list[dict]], metrics: tuple[str, ...]
 ) -> dict:
-    """results.json: `about` and the means of the base model; of the tuned one what is told of it,
-    its means, differences and intervals. Several tuned ones stand by label under "adapters"."""
+    """results.json: `about` and the means of the base model; per adapter its
+    metadata, means, differences and intervals. Several adapters are under "adapters", by label."""
     columns = {
         who: {metric: [row[metric] for row in rows] for metric in metrics}
         for who, rows in scored.items()
     }
     means = {who: {metric: mean(c[metric]) for metric in metrics} for who, c in columns.items()}
     adapters = {}
-    for who in told:
+    for who in metadata:
         difference = {
             metric: {
                 "value": means[who][metric] - means["base"][metric],
@@ -103,7 +106,7 @@ def summarize(
             }
             for metric in metrics
         }
-        adapters[who] = told[who] | {"tuned": means[who], "difference": difference}
+        adapters[who] = metadata[who] | {"tuned": means[who], "difference": difference}
     found = about | {"base": means["base"]}
     return found | (adapters.get("tuned") or ({"adapters": adapters} if adapters else {}))
 

@@ -57,15 +57,15 @@ def main(argv: list[str] | None = None) -> None:
         return [call for pick in picks for call in pick.missing(records)]
 
     failed = run_missing(missing, records, args.jobs, args.device)
-    told = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
-    header = [title.format(**told) for title in (*study.labels, *study.columns)]
+    values = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
+    header = [title.format(**values) for title in (*study.labels, *study.columns)]
     table = markdown(header, study.table(rows, records))
-    about = study.about.format(**told)
+    about = study.about.format(**values)
     about += f". {INTERVALS}" if "interval" in about else "."
     print(f"\n{about}\n\n{table}")
     if failed:
         raise errors.InputError(
-            f"{failed} calls failed; mend what their logs say, and start the study again"
+            f"{failed} calls failed; see their logs, then start the study again"
         )
 
 

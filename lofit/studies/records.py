@@ -17,7 +17,7 @@ from pathlib import Path
 from lofit.errors import InputError
 from lofit.files import read_jsonl, write_atomic, write_text
 from lofit.llm.files import parse_json, read_json
-from lofit.run.artefacts import ADAPTER_CONFIG, HEADS, PREDICTIONS, RESULTS
+from lofit.run.artefacts import ADAPTER_CONFIG, HEADS, RESULTS, results_files
 
 Grid = list[list[float]]  # [layer][head]
 BASE_SEED = 42  # nothing is drawn when the base model is asked: one seed serves all
@@ -190,10 +190,11 @@ def read_training(folder: Path) -> dict:
 def read_evaluation(folder: Path) -> dict:
     """What a record keeps of eval.py's folder: mean scores, and the items' where it asked the base
     model alone, or the tuned one's."""
-    results = read_json(folder / RESULTS)
-    lines = [line for p in _of_folds(folder, PREDICTIONS) for _, line in read_jsonl(p)]
+    names = results_files("test", not (folder / RESULTS).exists())
+    results = read_json(folder / names[0])
+    lines = [line for p in _of_folds(folder, names[1]) for _, line in read_jsonl(p)]
     who = "tuned" if "tuned" in results else "base"
-    parts = [read_json(path) for path in _of_folds(folder, RESULTS)]
+    parts = [read_json(path) for path in _of_folds(folder, names[0])]
     kept = {"n": _one([part["n"] for part in parts]), "fingerprint": results["fingerprint"]}
     kept["base"] = results["base"]
     if who == "tuned":

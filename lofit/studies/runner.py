@@ -30,8 +30,8 @@ from lofit.llm.config import ModelConfig
 from lofit.llm.device import pick_device
 from lofit.llm.files import read_json
 from lofit.recipes import count_heads, find_recipe
-from lofit.run.arguments import find_task
-from lofit.run.artefacts import HEADS, OFFSETS, PREDICTIONS
+from lofit.run.arguments import OFFSETS, find_task
+from lofit.run.artefacts import HEADS, PREDICTIONS, results_files
 from lofit.studies import text_loss
 from lofit.studies.records import Records, Run, read_evaluation, read_selection, read_training
 
@@ -73,7 +73,10 @@ class Call:
             return True
         folds = find_task(self.run.task)[1].FOLDS
         parts = [""] if folds is None else [f"fold{fold}" for fold in folds]
-        return all((self.folder / part / FILES[self.script]).exists() for part in parts)
+        name = FILES[self.script]
+        if self.script == "eval.py":
+            name = results_files("test", self.run.kind == "base")[1]
+        return all((self.folder / part / name).exists() for part in parts)
 
     def args(self) -> list[str]:
         """The script's arguments but the device."""

@@ -9,7 +9,7 @@ from lofit.studies.intervals import Scores, interval
 from lofit.studies.records import Records, Run, unpack
 
 NONE = "–"
-ONE_RUN = "°"  # behind an interval that lacks how runs vary
+ONE_RUN = "°"  # after an interval that lacks how runs vary
 
 
 def metric_of(task: str) -> str:

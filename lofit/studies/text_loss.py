@@ -45,8 +45,9 @@ def text_losses(model: CausalLM, texts: list[list[int]]) -> list[float]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    folds = None if args.text else 0
-    run = Session(args, "text_loss", folds if args.task == "truthfulqa" else None)
+    args.fold = "0"  # the folds of a task share their prompts
+    run = Session(args, "text_loss")
+    next(run.folds())
     if args.text:
         texts = [line for line in read_text(args.text).splitlines() if line.strip()]
     else:

@@ -1,8 +1,9 @@
 """Tasks: a module reads its splits, writes prompts and scores predictions. It knows no model.
 
-Every task has FOLDS, METRICS, MAIN_METRIC and read(data, split, seed, fold); a module also has
+Every task has FOLDS, METRICS, MAIN_METRIC, path(data, split, fold) and read(data, split, seed,
+fold); a module also has
 ask(text), which makes a prompt of what a person asks. A task that is evaluated by generation has
-MAX_NEW_TOKENS, STOP (a character behind which nothing counts, or None), extract and score; one that
+MAX_NEW_TOKENS, STOP (a character after which nothing counts, or None), extract and score; one that
 is evaluated by the probabilities of given answers has score_choices. A task may be both.
 """
 

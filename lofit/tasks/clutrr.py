@@ -34,19 +34,23 @@ def prompt(story: str, a: str, b: str) -> str:
 
 
 def ask(text: str) -> str:
-    """The prompt of a story with the question behind it. InputError if there is no question."""
+    """The prompt of a story followed by the question. InputError if there is no question."""
     found = re.fullmatch(r"(.+?)\s*How is (\w+) related to (\w+)\?", text, re.I | re.S)
     if not found:
-        raise InputError(f"{text!r}: expected a story, and behind it `How is B related to A?`")
+        raise InputError(f"{text!r}: expected a story followed by `How is B related to A?`")
     story, b, a = found.groups()
     return prompt(story, a, b)
 
 
+def path(data: Path, split: str, fold: int | None = None) -> Path:
+    """The file of a split."""
+    return data / FOLDER / f"{split}.json"
+
+
 def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
     """The examples of a split; of `train` a sample. Raises InputError that names file and item."""
-    path = data / FOLDER / f"{split}.json"
     examples = []
-    for where, item in read_json_list(path):
+    for where, item in read_json_list(path(data, split)):
         try:
             story = item["clean_story"].replace("[", "").replace("]", "")
             a, b = ast.literal_eval(item["query"])

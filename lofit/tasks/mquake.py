@@ -25,10 +25,15 @@ def ask(text: str) -> str:
     return f"Q: {text} A:"
 
 
+def path(data: Path, split: str, fold: int | None = None) -> Path:
+    """The file of a split."""
+    return data / FOLDER / f"{split}.jsonl"
+
+
 def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
     """The examples of a split. Raises InputError that names file, line and key."""
     examples = []
-    for where, case in read_jsonl(data / FOLDER / f"{split}.jsonl"):
+    for where, case in read_jsonl(path(data, split)):
         try:
             rewrite, question = case["requested_rewrite"][0], case["questions"][0]  # 1st of three
             target = rewrite["target_new"]["str"]

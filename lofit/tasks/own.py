@@ -47,20 +47,23 @@ class OwnTask:
         self.MAIN_METRIC = self.METRICS[0]
         self.MAX_NEW_TOKENS = NEW_TOKENS.get(self.form, 32)
 
+    def path(self, data: Path, split: str, fold: int | None = None) -> Path:
+        """The file of a split; only a task of NAMED looks into `data`."""
+        return (self.folder or data / self.name) / f"{split}.jsonl"
+
     def read(
         self, data: Path, split: str, seed: int = 42, fold: int | None = None
     ) -> list[Example]:
-        """The examples of a split; only a task of NAMED looks into `data`. InputError with file,
-        line and key."""
-        folder = self.folder or data / self.name
-        if not folder.is_dir():
+        """The examples of a split. InputError with file, line and key."""
+        path = self.path(data, split)
+        if not (folder := path.parent).is_dir():
             script = "listops" if self.name == "listops" else f"download {self.name}"
             raise InputError(
                 f"{folder}: no such folder; `python -m data.{script}` writes data/real/{self.name},"
                 " and --data data/real reads it"
             )
         examples = []
-        for where, line in read_jsonl(folder / f"{split}.jsonl"):
+        for where, line in read_jsonl(path):
             try:
                 examples.append(getattr(self, f"_{self.form}")(line))
             except KeyError as error:

@@ -43,11 +43,15 @@ def ask(text: str) -> str:
     return f"Q: {text} A:"
 
 
+def path(data: Path, split: str, fold: int | None) -> Path:
+    """The file of a split of a fold."""
+    return data / FOLDER / f"fold_{fold}_{split}_seed_42.csv"
+
+
 def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
     """The questions of a split of a fold. Raises InputError that names file and line."""
-    path = data / FOLDER / f"fold_{fold}_{split}_seed_42.csv"
     examples = []
-    for where, row in read_csv(path, COLUMNS):
+    for where, row in read_csv(path(data, split, fold), COLUMNS):
         question, best = row["Question"].strip(), row["Best Answer"].strip()
         right, wrong = answers(row["Correct Answers"]), answers(row["Incorrect Answers"])
         try:
@@ -72,7 +76,7 @@ def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> lis
 
 
 def answers(cell: str) -> list[str]:
-    """The answers of a cell as they follow the question: a space before, a period behind."""
+    """The answers of a cell as they follow the question: a space before, a period after."""
     return [closed(part.strip()) for part in cell.split(";") if part.strip()]
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peers import (
@@ -17,8 +18,9 @@ from peers import (
 )
 
 from lofit import load_model, load_tokenizer
+from lofit.fast.folded import folded_offsets
 from lofit.fast.packed import packed_weights
-from lofit.heads import attach_offsets, attach_scales, folded_offsets, init_offsets, init_scales
+from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
 from lofit.llm.batches import n_shared
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import compiled_step, generate_all
@@ -27,7 +29,7 @@ from lofit.llm.scoring import score_answers
 from lofit.llm.tokenizer import Tokenizer
 from lofit.objectives import CrossEntropy
 from lofit.run.arguments import TASKS
-from lofit.training import Schedule, fit, optimizer_for, train_step
+from lofit.training import Schedule, Training, fit, optimizer_for, train_step
 
 COMMON = dict(max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,))
 SHAPES = {
@@ -46,7 +48,7 @@ LR = 1e-3
 class Ids:
     """A "tokenizer" whose text is the ids, with spaces between."""
 
-    eos_ids = (2,)
+    eos_ids, end_id, unk_id = (2,), 2, None
 
     def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], int]:
         before, after = ([int(i) for i in text.split()] for text in (prompt, answer))
@@ -171,7 +173,7 @@ class Bench:
         objective = CrossEntropy(self.model, Ids(), self.examples, "examples")
 
         def run() -> float:
-            objective.frozen.layer, objective.frozen.kept = 0, {}
+            objective.cache.layer, objective.cache.kept = 0, {}
             if side == "ours":
                 parameters = attach_offsets(self.model, self.heads[where], self.offsets(where))
                 loss_of = objective.loss
@@ -184,8 +186,8 @@ class Bench:
                     return loss()
 
             schedule = Schedule(LR, epochs or self.epochs, by_length=side == "ours")
-            lengths, log = objective.lengths, lambda record: None
-            return [loss for _, loss in fit(parameters, lengths, loss_of, schedule, 0, log)][-1]
+            asked = SimpleNamespace(lengths=objective.lengths, loss=loss_of)
+            return [loss for _, loss in fit(Training(parameters, asked, schedule, 0))][-1]
 
         return run
 

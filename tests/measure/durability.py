@@ -37,8 +37,7 @@ import train  # noqa: E402
 from lofit import errors  # noqa: E402
 from lofit.llm.checkpoint import load_model  # noqa: E402
 from lofit.run import resume, summary  # noqa: E402
-from lofit.run.resume import Progress  # noqa: E402
-from lofit.run.session import Session  # noqa: E402
+from lofit.run.resume import TrainingState  # noqa: E402
 
 SMALL = ["--epochs", "2", "--batch-size", "2"]
 STEPS = [(select_heads, SMALL), (train, SMALL), (eval_script, ["--batch-size", "2"])]
@@ -204,13 +203,13 @@ def cost(rounds: int) -> None:
     """A B A B in one process, so that what else the machine does is the same for both; seconds of
     the processor and of the clock."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    kept, save, written, inside = Session.progress, Progress.save, [], []
+    step, written, inside = TrainingState.__call__, [], []
 
-    def timed(self, loss, last):
+    def timed(self, training, record):
         before, began = self.next_write, time.perf_counter()
-        save(self, loss, last)
+        step(self, training, record)
         inside.append(time.perf_counter() - began)
-        if self.path and self.next_write != before:
+        if self.next_write != before:
             written.append(self.path.stat().st_size)
 
     flags = ["--model", str(REPO / "weights/mini-llama"), "--data", str(REPO / "data/mini")]
@@ -219,8 +218,7 @@ def cost(rounds: int) -> None:
         spent: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         extra += ["--validate", "last"] if script is train else []
         for states in (True, False) * rounds:
-            Session.progress = kept if states else lambda *_: Progress()
-            Progress.save = timed if states else save
+            TrainingState.__call__ = timed if states else lambda *_: None
             with (
                 tempfile.TemporaryDirectory(dir=RUNS) as tmp,
                 open(os.devnull, "w") as null,
@@ -237,7 +235,7 @@ def cost(rounds: int) -> None:
         whole = sum(seconds for _, seconds in spent[True])
         print(
             f"{script.__name__:13}{' '.join(extra[:2]):15} with / without: processor {cpu:.3f},"
-            f" clock {clock:.3f}; {sum(inside) / whole:.2%} of {whole / rounds:.1f} s in save(),"
+            f" clock {clock:.3f}; {sum(inside) / whole:.2%} of {whole / rounds:.1f} s in states,"
             f" {len(written) / rounds:.0f} states of {max(written) / 1024:.0f} KiB a run",
             flush=True,
         )

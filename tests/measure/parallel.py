@@ -43,7 +43,6 @@ from lofit.llm.config import ModelConfig
 from lofit.llm.files import read_json
 from lofit.llm.model import CausalLM
 from lofit.llm.scoring import target_losses
-from lofit.run import session
 from lofit.run.arguments import TASKS
 from lofit.run.summary import mean
 
@@ -172,10 +171,10 @@ def timed(flags: list[str]) -> None:
     """One process of `training`: seconds of the training loop, without validation; bytes sent."""
     import train
 
-    inner = session.fit
+    inner = train.fit
 
-    def fit(parameters, lengths, loss_of, *rest):
-        steps, wall, cpu = inner(parameters, lengths, loss_of, *rest), 0.0, 0.0
+    def fit(training, on_step):
+        steps, wall, cpu = inner(training, on_step), 0.0, 0.0
         while True:
             began = time.perf_counter(), time.process_time()
             epoch = next(steps, None)
@@ -183,10 +182,10 @@ def timed(flags: list[str]) -> None:
             if epoch is None:
                 break
             yield epoch
-        told = {"wall": wall, "cpu": cpu, "sent": getattr(loss_of.__self__, "sent", {})}
+        told = {"wall": wall, "cpu": cpu, "sent": getattr(training.objective, "bytes_sent", {})}
         sys.__stdout__.write(f"@{json.dumps(told)}\n")
 
-    session.fit = fit
+    train.fit = fit
     train.main(flags)
 
 

@@ -29,7 +29,7 @@ from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
 from lofit.llm.generate import generate_all
 from lofit.llm.scoring import score_answers
 from lofit.objectives import CrossEntropy
-from lofit.training import Schedule, fit
+from lofit.training import Schedule, Training, fit
 
 BASE = {"depth": 8, "length": 64, "examples": 32, "K": 8, "answers": 4}
 DOUBLED = {
@@ -70,7 +70,7 @@ def work_of(name: str, depth: int, length: int, examples: int, k: int, answers: 
     def train() -> None:
         objective = CrossEntropy(model, Ids(), asked, "")
         schedule = Schedule(lr=1e-3, l1=0.0, epochs=epochs, batch_size=BATCH)
-        list(fit(parameters, objective.lengths, objective.loss, schedule, 0, lambda _: None))
+        list(fit(Training(parameters, objective, schedule, 0)))
 
     return train
 
