@@ -130,17 +130,19 @@ def evaluate_fold(args: argparse.Namespace, run: Session) -> tuple[dict, dict]:
     adapters, metadata = find_adapters(args, run), {}
     mine = run.info() | {"split": args.split}
     about = mine | {"n": len(examples)} | describe(run, [])
-    memo = run.scored_batches(about | {"batch_size": batch_size, "compile": args.compile}, examples)
+    memos = run.scored_batches(
+        about | {"batch_size": batch_size, "compile": args.compile}, examples
+    )
     if args.base_from:
         folder = args.base_from if run.fold is None else args.base_from / f"fold{run.fold}"
         scored = {"base": artefacts.read_base(folder, mine, [e.prompt for e in examples])}
     else:
         with edits_off(run.model):
-            scored = {"base": evaluate(run, examples, batch_size, "base model", memo("base"))}
+            scored = {"base": evaluate(run, examples, batch_size, "base model", memos("base"))}
     for label, path in adapters.items():
         metadata[label] = attach(run, path)
-        keep = memo(metadata[label]["offsets_hash"])
-        scored[label] = evaluate(run, examples, batch_size, f"{label} model", keep)
+        memo = memos(metadata[label]["offsets_hash"])
+        scored[label] = evaluate(run, examples, batch_size, f"{label} model", memo)
 
     results = summarize(about, metadata, scored, run.task.METRICS)
     results |= by_answer(examples, scored) | by_group(examples, scored, run.task.METRICS)

@@ -12,14 +12,14 @@ from lofit.llm.batches import (
     IGNORE,
     check_length,
     collate,
+    common_prefix_length,
     draw_batches,
     encode_example,
-    n_shared,
     pack,
 )
 from lofit.llm.checkpoint import load_model
+from lofit.llm.context import KVCache
 from lofit.llm.scoring import sum_by_text, target_losses
-from lofit.llm.step import KVCache
 from lofit.llm.tokenizer import load_tokenizer
 
 
@@ -111,9 +111,9 @@ def test_packed_texts_under_windows_and_other_positions(loud, name):
 
 
 def test_what_texts_begin_with():
-    assert n_shared([[1, 2, 3], [1, 2, 4, 5]]) == 2
-    assert n_shared([[1, 2], [1, 2, 3]]) == 2
-    assert n_shared([[1], [2]]) == 0
+    assert common_prefix_length([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert common_prefix_length([[1, 2], [1, 2, 3]]) == 2
+    assert common_prefix_length([[1], [2]]) == 0
 
 
 @pytest.mark.parametrize("by_length", [True, False])

@@ -13,9 +13,9 @@ from lofit.heads import attach_scales, init_scales
 from lofit.inspect import memory as plan
 from lofit.llm.batches import collate
 from lofit.llm.config import ModelConfig
+from lofit.llm.context import KVCache
 from lofit.llm.generate import prefill
 from lofit.llm.scoring import target_losses
-from lofit.llm.step import KVCache
 from lofit.training import optimizer_for
 
 # hidden size, vocabulary and inner size are primes, which no number of processes divides

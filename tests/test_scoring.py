@@ -10,9 +10,9 @@ from lofit.heads import attach_offsets
 from lofit.llm import scoring
 from lofit.llm.batches import IGNORE, collate
 from lofit.llm.scoring import (
+    common_prefix,
     cross_entropy,
     score_answers,
-    shared_prefix,
     sum_by_text,
     target_losses,
 )
@@ -84,5 +84,5 @@ def test_the_fast_way_agrees_with_the_plain_one(tiny, asked, batch_size):
 
 
 def test_texts_that_share_nothing_have_no_prefix(tiny):
-    assert shared_prefix(tiny, [([1, 2, 3], [-100, -100, 3]), ([4, 2], [-100, 2])]) is None
-    assert shared_prefix(tiny, [([1, 2], [-100, 2]), ([1, 3], [-100, 3])]) is None  # predicts
+    assert common_prefix(tiny, [([1, 2, 3], [-100, -100, 3]), ([4, 2], [-100, 2])]) is None
+    assert common_prefix(tiny, [([1, 2], [-100, 2]), ([1, 3], [-100, 3])]) is None  # predicts

@@ -5,8 +5,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lofit.heads import lowest_edit
 from lofit.llm.batches import Batch
+from lofit.llm.context import make_context
 from lofit.llm.model import CausalLM
-from lofit.llm.step import make_step
 
 MAX_BYTES = 4 * 2**30  # of hidden states that are kept
 
@@ -34,8 +34,8 @@ class HiddenCache:
             rows = [self.kept[i] for i in examples]
             return layer, pad_sequence(rows, batch_first=True).to(batch.ids.device)
         with torch.no_grad():
-            step = make_step(self.model.config, batch.ids, tree=batch.tree)
-            hidden = self.model.model.before(layer, batch.ids, step)
+            context = make_context(self.model.config, batch.ids, tree=batch.tree)
+            hidden = self.model.model.before(layer, batch.ids, context)
         for i, row, length in zip(examples, hidden.cpu(), batch.lengths, strict=True):
             if i not in self.kept and (kept := row[:length].clone()).nbytes <= self.left:
                 self.kept[i] = kept

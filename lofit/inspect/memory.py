@@ -21,10 +21,10 @@ from lofit.heads import attach_scales
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import DTYPES, find_folder
 from lofit.llm.config import ModelConfig
+from lofit.llm.context import KVCache
 from lofit.llm.generate import prefill
 from lofit.llm.model import CausalLM
 from lofit.llm.scoring import target_losses
-from lofit.llm.step import KVCache
 from lofit.run.arguments import int_at_least
 
 GB = 10**9

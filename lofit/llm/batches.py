@@ -6,8 +6,8 @@ from itertools import takewhile
 import torch
 
 from lofit.errors import InputError
-from lofit.llm.model import Where
-from lofit.llm.step import KVCache, Tree
+from lofit.llm.context import KVCache, Tree
+from lofit.llm.model import TokenIndex
 from lofit.llm.tokenizer import Tokenizer
 
 IGNORE = -100  # label of a token that is not in the loss
@@ -24,7 +24,7 @@ class Batch:
 
     ids: torch.Tensor  # [B, T] int64
     lengths: list[int]  # of each row, without padding
-    source: Where  # the N positions that predict a labelled token
+    source: TokenIndex  # the N positions that predict a labelled token
     target: torch.Tensor  # [N] that token
     text: torch.Tensor  # [N] the text it belongs to
     n_texts: int
@@ -63,7 +63,7 @@ def pack(
     start = 0 if prefix is None else prefix.k.shape[3]
     rows, places, branches, found, n_texts = [], [], [], [], 0
     for group in groups:
-        trunk = n_shared([ids for ids, _ in group])
+        trunk = common_prefix_length([ids for ids, _ in group])
         row, place = group[0][0][start:trunk], list(range(start, trunk))
         branch = [0] * len(row)
         for number, (ids, labels) in enumerate(group, 1):
@@ -80,7 +80,7 @@ def pack(
     return _batch(rows, found, n_texts, device, tree)
 
 
-def n_shared(texts: list[list[int]]) -> int:
+def common_prefix_length(texts: list[list[int]]) -> int:
     """How many tokens all texts begin with."""
     columns = zip(*texts, strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))

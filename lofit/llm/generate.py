@@ -6,17 +6,17 @@ import torch
 from tqdm import tqdm
 
 from lofit.errors import InputError
+from lofit.llm.context import KVCache
 from lofit.llm.model import CausalLM
-from lofit.llm.step import KVCache
 
-Step = Callable[[CausalLM, torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
+DecodeFn = Callable[[CausalLM, torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
 Compute = Callable[[list[int]], list]  # indices of a batch -> what is found for each
-Keep = Callable[[Compute, list[int]], list]  # `compute`, or what keeps what it finds
+Memo = Callable[[Compute, list[int]], list]  # calls it, or returns what it found before
 
 
-def compute(found: Compute, rows: list[int]) -> list:
-    """What is found for a batch."""
-    return found(rows)
+def no_memo(compute: Compute, rows: list[int]) -> list:
+    """A Memo that remembers nothing."""
+    return compute(rows)
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def prefill(
     Returns the logits after each prompt's last token: [B, V].
     """
     last = (torch.arange(len(ids), device=ids.device), lengths - 1)
-    return model.logits(model.model(ids, cache=cache, keep=last))
+    return model.logits(model.model(ids, cache=cache, at=last))
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def decode_step(
     return model.logits(model.model(token[:, None], position[:, None], cache))[:, 0]
 
 
-def compiled_step() -> Step:
+def compiled_step() -> DecodeFn:
     """`decode_step`, compiled. On a GPU it is a CUDA graph: launching its many small kernels one by
     one takes longer than running them. Each shape of the cache is compiled separately."""
     compiled = torch.compile(decode_step, mode="reduce-overhead")
@@ -75,7 +75,7 @@ def generate(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     stop_ids: frozenset[int] = frozenset(),
-    step: Step = decode_step,
+    step: DecodeFn = decode_step,
 ) -> list[list[int]]:
     """Greedy continuation of one batch of prompts, each up to and without eos, or up to and with
     one of stop_ids. step: `decode_step`, or what a compiler made of it."""
@@ -107,7 +107,7 @@ def generate(
             stay = [j for j, row in enumerate(rows) if row in going]
             rows = [rows[j] for j in stay]
             token, lengths = token[stay], lengths[stay]
-            cache.keep(stay)
+            cache.select_rows(stay)
         token = step(model, token, lengths + i, cache).argmax(-1)
     return new
 
@@ -120,8 +120,8 @@ def generate_all(
     batch_size: int,
     description: str,
     stop_ids: frozenset[int] = frozenset(),
-    step: Step = decode_step,
-    keep: Keep = compute,
+    step: DecodeFn = decode_step,
+    memo: Memo = no_memo,
 ) -> list[list[int]]:
     """`generate` for any number of prompts, in batches of like length; results in their order.
 
@@ -144,6 +144,6 @@ def generate_all(
     batches = range(0, len(order), batch_size)
     for start in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
         rows = order[start : start + batch_size]
-        for i, tokens in zip(rows, keep(new_tokens, rows), strict=True):
+        for i, tokens in zip(rows, memo(new_tokens, rows), strict=True):
             results[i] = tokens
     return results

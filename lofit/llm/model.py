@@ -14,9 +14,9 @@ from torch import nn
 
 from lofit.llm import rope
 from lofit.llm.config import ModelConfig
-from lofit.llm.step import KVCache, Step, Tree, make_step
+from lofit.llm.context import Context, KVCache, Tree, make_context
 
-Where = tuple[torch.Tensor, torch.Tensor]  # rows and columns of N positions of a batch, [N] each
+TokenIndex = tuple[torch.Tensor, torch.Tensor]  # rows, columns of N tokens, [N] each
 ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -124,24 +124,26 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norms else nn.Identity()
         self.head_out = nn.Identity()  # the slot: heads.py puts a HeadScale or HeadOffset here
 
-    def forward(self, x: torch.Tensor, step: Step, keep: Where | None = None) -> torch.Tensor:
-        """x: [B, T, D] -> [B, T, D], or [N, D] of positions to `keep`."""
+    def forward(
+        self, x: torch.Tensor, context: Context, at: TokenIndex | None = None
+    ) -> torch.Tensor:
+        """x: [B, T, D] -> [B, T, D], or [N, D] of the tokens `at`."""
 
         def split(y: torch.Tensor) -> torch.Tensor:  # [B, T, heads*head_dim] -> [B, heads, T, ..]
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        cos_sin, mask = step.cos_sin[self.layer_type], step.mask[self.layer_type]
+        cos_sin, mask = context.cos_sin[self.layer_type], context.mask[self.layer_type]
         q, k = rope.rotate(self.q_norm(q), *cos_sin), rope.rotate(self.k_norm(k), *cos_sin)
-        if step.cache is not None:
-            whole = step.cache.write(self.layer, step.positions, k, v)
-            k, v = whole if step.decoding else (k, v)
-        if step.prefix is not None:
-            k, v = step.prefix.before(self.layer, k, v)
+        if context.cache is not None:
+            whole = context.cache.write(self.layer, context.positions, k, v)
+            k, v = whole if context.decoding else (k, v)
+        if context.prefix is not None:
+            k, v = context.prefix.before(self.layer, k, v)
         z = attend(q, k, v, mask, self.scale, self.cap)
         z = z.transpose(1, 2)  # [B, T, n_heads, head_dim]
         z = self.head_out(z)  # LoFiT acts here and nowhere else (paper, section 3)
-        z = z if keep is None else z[keep]
+        z = z if at is None else z[at]
         return self.o_proj(z.flatten(-2))
 
 
@@ -171,11 +173,13 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(D, config)
             self.post_feedforward_layernorm = RMSNorm(D, config)
 
-    def forward(self, x: torch.Tensor, step: Step, keep: Where | None = None) -> torch.Tensor:
-        """x: [B, T, D] -> [B, T, D], or [N, D] of positions to `keep`: the others are looked at by
+    def forward(
+        self, x: torch.Tensor, context: Context, at: TokenIndex | None = None
+    ) -> torch.Tensor:
+        """x: [B, T, D] -> [B, T, D], or [N, D] of the tokens `at`: the others are looked at by
         attention and need no more."""
-        attended = self.self_attn(self.input_layernorm(x), step, keep)
-        x = x if keep is None else x[keep]
+        attended = self.self_attn(self.input_layernorm(x), context, at)
+        x = x if at is None else x[at]
         # HF's names say where a norm stands, not what it norms
         x = x + (self.post_attention_layernorm(attended) if self.sandwich else attended)
         if self.sandwich:
@@ -197,18 +201,18 @@ class Transformer(nn.Module):
         positions: torch.Tensor | None = None,
         cache: KVCache | None = None,
         tree: Tree | None = None,
-        keep: Where | None = None,
+        at: TokenIndex | None = None,
     ) -> torch.Tensor:
         """input_ids: [B, T] int64 -> final hidden states [B, T, D].
 
         Without `positions`, rows start at position 0 and attention is causal within them: training
         and the prompt. Right padding needs no mask, for no real token looks to its right. With
         `positions` [B, T] (and a cache), each token attends to every cached position up to its own.
-        With a `tree`, each token attends to its own text. With `keep`, (row, column) [N] each, the
-        result is [N, D].
+        With a `tree`, each token attends to its own text. With `at`, rows and columns of N tokens,
+        the result is [N, D].
         """
-        step = make_step(self.config, input_ids, positions, cache, tree)
-        return self.run(self.embed(input_ids), step, keep=keep)
+        context = make_context(self.config, input_ids, positions, cache, tree)
+        return self.run(self.embed(input_ids), context, at=at)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[B, T] -> the hidden states that enter layer 0."""
@@ -218,18 +222,18 @@ class Transformer(nn.Module):
         return x
 
     def run(
-        self, x: torch.Tensor, step: Step, first: int = 0, keep: Where | None = None
+        self, x: torch.Tensor, context: Context, first: int = 0, at: TokenIndex | None = None
     ) -> torch.Tensor:
-        """Hidden states that enter layer `first` -> final ones, those to `keep` or all."""
+        """Hidden states that enter layer `first` -> final ones, of the tokens `at` or of all."""
         for layer in self.layers[first:-1]:
-            x = layer(x, step)
-        return self.norm(self.layers[-1](x, step, keep))
+            x = layer(x, context)
+        return self.norm(self.layers[-1](x, context, at))
 
-    def before(self, layer: int, input_ids: torch.Tensor, step: Step) -> torch.Tensor:
+    def before(self, layer: int, input_ids: torch.Tensor, context: Context) -> torch.Tensor:
         """The hidden states that enter a layer."""
         x = self.embed(input_ids)
         for block in self.layers[:layer]:
-            x = block(x, step)
+            x = block(x, context)
         return x
 
 

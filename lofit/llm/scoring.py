@@ -5,10 +5,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from lofit.llm.batches import Batch, Encoded, check_length, collate, encode_example, n_shared, pack
-from lofit.llm.generate import Keep, check_finite, compute
+from lofit.llm.batches import (
+    Batch,
+    Encoded,
+    check_length,
+    collate,
+    common_prefix_length,
+    encode_example,
+    pack,
+)
+from lofit.llm.context import KVCache, make_context
+from lofit.llm.generate import Memo, check_finite, no_memo
 from lofit.llm.model import CausalLM
-from lofit.llm.step import KVCache, make_step
 from lofit.llm.tokenizer import Tokenizer
 
 MAX_LOGITS = 2**24  # at once: 64 MB in fp32. Gemma has 256,000 for every token
@@ -22,9 +30,9 @@ def target_losses(
 
     hidden: [B, T, D] that enter layer `first`, where they are known already.
     """
-    step = make_step(model.config, batch.ids, tree=batch.tree)
+    context = make_context(model.config, batch.ids, tree=batch.tree)
     hidden = model.model.embed(batch.ids) if hidden is None else hidden
-    return cross_entropy(model, model.model.run(hidden, step, first, batch.source), batch.target)
+    return cross_entropy(model, model.model.run(hidden, context, first, batch.source), batch.target)
 
 
 def cross_entropy(model: CausalLM, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -54,7 +62,7 @@ def score_answers(
     batch_size: int,
     description: str,
     plain: bool = False,
-    keep: Keep = compute,
+    memo: Memo = no_memo,
 ) -> list[list[float]]:
     """log p(answer | question), summed over the answer's tokens, for each answer of each question.
 
@@ -74,7 +82,7 @@ def score_answers(
     if plain:
         groups, prefix = [[text] for text in texts], None
     else:
-        prefix = shared_prefix(model, texts)
+        prefix = common_prefix(model, texts)
 
     def log_probs(rows: list[int]) -> list[list[float]]:
         part = [groups[i] for i in rows]
@@ -87,16 +95,16 @@ def score_answers(
     scores: dict[int, list[float]] = {}
     batches = batches_of(groups, batch_size)
     for rows in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
-        scores |= zip(rows, keep(log_probs, rows), strict=True)
+        scores |= zip(rows, memo(log_probs, rows), strict=True)
     rest = iter([score for i in range(len(groups)) for score in scores[i]])
     return [[next(rest) for _ in answers] for _, answers in asked]
 
 
-def shared_prefix(model: CausalLM, texts: list[Encoded]) -> KVCache | None:
+def common_prefix(model: CausalLM, texts: list[Encoded]) -> KVCache | None:
     """Keys and values of the tokens that all texts begin with; None if there are none. The token
     that predicts a first label stays out of it."""
     first = min(next(t for t, label in enumerate(labels) if label >= 0) for _, labels in texts)
-    n = min(n_shared([ids for ids, _ in texts]), first - 1)
+    n = min(common_prefix_length([ids for ids, _ in texts]), first - 1)
     if n < 1:
         return None
     cache = KVCache(model.config, 1, n, model.lm_head.weight)

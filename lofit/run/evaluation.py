@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from lofit.llm.generate import Keep, compute, decode_step, generate_all
+from lofit.llm.generate import Memo, decode_step, generate_all, no_memo
 from lofit.llm.scoring import score_answers
 from lofit.objectives import Objective, mean_loss
 from lofit.run.session import Session
@@ -17,16 +17,16 @@ EVAL_BATCH = 64
 
 
 def evaluate(
-    run: Session, examples: list[Example], batch_size: int, description: str, keep: Keep = compute
+    run: Session, examples: list[Example], batch_size: int, description: str, memo: Memo = no_memo
 ) -> list[dict]:
     """The scores of each example with the model's present edits, and what they are based on: a
-    prediction, the log-probabilities of the given answers, or both. keep: a memo of batches."""
+    prediction, the log-probabilities of the given answers, or both. memo: of scored batches."""
     ways = [predict] if examples[0].generated else []
     ways += [score_given] if examples[0].right else []
     with saving_time(run):
         if not dist.is_initialized():
             parts = [
-                way(run, examples, batch_size, description, _apart(keep, i))
+                way(run, examples, batch_size, description, _apart(memo, i))
                 for i, way in enumerate(ways)
             ]
             return _merge(parts)
@@ -37,11 +37,11 @@ def evaluate(
             parts = []
             for way in ways:
                 with in_step(run.model):
-                    parts.append(way(run, own, batch_size, description, compute) if own else [])
+                    parts.append(way(run, own, batch_size, description, no_memo) if own else [])
             return _merge(parts)
 
         # each process has batches of its own, so the memo holds what all of them found
-        return keep(lambda _: spread(examples, own_share), [])
+        return memo(lambda _: spread(examples, own_share), [])
 
 
 def validate(run: Session, examples: list[Example]) -> dict[str, float]:
@@ -80,14 +80,14 @@ def saving_time(run: Session) -> Iterator[None]:
 
 
 def predict(
-    run: Session, examples: list[Example], batch_size: int, description: str, keep: Keep
+    run: Session, examples: list[Example], batch_size: int, description: str, memo: Memo
 ) -> list[dict]:
     """{"prediction": the answer generated, metrics...} of each example."""
     prompts = [run.tokenizer.encode_pair(run.wrap(e.prompt), "")[0] for e in examples]
     stop = frozenset() if run.plain else run.stop_ids
     new = generate_all(
         run.model, prompts, new_tokens(run, examples), run.tokenizer.eos_ids, batch_size,
-        description, stop, run.decode_step, keep,
+        description, stop, run.decode_step, memo,
     )  # fmt: skip
     found = []
     for example, prompt, tokens in zip(examples, prompts, new, strict=True):
@@ -114,12 +114,12 @@ def new_tokens(run: Session, examples: list[Example]) -> int:
 
 
 def score_given(
-    run: Session, examples: list[Example], batch_size: int, description: str, keep: Keep
+    run: Session, examples: list[Example], batch_size: int, description: str, memo: Memo
 ) -> list[dict]:
     """{"log_probs": of the right and the wrong answers, metrics...} of each example."""
     asked = [(run.wrap(e.question), [*e.right, *e.wrong]) for e in examples]
     scores = score_answers(
-        run.model, run.tokenizer, asked, batch_size, description, run.plain, keep
+        run.model, run.tokenizer, asked, batch_size, description, run.plain, memo
     )
     found = []
     for example, each in zip(examples, scores, strict=True):
@@ -129,9 +129,9 @@ def score_given(
     return found
 
 
-def _apart(keep: Keep, i: int) -> Keep:
-    """keep for the i-th of several ways to score: the same rows of two ways are not the same."""
-    return (lambda compute, rows: keep(lambda _: compute(rows), [-i, *rows])) if i else keep
+def _apart(memo: Memo, i: int) -> Memo:
+    """memo for the i-th of several ways to score: the same rows of two ways are not the same."""
+    return (lambda compute, rows: memo(lambda _: compute(rows), [-i, *rows])) if i else memo
 
 
 def _merge(parts: list[list[dict]]) -> list[dict]:

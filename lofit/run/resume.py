@@ -17,7 +17,7 @@ import torch
 from lofit.errors import InputError
 from lofit.files import is_first, read_tensors, write_tensors
 from lofit.llm.files import parse_json
-from lofit.llm.generate import Compute, Keep
+from lofit.llm.generate import Compute, Memo
 from lofit.training import Training
 
 SHARE = 0.01  # of the time may go into writing states: the next one waits that long
@@ -131,10 +131,10 @@ class ScoredBatches:
             self.found = {}
             _start_again(path, error)
 
-    def __call__(self, who: str) -> Keep:
+    def __call__(self, who: str) -> Memo:
         """A memo of the scores of one model: a batch that is in the log is not computed again."""
 
-        def keep(compute: Compute, rows: list[int]) -> list:
+        def memo(compute: Compute, rows: list[int]) -> list:
             if (who, *rows) not in self.found:
                 if not self.found:
                     self._write("w", self.metadata)
@@ -142,7 +142,7 @@ class ScoredBatches:
                 self._write("a", [who, rows, found])
             return self.found[(who, *rows)]
 
-        return keep
+        return memo
 
     def _write(self, mode: str, line: object) -> None:
         if not is_first():

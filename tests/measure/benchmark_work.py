@@ -21,7 +21,7 @@ from lofit import load_model, load_tokenizer
 from lofit.fast.folded import folded_offsets
 from lofit.fast.packed import packed_weights
 from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
-from lofit.llm.batches import n_shared
+from lofit.llm.batches import common_prefix_length
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import compiled_step, generate_all
 from lofit.llm.model import CausalLM
@@ -102,7 +102,7 @@ class Bench:
         self.config = self.model.config
         self.prompts = [[*map(int, prompt.split())] for prompt, _ in self.examples[:16]]
         questions = [[*map(int, question.split())] for question, _ in self.asked]
-        self.shared = n_shared(questions)  # tokens that all questions begin with
+        self.shared = common_prefix_length(questions)  # tokens that all questions begin with
         layers, n = self.config.num_hidden_layers, self.config.num_attention_heads
         self.heads = {
             "upper": [(layer, 0) for layer in range(layers // 2, layers)],

@@ -22,7 +22,7 @@ class KVCache:
         self.k = torch.zeros(*shape, config.head_dim, **kind)
         self.v = torch.zeros(*shape, config.head_dim, **kind)
 
-    def keep(self, rows: list[int]) -> None:
+    def select_rows(self, rows: list[int]) -> None:
         """Go on with these rows only."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
@@ -60,7 +60,7 @@ class Tree:
 
 
 @dataclass
-class Step:
+class Context:
     """What every layer needs beside the hidden states, computed once per forward pass.
 
     cos_sin, mask: by layer type, for rope.rotate and for `attend`.
@@ -74,13 +74,13 @@ class Step:
     prefix: KVCache | None = None
 
 
-def make_step(
+def make_context(
     config: ModelConfig,
     input_ids: torch.Tensor,
     positions: torch.Tensor | None = None,
     cache: KVCache | None = None,
     tree: Tree | None = None,
-) -> Step:
+) -> Context:
     """What all layers share in a pass; arguments as in `model.Transformer.forward`."""
     decoding, kinds = positions is not None, config.rope_parameters
     length = cache.k.shape[3] if decoding else input_ids.shape[1]
@@ -93,7 +93,7 @@ def make_step(
         masks = {kind: _mask(config, kind, positions, reach, decoding) for kind in kinds}
     rotations = {kind: rope.cos_sin(config, kind, positions) for kind in kinds}
     prefix = None if tree is None else tree.prefix
-    return Step(positions, rotations, masks, cache, decoding, prefix)
+    return Context(positions, rotations, masks, cache, decoding, prefix)
 
 
 def _mask(
