@@ -49,7 +49,9 @@ def lofit(args, model, task, by, k, seeds=None, more="", heads_of="") -> list[Pi
     """Offsets on K heads that a way chose, for each seed; more: flags of both steps."""
     seeds = seeds or args.seeds
     by = "all" if k == "all" else by
-    select = "" if by in ("all", "random") else f"{more} {args.select_flags}".strip()
+    select = "" if by in ("all", "random", "spread") else more
+    if by in ("scales", "gates"):  # the ways that train take flags of a training
+        select = f"{more} {args.select_flags}".strip()
     first = Run("train", model, task, args.data, seeds[0], args.dtype, "lofit", by, k, heads_of)
     first = replace(first, select=select, train=f"{more} {args.train_flags}".strip())
     tried = tuple(replace(first, lr_factor=factor) for factor in args.lr_factors)
@@ -62,7 +64,7 @@ def method(args, model, task, name, more="") -> list[Pick]:
         return lofit(args, model, task, "scales", name.split()[1], more=more)
     flag, values = BASELINES[name]
     first = Run("train", model, task, args.data, args.seeds[0], args.dtype, name)
-    flags = f"{more} {args.train_flags}".strip()
+    flags = f"{more} {args.train_flags}".strip() if flag == "--lr" else more
     tried = tuple(replace(first, train=f"{flags} {flag} {value}".strip()) for value in values)
     return [Pick(tried, seed) for seed in args.seeds]
 
