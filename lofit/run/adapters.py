@@ -27,7 +27,6 @@ from lofit.run.artefacts import (
     hash_of_offsets,
     read_offsets,
 )
-from lofit.run.summary import results_table
 
 # Beside a model's own tensors in the paper's released checkpoints: A and v of each head.
 RELEASED = re.compile(r"model\.layers\.(\d+)\.self_attn\.attn_(A|v)\.(\d+)$")
@@ -51,6 +50,8 @@ class Adapter:
         same = same and found.get("offsets_hash") == hash_of_offsets(self.heads, self.offsets)
         if not same or "tuned" not in found:
             return None
+        from lofit.run.summary import results_table
+
         try:
             results_table(found)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

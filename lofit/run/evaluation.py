@@ -9,7 +9,6 @@ from lofit.llm.generate import Memo, decode_step, generate_all, no_memo
 from lofit.llm.scoring import score_answers
 from lofit.objectives import Objective, mean_loss
 from lofit.run.session import Session
-from lofit.run.summary import mean
 from lofit.tasks import Example
 from lofit.tasks.own import OwnTask
 
@@ -47,7 +46,7 @@ def evaluate(
 def validate(run: Session, examples: list[Example]) -> dict[str, float]:
     """The mean of each metric over these examples."""
     scored = evaluate(run, examples, EVAL_BATCH, "validation")
-    return {metric: mean([s[metric] for s in scored]) for metric in run.task.METRICS}
+    return {m: sum(s[m] for s in scored) / len(scored) for m in run.task.METRICS}
 
 
 def validate_epoch(
