@@ -498,3 +498,9 @@ def test_tokens_of_a_wrong_type_are_refused_by_one_line(pieces_alone, name, valu
     with pytest.raises(InputError, match=message) as caught:
         load_tokenizer(pieces_alone)
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_surrogate_pair_is_no_special_token(tiny_folder):
+    write_json(tiny_folder / "tokenizer_config.json", bos_token="\ud800")
+    with pytest.raises(InputError, match="bos_token is .*expected a text"):
+        load_tokenizer(tiny_folder)

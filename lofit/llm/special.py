@@ -67,7 +67,7 @@ def _class_of(folder: Path, settings: dict) -> str:
 def token_text(token: object, what: str) -> str:
     """The text of a token that is written as a text or as an object; InputError names `what`."""
     text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
+    if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):  # half a pair
         raise InputError(
             f"{what} is {str(token)[:60]!r}; expected a text, or an object with a text as content"
         )
