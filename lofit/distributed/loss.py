@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lofit.distributed.group import gather, gather_bytes, spread
+from lofit.losses import KnownGradients
 
 Around = Callable[[], AbstractContextManager]
 
@@ -57,7 +58,7 @@ class DistributedObjective:
         if total[1] > 0:
             self._exchange(new)
         sums = total[2:].split([p.numel() for p in trained])
-        return _Summed.apply(total[0], sums, *trained)
+        return KnownGradients.apply(total[0], sums, *trained)
 
     def fill_cache(self, rows: list[int]) -> None:
         """Compute the hidden states of these examples into the cache of all, without a loss."""
@@ -99,16 +100,3 @@ class DistributedObjective:
 
     def _bytes_of_token(self) -> int:
         return self.model.config.hidden_size * self.model.lm_head.weight.dtype.itemsize
-
-
-class _Summed(torch.autograd.Function):
-    """A loss whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx, total: torch.Tensor, gradients: tuple[torch.Tensor], *trained: torch.Tensor):
-        ctx.gradients = [g.view_as(p) for g, p in zip(gradients, trained, strict=True)]
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx, upstream: torch.Tensor):
-        return None, None, *(upstream * gradient for gradient in ctx.gradients)

@@ -46,7 +46,9 @@ def cross_entropy(model: CausalLM, hidden: torch.Tensor, target: torch.Tensor) -
     if len(target) <= rows:
         return part(hidden, target)
     parts = zip(hidden.split(rows), target.split(rows), strict=True)
-    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in parts])
+    return torch.cat(
+        [checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
+    )
 
 
 def sum_by_text(losses: torch.Tensor, batch: Batch) -> torch.Tensor:

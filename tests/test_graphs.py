@@ -1,0 +1,128 @@
+"""Steps as CUDA graphs: the padded way against the plain one; captures where there is a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HAS_GPU, REPO, SEES_GPU, difference
+
+from lofit.compare.selection import head_gradients
+from lofit.fast.graphs import MULTIPLE, GraphedObjective, padded_inputs
+from lofit.heads import attach_offsets, attach_scales, init_scales
+from lofit.llm.checkpoint import load_model
+from lofit.llm.tokenizer import load_tokenizer
+from lofit.objectives import CrossEntropy, Preference, mean_loss
+from lofit.training import Schedule, Training, fit
+
+PAIRS = [
+    ("Q: Who is it? A:", "the capital", "city"),
+    ("Q: What is the sport of it? A:", "city", "the capital of the country of it"),
+    ("Q: Is it? A:", "country", "sport"),
+    ("Q: What is the capital of the country of the sport? A:", "the", "it"),
+]
+
+
+def make(kind, model, folder, plain=False):
+    n = 2 if kind is CrossEntropy else 3
+    return kind(model, load_tokenizer(folder), [pair[:n] for pair in PAIRS], "here", plain)
+
+
+def edit(model, where):
+    """Scales of all heads, offsets of every layer, or offsets from layer 1 or 2 on."""
+    torch.manual_seed(0)
+    if where == "scales":
+        return attach_scales(model, init_scales(model, 0) * 100)
+    heads = [(layer, 1) for layer in range(3) if layer >= where]
+    return attach_offsets(model, heads, torch.randn(len(heads), 8))
+
+
+@pytest.mark.parametrize("where", ["scales", 0, 1, 2])
+@pytest.mark.parametrize("kind", [CrossEntropy, Preference])
+def test_the_padded_way_has_the_losses_and_gradients_of_the_plain_one(
+    tiny, tiny_folder, kind, where
+):
+    """With one text a row and as trees, with and without states from the first time."""
+    parameters = edit(tiny, where)
+    plain = make(kind, tiny, tiny_folder)
+    padded = GraphedObjective(make(kind, tiny, tiny_folder), capture=False)
+    for rows in ([0, 1, 2, 3], [2, 0], [3, 1, 0, 2], [1]):
+        first, tensors = padded_inputs(padded.objective, rows)
+        assert first == (0 if where == "scales" else where)
+        assert tensors["ids"].shape[1] % MULTIPLE == 0 == len(tensors["target"]) % MULTIPLE
+        want, found = plain.loss(rows), padded.loss(rows)
+        assert found.item() == pytest.approx(want.item(), rel=1e-6)
+        wanted = torch.autograd.grad(want, parameters)
+        for ours, theirs in zip(torch.autograd.grad(found, parameters), wanted, strict=True):
+            assert difference(ours, theirs) < 1e-6 + 1e-5 * theirs.abs().max()
+
+
+def test_a_padded_target_counts_for_nothing(tiny, tiny_folder):
+    """Whatever the padding holds: a weight that is ignored would change the loss."""
+    edit(tiny, 1)
+    padded = GraphedObjective(make(CrossEntropy, tiny, tiny_folder), capture=False)
+    _, tensors = padded_inputs(padded.objective, [0, 1])
+    n = int(tensors["weight"].sum())
+    assert n < len(tensors["weight"]) and tensors["weight"][:n].all()
+
+
+def test_it_takes_the_place_of_an_objective(tiny, tiny_folder):
+    """In a training, in a mean over a split, in a pass of gradients."""
+    plain = make(CrossEntropy, tiny, tiny_folder)
+    padded = GraphedObjective(make(CrossEntropy, tiny, tiny_folder), capture=False)
+    assert mean_loss(padded, 2) == mean_loss(plain, 2)
+    one, two = (head_gradients(tiny, each, 2) for each in (plain, padded))
+    assert difference(one, two) < 1e-5
+    results = []
+    for objective in (plain, padded):
+        parameters = edit(tiny, 1)
+        schedule = Schedule(lr=0.05, epochs=3, batch_size=2, l1=1e-3)
+        list(fit(Training(parameters, objective, schedule, 0)))
+        results.append(torch.cat([p.detach().flatten() for p in parameters]))
+    assert difference(*results) < 1e-5
+
+
+def test_where_a_capture_fails_the_steps_run_eagerly(tiny, tiny_folder, monkeypatch, capsys):
+    edit(tiny, 1)
+    padded = GraphedObjective(make(CrossEntropy, tiny, tiny_folder), capture=False)
+    padded.capture = True
+
+    def fails(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(padded, "_captured", fails)
+    want = make(CrossEntropy, tiny, tiny_folder).loss([0, 1]).item()
+    assert padded.loss([0, 1]).item() == want == padded.loss([0, 1]).item()
+    err = capsys.readouterr().err
+    assert (
+        err
+        == "no CUDA graphs, steps run eagerly: operation not permitted when stream is capturing\n"
+    )
+
+
+def replays_on_a_gpu(folder: str) -> None:
+    """Run by the next test in a process that sees the GPU."""
+    for where in ("scales", 0, 1):
+        for kind in (CrossEntropy, Preference):
+            model = load_model(folder, device="cuda")
+            parameters = edit(model, where)
+            plain = make(kind, model, folder)
+            graphed = GraphedObjective(make(kind, model, folder))
+            for rows in ([0, 1], [2, 3], [1, 0], [2, 3]):
+                want, found = plain.loss(rows), graphed.loss(rows)
+                assert found.item() == pytest.approx(want.item(), rel=1e-5)
+                wanted = torch.autograd.grad(want, parameters)
+                for ours, theirs in zip(
+                    torch.autograd.grad(found, parameters), wanted, strict=True
+                ):
+                    assert difference(ours, theirs) < 1e-5 + 1e-4 * theirs.abs().max()
+            assert 1 <= len(graphed.graphs) <= 3  # and they were captured
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_a_replay_has_the_losses_and_gradients_of_eager(tiny_folder):
+    """In a process of its own, for this one sees no GPU."""
+    call = f"import test_graphs; test_graphs.replays_on_a_gpu({str(tiny_folder)!r})"
+    env = SEES_GPU | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
+    subprocess.run([sys.executable, "-c", call], env=env, check=True, timeout=300)
