@@ -27,7 +27,7 @@ ORIGIN = "https://raw.githubusercontent.com/"
 TIMEOUT_S = 30
 
 
-def digest(content: bytes, like: str) -> str:
+def hash_of_bytes(content: bytes, like: str) -> str:
     """SHA-256 in hexadecimal, or git's hash of a blob where `like` is one of these (40 digits)."""
     if len(like) == 40:
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -53,7 +53,7 @@ def obtain(name: str, args: argparse.Namespace) -> bool:
     """Bring one file of FILES to its place below --out; False if the --source lacks it. InputError
     if it cannot be had or is not the file of its hash."""
     path, (place, sha) = args.out / name, FILES[name]
-    if path.is_file() and digest(path.read_bytes(), sha) == sha:
+    if path.is_file() and hash_of_bytes(path.read_bytes(), sha) == sha:
         print(f"  {path}: there already, verified")
         return True
     origin = f"{args.mirror.rstrip('/')}/{name}" if args.mirror else ORIGIN + place
@@ -62,7 +62,7 @@ def obtain(name: str, args: argparse.Namespace) -> bool:
         if not origin.is_file():
             return False
     content = origin.read_bytes() if args.source else fetch(origin)
-    if digest(content, sha) != sha:
+    if hash_of_bytes(content, sha) != sha:
         raise InputError(f"{origin}: expected hash {sha[:12]}..., this is another file; not used")
     write_atomic(path, lambda partial: partial.write_bytes(content))
     print(f"  {path}: {'copied' if args.source else 'fetched'}, verified")

@@ -126,8 +126,10 @@ def test_all_and_unknown_names(capsys):
 
 
 def test_gits_hash_of_a_blob():
-    assert download.digest(b"hello\n", "0" * 40) == "ce013625030ba8dba906f756967f9e9ca394464a"
-    assert download.digest(CONTENT, "0" * 64) == HASH
+    assert (
+        download.hash_of_bytes(b"hello\n", "0" * 40) == "ce013625030ba8dba906f756967f9e9ca394464a"
+    )
+    assert download.hash_of_bytes(CONTENT, "0" * 64) == HASH
 
 
 def test_every_file_has_a_hash_and_a_fixed_commit_and_no_path_leaves_its_folder():
@@ -146,4 +148,4 @@ def test_the_hashes_are_those_of_the_real_files():
     assert len(checked) == 23
     for name in checked:
         sha = FILES[name][1]
-        assert download.digest((SHARED / "datasets" / name).read_bytes(), sha) == sha
+        assert download.hash_of_bytes((SHARED / "datasets" / name).read_bytes(), sha) == sha

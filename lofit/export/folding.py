@@ -16,9 +16,9 @@ from lofit.heads import attach_offsets
 from lofit.llm.checkpoint import (
     ROPE_TABLE,
     check_tensors,
-    digest,
     find_folder,
     fingerprint,
+    hash_of_tensor,
     sample,
     share_ends,
     stored_tensors,
@@ -183,7 +183,7 @@ def _scan(folder: Path, v: dict[int, torch.Tensor], dtype: torch.dtype | None) -
     found = _Scan({}, {}, {}, {})
     for key, tensor in stored_tensors(weight_files(folder), base_name):
         name = base_name(key)
-        found.digests[name] = digest(tensor.shape, sample(tensor, tensor.shape))
+        found.digests[name] = hash_of_tensor(tensor.shape, sample(tensor, tensor.shape))
         found.shapes[name] = tensor.shape
         o_proj = O_PROJ.match(name)
         if not o_proj or int(o_proj[1]) not in v:

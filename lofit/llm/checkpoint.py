@@ -101,7 +101,7 @@ def assemble(
         tensor = tensor.to(dtype) if tensor.dtype == torch.float64 else tensor  # not every GPU's
         weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
     samples = shards.merge(samples) if shards else samples
-    digests = {name: digest(stored[name], values) for name, values in samples.items()}
+    digests = {name: hash_of_tensor(stored[name], values) for name, values in samples.items()}
     weights = share_ends(weights, config)
     if config.tie_word_embeddings and not torch.equal(weights[HEAD], weights[EMBEDDING]):
         raise InputError(
@@ -205,13 +205,13 @@ def sample(
     return part.to("cpu", torch.float64).tolist()
 
 
-def digest(shape: torch.Size, values: list[float]) -> bytes:
+def hash_of_tensor(shape: torch.Size, values: list[float]) -> bytes:
     """Hash of a tensor's shape and of its `sample`."""
     return hashlib.sha256(f"{tuple(shape)} {values}".encode()).digest()
 
 
 def fingerprint(digests: dict[str, bytes], config: ModelConfig) -> str:
-    """16 hex digits over the `digest` of each tensor by its `text_name`, and over what config.json
+    """16 hex digits over the `hash_of_tensor` of each tensor by its `text_name`, and over what config.json
     makes of them (rope_theta, caps, ...; not which ids begin and end a text)."""
     hashed = hashlib.sha256(b"".join(key.encode() + digests[key] for key in sorted(digests)))
     made = asdict(config)
