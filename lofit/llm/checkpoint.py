@@ -211,8 +211,8 @@ def hash_of_tensor(shape: torch.Size, values: list[float]) -> bytes:
 
 
 def fingerprint(digests: dict[str, bytes], config: ModelConfig) -> str:
-    """16 hex digits over the `hash_of_tensor` of each tensor by its `text_name`, and over what config.json
-    makes of them (rope_theta, caps, ...; not which ids begin and end a text)."""
+    """16 hex digits over the `hash_of_tensor` of each tensor by its `text_name`, and over what
+    config.json makes of them (rope_theta, caps, ...; not which ids begin and end a text)."""
     hashed = hashlib.sha256(b"".join(key.encode() + digests[key] for key in sorted(digests)))
     made = asdict(config)
     for key in ("vocab_size", "bos_token_id", "eos_token_id"):  # the first is in the shapes
