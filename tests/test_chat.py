@@ -126,6 +126,7 @@ def test_odd_texts_end_in_one_line(chatty, template, text, message):
     str(caught.value).encode()
 
 
+@pytest.mark.slow
 def test_the_renderer_takes_the_jinja2_of_its_parent(chatty, tmp_path):
     """Where it is the user's own, by PYTHONPATH, and not the one that Python finds by itself."""
     for package in ("jinja2", "markupsafe"):

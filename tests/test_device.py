@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import MINI
+from conftest import MINI, REPO
 
 from lofit.errors import InputError
 from lofit.llm.device import pick_device, pick_dtype, widest
@@ -61,6 +61,7 @@ for name in ("setitimer", "ITIMER_PROF", "SIGPROF"):
     delattr(signal, name)
 import lofit
 from lofit.llm import batches, chat, device, generate, render, scoring
+import train
 model, tokenizer = lofit.load_model(FOLDER), lofit.load_tokenizer(FOLDER)
 ids = [tokenizer.encode("Q: What is the capital of it? A:")]
 assert generate.generate(model, ids, 3, tokenizer.eos_ids)
@@ -70,5 +71,5 @@ assert generate.generate(model, ids, 3, tokenizer.eos_ids)
 def test_a_model_loads_without_the_modules_of_unix():
     """As on Windows, where Python has none of them."""
     code = f"FOLDER = {str(MINI)!r}\n" + MISSING
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     assert ended.returncode == 0, ended.stderr

@@ -203,6 +203,7 @@ def test_flags_that_mean_nothing_are_refused(tiny_folder, capsys):
         assert "expected a" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_run_folder(tmp_path):
     hold = "import sys; from lofit.files import lock_folder; from pathlib import Path;"
     hold += "lock_folder(Path(sys.argv[1])); print('on', flush=True); sys.stdin.read()"

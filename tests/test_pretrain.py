@@ -72,6 +72,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(small, monkeypatch):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "file"), [("mini-llama", "tokenizer.json"), ("mini-gemma", "tokenizer.model")]
 )

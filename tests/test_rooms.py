@@ -76,17 +76,13 @@ def test_nobody_imports_a_script():
         assert not within(imported(path), *SCRIPTS), path
 
 
-def test_train_loads_few_modules():
-    code = "import sys, train; print(*[m for m in sys.modules if m.startswith('lofit')])"
+def test_what_is_loaded_with_the_language_model_and_with_training():
+    """The model alone knows no method; training loads nothing that its flags do not ask for."""
+    show = "print(*[m for m in sys.modules if m.startswith('lofit')])"
+    code = f"import sys, lofit.llm.model; {show}; import train; {show}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
-    loaded = set(done.stdout.split())
-    assert "lofit.training" in loaded
-    assert not within(loaded, *EXTRAS, *LAZY)
-
-
-def test_the_language_model_alone_loads_nothing_of_the_method():
-    code = "import sys, lofit.llm.model; print(*[m for m in sys.modules if m.startswith('lofit')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
-    loaded = set(done.stdout.split())
-    assert "lofit.llm.model" in loaded
-    assert not within(loaded, *(f"lofit.{m}" for m in METHOD), "lofit.tasks", "lofit.run")
+    model, training = (set(line.split()) for line in done.stdout.splitlines())
+    assert "lofit.llm.model" in model and "lofit.training" in training
+    assert not within(model, *(f"lofit.{m}" for m in METHOD), "lofit.tasks", "lofit.run")
+    assert not within(training, *EXTRAS, *LAZY)
+    assert len(training) <= 34

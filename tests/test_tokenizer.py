@@ -162,6 +162,7 @@ def test_what_stands_around_a_text_is_what_the_file_says(kind, flags, tmp_path, 
     assert ours.decode(ids[:n]) == prompt and ours.decode(ids[n:]) == answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_the_real_checkpoints_prompts_are_transformers_ids(folder):
     """Every prompt of the three real test splits, and odd texts; with the chat template too."""

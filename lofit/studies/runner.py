@@ -224,7 +224,7 @@ class _Runner:
             self.call(call)
             if self.stopping.is_set():
                 return
-            seconds = round(time.time() - began, 1)
+            seconds = round(time.time() - began, 2)
             if not self.records.done(call.run, call.script):
                 found, grids = call.measured()
                 found |= {"seconds": {call.script: seconds}, "device": {call.script: self.machine}}
