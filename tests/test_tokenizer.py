@@ -505,3 +505,13 @@ def test_half_a_surrogate_pair_is_no_special_token(tiny_folder):
     write_json(tiny_folder / "tokenizer_config.json", bos_token="\ud800")
     with pytest.raises(InputError, match="bos_token is .*expected a text"):
         load_tokenizer(tiny_folder)
+
+
+def test_the_end_of_a_text_is_no_unknown_text(tiny_folder):
+    assert load_tokenizer(tiny_folder).unk_id == 0
+    path = tiny_folder / "tokenizer.json"
+    text = json.loads(path.read_text())
+    end = next(token["content"] for token in text["added_tokens"] if token["id"] == 2)
+    text["model"]["unk_token"] = end
+    path.write_text(json.dumps(text))
+    assert load_tokenizer(tiny_folder).unk_id is None

@@ -77,8 +77,9 @@ class Tokenizer:
 
     @property
     def unk_id(self) -> int | None:
-        """The id of text that no token stands for; None where there is no such text."""
-        return self._backend.unk_id
+        """The id of text that no token stands for. None where there is no such text, or where the
+        file names the end of a text for it, as byte-level tokenizers do."""
+        return None if self._backend.unk_id in self.eos_ids else self._backend.unk_id
 
     def token(self, i: int) -> str:
         """An id as a person reads it: its text, or its name where it has none."""
