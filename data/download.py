@@ -14,11 +14,12 @@ import argparse
 import hashlib
 import http.client
 import json
+import random
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from data.sources import FILES, SOURCES, convert
+from data.sources import FILES, SEED, SOURCES, convert
 from lofit import errors
 from lofit.errors import InputError
 from lofit.files import write_atomic, write_text
@@ -83,11 +84,19 @@ def prepare(task: str, args: argparse.Namespace) -> None:
     if cut:
         print(f"  {args.source / missing[0]}: no such file: what it would give is cut from test")
     splits = convert(task, args.out, missing)
+    splits["test"] = some_of(splits["test"], args.test)
     for split, lines in splits.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(args.out / task / f"{split}.jsonl", text)
     counts = ", ".join(f"{split} {len(lines)}" for split, lines in splits.items())
     print(f"  {args.out / task}/: {counts}")
+
+
+def some_of(lines: list[dict], n: int | None) -> list[dict]:
+    """n lines drawn by SEED, in their order; all of them if n is None or larger."""
+    if n is None or n >= len(lines):
+        return lines
+    return [lines[i] for i in sorted(random.Random(SEED).sample(range(len(lines)), n))]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -99,6 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "tasks", nargs="*", default=first, metavar="TASK", help=f"{', '.join(SOURCES)}, or all"
     )
     parser.add_argument("--out", type=Path, default=Path("data/real"))
+    parser.add_argument("--test", type=int, metavar="N", help="draw N test items (default: all)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--source", type=Path, metavar="FOLDER", help="take the files from a folder")
     where.add_argument("--mirror", metavar="URL", help="a copy of such a folder")
@@ -107,6 +117,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.tasks = list(SOURCES)
     if unknown := [name for name in args.tasks if name not in SOURCES]:
         parser.error(f"{unknown[0]}: expected {', '.join(SOURCES)}, or all")
+    if args.test is not None and args.test < 1:
+        parser.error("--test: expected a number from 1")
     return args
 
 

@@ -82,8 +82,9 @@ def test_the_same_seed_gives_the_same_heads_and_offsets(flags, tmp_path):
 def test_the_plain_way_gives_the_same(flags, tmp_path, task):
     """One batch an epoch, so that the order is the same; scales, offsets and results agree."""
     runs = [tmp_path / name for name in ("fast", "plain")]
+    fold = ["--fold", "1"] if task == "truthfulqa" else []
     for run, extra in zip(runs, ([], ["--plain"]), strict=True):
-        own = [*flags[:4], "--run", str(run), "--task", task, "--fold", "1", *extra]
+        own = [*flags[:4], "--run", str(run), "--task", task, *fold, *extra]
         select_heads.main([*own, *FAST, "--batch-size", "64"])
         train.main([*own, *FAST, "--batch-size", "64", "--heads", "random"])
         eval_script.main(own)

@@ -206,3 +206,9 @@ def test_a_copied_run_keeps_its_offsets(flags, tmp_path):
     shutil.copy("runs/tiny/mquake/offsets.safetensors", tmp_path / "copy")
     eval_script.main([*flags, "--run", str(tmp_path / "copy")])
     assert (tmp_path / "copy" / "results.json").exists()
+
+
+def test_a_fold_of_a_task_without_folds_is_refused(flags):
+    for script in (select_heads, train, eval_script):
+        with pytest.raises(InputError, match="--fold: the task mquake has no folds; leave it out"):
+            script.main([*flags, "--fold", "0"])

@@ -109,6 +109,8 @@ def find_task(name: str) -> tuple[str, Task]:
 def folds_of(args: argparse.Namespace) -> list[int | None]:
     """The folds to run one after the other; [None] for a task without folds."""
     folds = find_task(args.task)[1].FOLDS
+    if folds is None and args.fold != "both":
+        raise InputError(f"--fold: the task {args.task} has no folds; leave it out")
     if folds is None:
         return [None]
     return list(folds) if args.fold == "both" else [int(args.fold)]

@@ -54,6 +54,7 @@ class Session:
     def __init__(self, args: argparse.Namespace, script: str, run_suffix: str = ""):
         self.args, self.script, self.seed = args, script, args.seed
         self.task_name, self.task = find_task(args.task)
+        self.all_folds = folds_of(args)
         self.data = getattr(self.task, "folder", None) or args.data
         self.device = self._device()
         files = weight_files(find_folder(args.model, args.revision))
@@ -98,7 +99,7 @@ class Session:
         None for a task without folds. After the last one the run is whole, and what was kept for
         continuing it goes."""
         unfinished = []
-        for fold in folds_of(self.args):
+        for fold in self.all_folds:
             self._enter(fold)
             unfinished.append(self.unfinished)
             yield fold

@@ -17,7 +17,7 @@ from lofit.heads import edits_off
 from lofit.llm.files import read_text
 from lofit.llm.model import CausalLM
 from lofit.run.adapters import find_offsets
-from lofit.run.arguments import common_parser
+from lofit.run.arguments import common_parser, find_task
 from lofit.run.artefacts import load_offsets
 from lofit.run.session import Session
 
@@ -45,7 +45,8 @@ def text_losses(model: CausalLM, texts: list[list[int]]) -> list[float]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.fold = "0"  # the folds of a task share their prompts
+    if find_task(args.task)[1].FOLDS:
+        args.fold = "0"  # the folds of a task share their prompts
     run = Session(args, "text_loss")
     next(run.folds())
     if args.text:
