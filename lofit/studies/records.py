@@ -201,6 +201,7 @@ def read_evaluation(folder: Path) -> dict:
         hashes = [part["offsets_hash"] for part in parts]
         values = results["trained_values"]
         kept |= {"tuned": results["tuned"], "trained_values": values, "offsets_hash": _one(hashes)}
+    kept |= {key: results[key] for key in ("always", "given", "groups") if key in results}
     metrics = results[who]
     return kept | {"hits": {m: pack([line[who][m] for line in lines]) for m in metrics}}
 
