@@ -47,7 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--heads",
         help="FILE, run folder of select_heads.py, random or all (default: this run's folder)",
     )
-    parser.add_argument("--top", help="how many heads of FILE or at random: a number or 3%%")
+    parser.add_argument(
+        "--top",
+        help="how many heads of FILE or at random (layers of --method post_block): a number or 3%%",
+    )
     parser.add_argument("--draw", type=int_at_least(0), help="which random heads (default: seed)")
     parser.add_argument("--n-train", type=int_at_least(1), help="so many examples (default: all)")
     parser.add_argument("--lr", type=positive_float, help="peak learning rate of the offsets")
@@ -120,7 +123,7 @@ def check_flags(args: argparse.Namespace) -> None:
         ("heads", chooses, f"--method {args.method}"),
         (
             "top",
-            args.method == "iti" or chooses and args.heads != "all",
+            args.method in ("iti", "post_block") or chooses and args.heads != "all",
             "--heads all" if chooses else f"--method {args.method}",
         ),
         ("draw", chooses and args.heads == "random", "heads that are not drawn"),

@@ -107,7 +107,11 @@ def known_model(config: ModelConfig) -> str | None:
 def count_heads(text: str, config: ModelConfig) -> int:
     """ "13" or "10%" -> K, 1 <= K <= all query heads of the model; a share of a model with few
     heads is at least one. Raises InputError."""
-    total = config.num_hidden_layers * config.num_attention_heads
+    return count_of(text, config.num_hidden_layers * config.num_attention_heads, "heads")
+
+
+def count_of(text: str, total: int, what: str) -> int:
+    """The same of `total` things of any kind."""
     try:
         if text.endswith("%"):
             share = float(text[:-1]) / 100
@@ -116,8 +120,8 @@ def count_heads(text: str, config: ModelConfig) -> int:
             k = int(text)
     except (ValueError, OverflowError):  # "inf%" overflows
         raise InputError(
-            f"number of heads {text!r}: expected a number like 32 or a share like 3%"
+            f"number of {what} {text!r}: expected a number like 32 or a share like 3%"
         ) from None
     if not 1 <= k <= total:
-        raise InputError(f"number of heads {text}: {k} is not in 1..{total}, the heads there are")
+        raise InputError(f"number of {what} {text}: {k} is not in 1..{total}, the {what} there are")
     return k

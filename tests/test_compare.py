@@ -9,7 +9,7 @@ from peers import hf_batch, hf_twin
 
 import eval as evaluate
 import train
-from lofit.compare import bias, iti, lora, red, repe
+from lofit.compare import bias, iti, lora, post_block, red, repe
 from lofit.compare import methods as baselines
 from lofit.compare.edits import attach, gather
 from lofit.compare.stored import KINDS
@@ -22,7 +22,7 @@ from lofit.run.arguments import METHODS
 from lofit.run.artefacts import load_offsets
 from lofit.training import Schedule, optimizer_for, train_step
 
-INIT = {"lora": lora.init, "red": red.init, "bias": bias.init}
+INIT = {name: baselines.START[name] for name in ("lora", "red", "bias", "post_block")}
 IDS = torch.tensor([[1, 5, 9, 20, 33, 4, 7]])
 
 
@@ -73,6 +73,26 @@ def test_red_and_bias_are_their_equations(tiny_config):
     expected = o_proj + tensors["layers.1.bias"]
     assert difference(layer.self_attn.o_proj(z.flatten(-2)), expected) < 1e-6
     assert difference(layer.mlp(x), mlp) == 0  # RED left with the attaching of another
+
+
+def test_a_post_block_vector_is_added_to_what_the_layer_hands_on(tiny_config):
+    model, seen = random_model(tiny_config), {}
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0]}))
+    model(IDS)
+    before, vector = dict(seen), torch.randn(tiny_config.hidden_size)
+    seen.clear()
+    attach(model, KINDS["post_block"], {"layers.0.shift": vector})
+    model(IDS)
+    assert torch.equal(seen[0], before[0])
+    assert difference(seen[1], before[1] + vector) < 1e-6
+
+
+def test_fewer_layers_are_spread_evenly(tiny_config):
+    assert post_block.spread(30, 3) == [5, 15, 25] and post_block.spread(18, 3) == [3, 9, 15]
+    assert post_block.spread(4, 4) == [0, 1, 2, 3] and post_block.spread(5, 1) == [2]
+    found = post_block.init(tiny_config, 0, [1])
+    assert list(found) == ["layers.1.shift"] and not found["layers.1.shift"].any()
 
 
 def test_loss_of_lora_over_ten_steps_is_that_of_peft(tiny_config):

@@ -4,13 +4,13 @@ import argparse
 
 import torch
 
-from lofit.compare import bias, iti, lora, red, repe
+from lofit.compare import bias, iti, lora, post_block, red, repe
 from lofit.compare.edits import attach, gather
 from lofit.compare.selection import contrast, last_z, probe_accuracy
 from lofit.compare.stored import KINDS, hash_of_tensors
 from lofit.files import as_json, as_tensors, write_atomic
 from lofit.heads import attach_offsets, rank_heads
-from lofit.recipes import count_heads
+from lofit.recipes import count_heads, count_of
 from lofit.run.artefacts import ADAPTER_CONFIG, OFFSETS, save_offsets
 from lofit.run.evaluation import validate, validate_epoch
 from lofit.run.session import Session
@@ -18,7 +18,8 @@ from lofit.training import Schedule, Training, fit
 
 # Peak learning rates of what is trained; strengths of what is not. The best depends on model and
 # task: `python -m lofit.studies methods` tries three on validation.
-LR = {"lora": (lora.init, 5e-4), "red": (red.init, 5e-3), "bias": (bias.init, 5e-3)}
+START = {"lora": lora.init, "red": red.init, "bias": bias.init, "post_block": post_block.init}
+LR = {"lora": 5e-4, "red": 5e-3, "bias": 5e-3, "post_block": 2e-2}
 ALPHA = {"iti": 15.0, "repe": 1.0}
 
 
@@ -34,17 +35,16 @@ def train_method(args: argparse.Namespace, run: Session) -> None:
 
 
 def train_edits(args: argparse.Namespace, run: Session) -> None:
-    """LoRA, RED, bias: as many epochs and the same batches as LoFiT's second step."""
-    start, lr = LR[args.method]
+    """What is trained: as many epochs and the same batches as LoFiT's second step."""
     schedule = Schedule(
-        lr=run.setting("lr", args.lr, lr, f"{args.method}'s"),
+        lr=run.setting("lr", args.lr, LR[args.method], f"{args.method}'s"),
         epochs=run.setting("epochs", args.epochs, run.recipe.offset_epochs),
         batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
         by_length=not args.plain,
     )
     objective, val = run.objective(run.read("train", args.n_train), "train"), run.read("val")
     held_out = run.objective(val, "val")
-    parameters = attach(run.model, KINDS[args.method], start(run.model.config, run.seed))
+    parameters = attach(run.model, KINDS[args.method], _start(args, run))
     n_trained = sum(p.numel() for p in parameters)
     print(f"learning {n_trained:,} values by {args.method} on {len(objective)} examples")
     training, metrics = Training(parameters, objective, schedule, run.seed), {}
@@ -58,13 +58,22 @@ def train_edits(args: argparse.Namespace, run: Session) -> None:
     save_edits(args, run, metrics)
 
 
+def _start(args: argparse.Namespace, run: Session) -> dict[str, torch.Tensor]:
+    """The untrained tensors; of post_block for --top of the layers, if it is given."""
+    config, n = run.model.config, run.model.config.num_hidden_layers
+    if not args.top:
+        return START[args.method](config, run.seed)
+    run.settings["layers"] = post_block.spread(n, count_of(args.top, n, "layers"))
+    return post_block.init(config, run.seed, run.settings["layers"])
+
+
 @torch.no_grad()
 def compute_repe(args: argparse.Namespace, run: Session) -> None:
     """RepE: reading vectors of right and wrong answers to the training questions."""
     alpha, texts = _alpha(args, run), _texts(args, run)
     shift = repe.reading_vectors(repe.last_hidden(run.model, texts), alpha)
     layers = repe.middle(run.model.config.num_hidden_layers)
-    attach(run.model, repe.RepE, {f"layers.{i}.shift": shift[i] for i in layers})
+    attach(run.model, post_block.PostBlock, {f"layers.{i}.shift": shift[i] for i in layers})
     save_edits(args, run, validate(run, run.read("val")))
 
 

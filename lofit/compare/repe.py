@@ -2,21 +2,7 @@
 
 import torch
 
-from lofit.compare.edits import Edit
-from lofit.llm.config import ModelConfig
-from lofit.llm.model import Block, CausalLM
-
-
-class RepE(Edit):
-    """shift: [D]."""
-
-    def __init__(self, block: Block, tensors: dict[str, torch.Tensor]):
-        super().__init__(block, tensors)
-        self.change(block, lambda _, y: y + self.shift)
-
-    @staticmethod
-    def shapes(config: ModelConfig) -> dict[str, tuple[int]]:
-        return {"shift": (config.hidden_size,)}
+from lofit.llm.model import CausalLM
 
 
 @torch.no_grad()

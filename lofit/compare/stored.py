@@ -4,13 +4,14 @@ import hashlib
 
 import torch
 
-from lofit.compare import bias, lora, red, repe
+from lofit.compare import bias, lora, post_block, red
 from lofit.compare.edits import Edit, attach
 from lofit.errors import InputError
 from lofit.llm.model import CausalLM
 
 KINDS: dict[str, type[Edit]] = {
-    "lora": lora.LoRA, "red": red.RED, "bias": bias.Bias, "repe": repe.RepE,
+    "lora": lora.LoRA, "red": red.RED, "bias": bias.Bias, "post_block": post_block.PostBlock,
+    "repe": post_block.PostBlock,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
 Task = ModuleType | OwnTask
 MAX_FLOAT = 1e6  # of a learning rate, a penalty or a strength; float32 overflows far beyond
 CONTROLS = ("random", "all")  # choices of --heads that have a run folder of their own
-METHODS = ("lofit", "lora", "red", "bias", "iti", "repe")  # of train.py
+METHODS = ("lofit", "lora", "red", "bias", "post_block", "iti", "repe")  # of train.py
 
 
 def common_parser(doc: str) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ BASELINES = {
     "lora": ("--lr", ["1e-4", "5e-4", "2e-3"]),
     "red": ("--lr", ["1e-3", "5e-3", "2e-2"]),
     "bias": ("--lr", ["1e-3", "5e-3", "2e-2"]),
+    "post_block": ("--lr", ["5e-3", "2e-2", "8e-2"]),
     "iti": ("--alpha", ["5", "15", "30"]),
     "repe": ("--alpha", ["0.5", "2", "8"]),
 }
@@ -59,11 +60,14 @@ def lofit(args, model, task, by, k, seeds=None, more="", heads_of="") -> list[Pi
 
 
 def method(args, model, task, name, more="") -> list[Pick]:
-    """ "lofit K", or a baseline with each strength or learning rate, for each seed."""
-    if name.startswith("lofit "):
-        return lofit(args, model, task, "scales", name.split()[1], more=more)
+    """ "lofit K", or a baseline ("post_block K" of K layers) with each strength or learning rate,
+    for each seed."""
+    name, _, k = name.partition(" ")
+    if name == "lofit":
+        return lofit(args, model, task, "scales", k, more=more)
     flag, values = BASELINES[name]
     first = Run("train", model, task, args.data, args.seeds[0], args.dtype, name)
+    more = f"{more} --top {k}".strip() if k else more
     flags = f"{more} {args.train_flags}".strip() if flag == "--lr" else more
     tried = tuple(replace(first, train=f"{flags} {flag} {value}".strip()) for value in values)
     return [Pick(tried, seed) for seed in args.seeds]
@@ -71,7 +75,7 @@ def method(args, model, task, name, more="") -> list[Pick]:
 
 def known_method(text: str) -> str:
     """For argparse."""
-    if text not in BASELINES and not text.startswith("lofit "):
+    if text not in BASELINES and text.partition(" ")[0] not in ("lofit", "post_block"):
         raise argparse.ArgumentTypeError(f'{text}: expected "lofit K", {", ".join(BASELINES)}')
     return text
 
@@ -186,7 +190,7 @@ STUDIES = {
          "chosen": rows.chosen},
         methods_rows,
         {"--heads": {"nargs": "+", "default": ["10%", "3%", "all"], "help": "of LoFiT"},
-         "--methods": {"nargs": "*", "default": list(BASELINES), "choices": list(BASELINES)}},
+         "--methods": {"nargs": "*", "default": list(BASELINES), "type": known_method}},
     ),
     "data": Study(
         f"How many examples does it take? Test split: {SCORE}; less the first method's. Heads are"
