@@ -87,6 +87,29 @@ def test_a_task_in_folds_has_one_line_a_run(study):
 
 
 @pytest.mark.slow
+def test_tasks_has_a_row_a_metric_and_the_always_one_answer_score(study, tmp_path):
+    line = {"prompt": "Q: Is it? A:", "choices": [" city", " country"]}
+    for split in ("train", "val", "test"):
+        lines = [line | {"answer": a} for a in (" city", *[" country"] * 3)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    rows, calls = study("tasks", "--heads", "2", tasks=(str(tmp_path), "mquake"))
+    assert [row["task"] for row in rows] == [
+        f"{tmp_path} (em)", f"{tmp_path} (accuracy)", "mquake (em_stripped)",
+    ]  # fmt: skip
+    assert [row["one answer"] for row in rows] == ["75.0", "75.0", "–"]
+    (path,) = study.records.glob("*.jsonl")
+    lines = [x for x in map(json.loads, path.open()) if x["task"] == str(tmp_path)]
+    lora = next(x for x in lines if x.get("method") == "lora")
+    assert rows[1]["LoRA"] == f"{100 * lora['tuned']['accuracy']:.1f}"
+    assert rows[1]["base"] == f"{100 * lora['base']['accuracy']:.1f}"
+    drawn = next(x for x in lines if x.get("by") == "random")
+    assert rows[0]["random heads"] == f"{100 * drawn['tuned']['em']:.1f}"
+    assert set(drawn["given"]) == {"base", "tuned"} and drawn["always"]["answer"] == "country"
+    assert scripts(calls).count("train.py") == 6 and scripts(calls).count("eval.py") == 8
+
+
+@pytest.mark.slow
 def test_heads_takes_the_best_lr_on_validation_for_all_draws(study):
     flags = (
         "--heads",

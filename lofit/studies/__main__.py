@@ -4,7 +4,7 @@
     python -m lofit.studies heads --model weights/mini-llama --task mquake
     python -m lofit.studies sweep --jobs 0     # the table of what is recorded; runs nothing
 
-Studies: sweep, heads, methods, data, transfer, forgets, layers.
+Studies: sweep, heads, methods, tasks, data, transfer, forgets, layers.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
         for flag, about in study.arguments.items():
             arg(flag, **about)
-        if name == "sweep":
+        if name in ("sweep", "tasks"):
             sub.set_defaults(lr_factors=[1.0])
     return parser.parse_args(argv)
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     study, records = STUDIES[args.study], Records(args.records)
     rows = list(study.rows(args))
-    picks = dict.fromkeys(p for row in rows for p in (*row.picks, *row.less, *row.texts))
+    picks = dict.fromkeys(p for row in rows for p in (*row.picks, *row.less, *row.others))
 
     def missing() -> list:
         return [call for pick in picks for call in pick.missing(records)]

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lofit.run.arguments import find_task
 from lofit.studies import rows, tables
 from lofit.studies.records import Records, Run
 from lofit.studies.rows import Column, Pick, Row
+from lofit.tasks.own import OwnTask
 
 DRAWN = ("random", "spread")  # ways of choosing that draw heads
 WAYS = ["scales", "gradient", "gates", "probe", *DRAWN]
@@ -114,6 +116,19 @@ def methods_rows(args) -> Iterable[Row]:
             yield Row([*names(model, task), name], picks[name], picks[every[0]])
 
 
+def tasks_rows(args) -> Iterable[Row]:
+    for model, task in itertools.product(args.model, args.task):
+        ours, drawn = (lofit(args, model, task, by, args.heads) for by in (args.by, "random"))
+        run = Run("train", model, task, args.data, args.seeds[0], args.dtype, "lora")
+        run = replace(run, train=f"{args.train_flags} --lr {args.lora_lr}".strip())
+        lora = [Pick((run,), seed) for seed in args.seeds]
+        known = find_task(task)[1]
+        metrics = known.METRICS if isinstance(known, OwnTask) else (known.MAIN_METRIC,)
+        for metric in metrics:
+            labels = [Path(model).name, f"{task} ({metric})"]
+            yield Row(labels, ours, drawn, tuple(lora), metric)
+
+
 def data_rows(args) -> Iterable[Row]:
     for model, task, n in itertools.product(args.model, args.task, args.examples):
         more = "" if n == "all" else f"--n-train {n}"
@@ -191,6 +206,17 @@ STUDIES = {
         methods_rows,
         {"--heads": {"nargs": "+", "default": ["10%", "3%", "all"], "help": "of LoFiT"},
          "--methods": {"nargs": "*", "default": list(BASELINES), "type": known_method}},
+    ),
+    "tasks": Study(
+        "Each task: the base model, what always one answer would score, {heads} of the heads, by"
+        " {by}, beside as many random ones, and LoRA with lr {lora_lr}. Test split, mean of the"
+        " seeds {seeds} in percent; differences in points [95 % interval]",
+        ["model", "task"],
+        {"base": rows.base_mean, "one answer": rows.always, "random heads": rows.mean_of("less"),
+         "LoRA": rows.mean_of("others"), "LoFiT": rows.mean_of("picks"), "less base": rows.gain,
+         "less random": rows.difference, "less LoRA": rows.less_others},
+        tasks_rows,
+        {"--heads": HEADS, "--by": BY, "--lora-lr": {"default": "5e-4", "help": "of LoRA"}},
     ),
     "data": Study(
         f"How many examples does it take? Test split: {SCORE}; less the first method's. Heads are"

@@ -55,12 +55,14 @@ class Pick:
 
 @dataclass
 class Row:
-    """A row of a table: what it says first, its runs, and those it is compared with."""
+    """A row of a table: what it says first, its runs, and those it is compared with. others: more
+    runs that a column reads; metric: if it is not the task's main one."""
 
     labels: list[str]
     picks: list[Pick]
     less: list[Pick]
-    texts: tuple[Pick, ...] = ()
+    others: tuple[Pick, ...] = ()
+    metric: str = ""
 
 
 Column = Callable[[Row, Records], str]
@@ -87,16 +89,47 @@ def score_of_less(row: Row, records: Records) -> str:
 
 
 def difference(row: Row, records: Records) -> str:
-    if row.less == row.picks:
-        return NONE
-    both = (tables.scores_of(records, runs(part, records)) for part in (row.picks, row.less))
+    return NONE if row.less == row.picks else _between(row, row.picks, row.less, records)
+
+
+def less_others(row: Row, records: Records) -> str:
+    return _between(row, row.picks, row.others, records)
+
+
+def _between(row: Row, ones: Iterable[Pick], others: Iterable[Pick], records: Records) -> str:
+    both = (tables.scores_of(records, runs(part, records), row.metric) for part in (ones, others))
     return tables.difference(*both)
 
 
 def gain(row: Row, records: Records) -> str:
     done = runs(row.picks, records)
-    base = tables.scores_of(records, [done[0].base]) if done else []
-    return tables.difference(tables.scores_of(records, done), base, of_base=True)
+    base = tables.scores_of(records, [done[0].base], row.metric) if done else []
+    scores = tables.scores_of(records, done, row.metric)
+    return tables.difference(scores, base, of_base=True)
+
+
+def mean_of(part: str) -> Column:
+    """A column with the mean score of the row's `picks`, `less` or `others`."""
+
+    def column(row: Row, records: Records) -> str:
+        scores = tables.scores_of(records, runs(getattr(row, part), records), row.metric)
+        return f"{100 * mean(tables.mean_items(scores)):.1f}" if scores else NONE
+
+    return column
+
+
+def base_mean(row: Row, records: Records) -> str:
+    """Of the base model, which may be recorded before any run is."""
+    every = [pick.tried[0].base for pick in (*row.picks, *row.less, *row.others)]
+    found = [records.of(run)["base"] for run in every if records.of(run)]
+    metric = row.metric or tables.metric_of(every[0].task)
+    return f"{100 * found[0][metric]:.1f}" if found else NONE
+
+
+def always(row: Row, records: Records) -> str:
+    """What one answer to all items would score."""
+    found = records.of(row.picks[0].tried[0].base).get("always")
+    return f"{100 * found['share']:.1f}" if found else NONE
 
 
 def spread(row: Row, records: Records) -> str:
@@ -104,7 +137,7 @@ def spread(row: Row, records: Records) -> str:
 
 
 def text_loss(row: Row, records: Records) -> str:
-    found = [records.of(run) for pick in row.texts if (run := pick.run(records))]
+    found = [records.of(run) for pick in row.others if (run := pick.run(records))]
     return tables.text_loss([line["losses"] for line in found if line])
 
 

@@ -16,9 +16,10 @@ def metric_of(task: str) -> str:
     return find_task(task)[1].MAIN_METRIC
 
 
-def scores_of(records: Records, runs: list[Run]) -> Scores:
-    """The main metric of each item; all runs were tested on one task."""
-    metric = metric_of(runs[0].tested or runs[0].task) if runs else ""
+def scores_of(records: Records, runs: list[Run], metric: str = "") -> Scores:
+    """A metric, the main one by default, of each item; all runs were tested on one task."""
+    if runs and not metric:
+        metric = metric_of(runs[0].tested or runs[0].task)
     return [unpack(records.of(run)["hits"][metric]) for run in runs]
 
 
