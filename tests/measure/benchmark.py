@@ -9,147 +9,46 @@ smallest and the largest. Before anything is timed, losses, tokens and scores ar
 """
 
 import argparse
-import copy
+import gc
 import json
 import math
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from benchmark_work import SHAPES, Bench, Ids
+from benchmark_limits import big_copies, limits, matrix_products, seconds
+from benchmark_work import EAGER, SHAPES, Bench, Ids
 
-from lofit.fast.packed import packed_weights
 from lofit.heads import attach_offsets, attach_scales, init_scales
 from lofit.llm.checkpoint import DTYPES
-from lofit.llm.config import ModelConfig
+from lofit.llm.model import CausalLM
+from lofit.llm.scoring import score_answers
 from lofit.objectives import CrossEntropy
 
 PEAKS = {"selection step": "step", "offsets, upper half": "upper", "offsets, all layers": "all"}
 Side = tuple[Callable[[], object], float]  # what is timed, and what its time is multiplied by
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def forward_flops(config: ModelConfig, tokens: int, pairs: int, targets: int, first: int = 0):
-    """FLOPs of the matrix products that no forward pass through layers first, first + 1, ... can
-    leave out: o_proj and MLP of the last layer, and lm_head, where a token is predicted.
-
-    pairs: of a token and one that it attends to.
-    """
-    D, layers = config.hidden_size, config.num_hidden_layers - first
-    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    into = 2 * tokens * D * (q + 2 * kv) + 4 * q * pairs
-    out = 2 * (q * D + 3 * D * config.intermediate_size)
-    last = targets * (out + 2 * D * config.vocab_size)
-    return layers * into + (layers - 1) * tokens * out + last
-
-
-def training_flops(config: ModelConfig, lengths: list[int], targets: int, first: int = 0) -> float:
-    """The same of a training step: no gradient of weights, and none below the attention's output in
-    layer `first`. Backward, attention has four products, the others one each."""
-    tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
-    forward = forward_flops(config, tokens, pairs, targets, first)
-    D, q = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv, layers = config.num_key_value_heads * config.head_dim, config.num_hidden_layers - first
-    return 2 * forward + (layers - 2) * 4 * q * pairs - 2 * tokens * D * (q + 2 * kv)
-
-
-def limits(bench: Bench) -> dict[str, Callable[[float, float], float]]:
-    """Work -> the least seconds it can take, given FLOP/s and bytes/s of the machine."""
-    config, step = bench.config, CrossEntropy(bench.model, Ids(), bench.step, "step")
-    rows = CrossEntropy(bench.model, Ids(), bench.examples, "examples").rows
-    lengths, targets = [len(ids) for ids, _ in rows], sum(y >= 0 for _, ys in rows for y in ys)
-
-    def training(where: str) -> Callable[[float, float], float]:
-        first = min(layer for layer, _ in bench.heads[where])  # what lies below runs once
-        tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
-        below = forward_flops(config, tokens, pairs, 0) - forward_flops(
-            config, tokens, pairs, 0, first
-        )
-        flops = below + bench.epochs * training_flops(config, lengths, targets, first)
-        return lambda rate, bandwidth: flops / rate
-
-    def greedy(rate: float, bandwidth: float) -> float:
-        n = [len(prompt) for prompt in bench.prompts]
-        prompt = forward_flops(config, sum(n), sum(k * (k + 1) // 2 for k in n), 16)
-        tokens = [forward_flops(config, 16, sum(n) + 16 * i, 16) for i in range(1, 16)]
-        return prompt / rate + sum(max(t / rate, n_bytes / bandwidth) for t in tokens)
-
-    def choices(rate: float, bandwidth: float) -> float:
-        shared = bench.shared
-        flops = forward_flops(config, shared, shared * (shared + 1) // 2, 0)
-        for question, answers in bench.asked:
-            own = [len(answer.split()) for answer in answers]
-            before, tokens = len(question.split()) - shared, sum(own)
-            pairs = sum(k * (shared + before) + k * (k + 1) // 2 for k in [before, *own])
-            flops += forward_flops(config, before + tokens, pairs, tokens)
-        return flops / rate
-
-    n_bytes = sum(p.nbytes for p in bench.model.parameters()) - bench.model.lm_head.weight.nbytes
-    one = training_flops(config, step.lengths, step.weight(list(range(8))))
-    return {
-        "selection step": lambda rate, bandwidth: one / rate,
-        "offsets, upper half": training("upper"),
-        "offsets, all layers": training("all"),
-        "greedy, 16 x 16 tokens": greedy,
-        "choices, 50 questions": choices,
-        "decoding step": lambda rate, bandwidth: n_bytes / bandwidth,
-    }
-
-
-def matrix_product(
-    bench: Bench, dtype: torch.dtype, packed: bool
-) -> tuple[Callable[[], object], float]:
-    """(an MLP's product on 1024 tokens, its FLOPs): the rate that the machine is measured by. Of
-    packed weights it is the faster one, and the one that evaluation uses."""
-    D, inner = bench.config.hidden_size, bench.config.intermediate_size
-    x = torch.randn(1024, D, device=bench.device, dtype=dtype)
-    linear = torch.nn.Linear(D, inner, bias=False, device=bench.device, dtype=dtype)
-    linear.requires_grad_(False)
-    repeats = max(1, int(2e10 / (2 * 1024 * D * inner)))
-
-    def run() -> None:
-        with packed_weights(linear) if packed else nullcontext():
-            for _ in range(repeats):
-                linear(x)
-
-    return run, repeats * 2 * 1024 * D * inner
-
-
-def big_copy(device: str) -> tuple[Callable[[], object], float]:
-    """(a copy far larger than the caches, bytes read and written)."""
-    source = torch.ones(2**28 if device == "cpu" else 2**32, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2 * source.nbytes
-
-
 def works(bench: Bench) -> dict[str, Callable[[], dict[str, Side]]]:
     """Each piece of work: side -> how it is done. Made when its turn comes."""
+
+    ours = ("ours", EAGER) if bench.graphs else ("ours",)
 
     def sides(make: Callable[[str], Callable], *names: str) -> dict[str, Side]:
         return {side: (make(side), 1.0) for side in names}
 
     def training(where: str) -> Callable[[], dict[str, Side]]:
-        return lambda: sides(lambda side: bench.training(side, where), "ours", "hf", "lora")
+        return lambda: sides(lambda side: bench.training(side, where), *ours, "hf", "lora")
 
     found = {
-        "selection step": lambda: sides(bench.selection, "ours", "hf", "lora"),
+        "selection step": lambda: sides(bench.selection, *ours, "hf", "lora"),
         "offsets, upper half": training("upper"),
         "offsets, all layers": training("all"),
-        "greedy, 16 x 16 tokens": lambda: sides(bench.greedy, "ours", "hf"),
+        "greedy, 16 x 16 tokens": lambda: sides(bench.greedy, *ours, "hf"),
         "choices, 50 questions": lambda: {  # theirs takes minutes: 2 of the 50 questions
             "ours": (bench.choices("ours", slice(50)), 1.0),
             "hf": (bench.choices("hf", slice(2)), 25.0),
@@ -171,8 +70,9 @@ def check(bench: Bench, tolerance: float) -> None:
             attach_scales(bench.model, init_scales(bench.model, 0))
         else:
             attach_offsets(bench.model, bench.heads[where], bench.offsets(where))
-        ours = objective.loss(list(range(8))).item()
-        assert math.isclose(ours, theirs, rel_tol=tolerance), (where, ours, theirs)
+        for side in ("ours", EAGER):
+            ours = bench.replayed(side, objective).loss(list(range(8))).item()
+            assert math.isclose(ours, theirs, rel_tol=tolerance), (where, side, ours, theirs)
     scores = check_scores(bench, tolerance)
     one, other = (bench.greedy(side)() for side in ("ours", "hf"))
     same = sum(a == b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
@@ -187,34 +87,59 @@ def check_scores(bench: Bench, tolerance: float) -> str:
     def scores(side: str) -> torch.Tensor:
         return torch.tensor(bench.choices(side, slice(1))()[0])
 
-    ours, theirs, rounded = scores("ours"), scores("hf"), bench.model
+    theirs, ours, rounded = scores("hf"), scores("ours"), bench.model
     if rounded.lm_head.weight.dtype == torch.float32:
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
         return f"scores within {tolerance:g}"
-    bench.model = copy.deepcopy(rounded).float()
-    exact, bench.model = scores("ours"), rounded
+    with layers_in_fp32(rounded):
+        exact = torch.tensor(score_answers(rounded, Ids(), bench.asked[:1], 64, "")[0])
     far = [(side - exact).abs().max().item() for side in (ours, theirs)]
     assert far[0] <= 1.5 * far[1], far
     return f"scores {far[0]:.2g} from those in fp32 (theirs {far[1]:.2g})"
 
 
+@contextmanager
+def layers_in_fp32(model: CausalLM) -> Iterator[None]:
+    """Inside, the model computes in fp32: a layer is cast when it runs, for two models of this size
+    would not fit one GPU. Afterwards it has the tensors that it had, which its twins share."""
+    had = {p: p.data for p in model.parameters()}
+
+    def cast(part: torch.nn.Module, *_) -> None:
+        for p in part.parameters():
+            p.data = p.data.float()
+
+    def back(part: torch.nn.Module, *_) -> None:
+        for p in part.parameters():
+            p.data = had[p]
+
+    hooks = [layer.register_forward_pre_hook(cast) for layer in model.model.layers]
+    hooks += [layer.register_forward_hook(back) for layer in model.model.layers]
+    for part in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        cast(part)
+    try:
+        yield
+    finally:
+        back(model)
+        for hook in hooks:
+            hook.remove()
+
+
 def peak_memory(side: str, work: str, args: argparse.Namespace) -> float:
-    """MiB beyond weights and data at the peak of one run, in a process of its own."""
-    command = [sys.executable, __file__, "--device", args.device, "--shape", args.shape]
+    """MiB beyond weights and data at the peak of one run on the CPU, in a process of its own."""
+    command = [sys.executable, __file__, "--shape", args.shape]
     command += ["--dtype", args.dtype, "--threads", str(args.threads), "--peak", side, work]
     if args.model:
         command += ["--model", str(args.model), "--data", str(args.data), "--task", args.task]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def one_run(bench: Bench, side: str, work: str) -> Callable[[], object]:
+    """What a peak is taken of."""
+    return bench.selection(side) if work == "step" else bench.training(side, work, epochs=1)
+
+
 def print_peak(bench: Bench, side: str, work: str) -> None:
-    run = bench.selection(side) if work == "step" else bench.training(side, work, epochs=1)
-    if bench.device != "cpu":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
+    run = one_run(bench, side, work)
 
     def kilobytes(kind: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -224,6 +149,20 @@ def print_peak(bench: Bench, side: str, work: str) -> None:
     before = kilobytes("VmRSS")
     run()
     print((kilobytes("VmHWM") - before) / 1024)
+
+
+def gpu_peak(bench: Bench, side: str, work: str) -> dict[str, float]:
+    """The same on a GPU, in this process: MiB of tensors, and MiB that torch took of the device for
+    them, which a graph keeps between its replays."""
+    run = one_run(bench, side, work)
+    gc.collect()  # the graphs of the rounds before
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    after = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    mib, taken = ((b - a) / 2**20 for a, b in zip(before, after, strict=True))
+    return {"mib": mib, "taken": taken}
 
 
 def measure(sides: dict[str, Side], rounds: int, device: str) -> dict[str, list[float]]:
@@ -241,9 +180,43 @@ def table_row(record: dict) -> str:
     cells = [f"{t:9.3f}" for t in (record["seconds"], min(record["rounds"]), max(record["rounds"]))]
     cells.append(f"{record['ratio']:9.2f}")
     cells.append(f"{record['share']:9.0%}")
-    if "mib" in record:
-        cells.append(f"{record['mib']:9.0f}")
-    return f"{record['work']:24}{record['side']:6}{''.join(cells)}"
+    cells += [f"{record[name]:9.0f}" for name in ("mib", "taken") if name in record]
+    return f"{record['work']:24}{record['side']:12}{''.join(cells)}"
+
+
+def columns(args: argparse.Namespace) -> list[str]:
+    memory = ["MiB"] if args.device == "cpu" else ["MiB", "taken"]
+    return ["median s", "from", "to", "ratio", "limit", *(memory if not args.no_peaks else [])]
+
+
+def timed(bench: Bench, title: str, make: Callable, args: argparse.Namespace) -> list[dict]:
+    """The records of all sides of one piece of work; prints them."""
+    sides, records = make(), []
+    with matrix_products(bench, DTYPES[args.dtype], title not in PEAKS) as (products, flops):
+        copies, n_bytes = big_copies(args.device)
+        machine = {"products": (products, 1.0), "copies": (copies, 1.0)}
+        times = measure(sides | machine, args.rounds, args.device)
+    medians = {side: statistics.median(values) for side, values in times.items()}
+    rate, bandwidth = flops / medians.pop("products"), n_bytes / medians.pop("copies")
+    least = limits(bench)[title](rate, bandwidth)
+    del sides, products, copies, machine  # and the memory that they hold
+    for side, median in medians.items():
+        record = {"work": title, "side": side, "seconds": median, "rounds": times[side]}
+        record |= {"ratio": median / medians["ours"], "share": least / median}
+        record |= {"flops": rate, "bandwidth": bandwidth}
+        if title in PEAKS and not args.no_peaks:
+            work = PEAKS[title]
+            on_cpu = args.device == "cpu"
+            record |= (
+                {"mib": peak_memory(side, work, args)} if on_cpu else gpu_peak(bench, side, work)
+            )
+        records.append(record)
+        print(table_row(record), flush=True)
+    print(
+        f"{'':24}matrix products {rate / 1e9:.0f} GFLOP/s, copies {bandwidth / 1e9:.0f} GB/s",
+        flush=True,
+    )
+    return records
 
 
 def parse_args() -> argparse.Namespace:
@@ -258,6 +231,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="on CPU")
     parser.add_argument("--only", nargs="*", help="words in the names of the work to do")
+    parser.add_argument("--no-peaks", action="store_true", help="measure no memory")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark.json"))
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -276,27 +250,11 @@ def main() -> None:
     told = f"{Path(shape).name}, {args.task}, epochs {args.epochs}" if args.model else shape
     print(f"{told}, {args.dtype}, {name}, torch {torch.__version__}, {args.rounds} rounds")
     check(bench, 1e-4 if dtype == torch.float32 else 2e-2)
-    copy, n_bytes = big_copy(args.device)
-    columns = "".join(f"{name:>9}" for name in ("median s", "from", "to", "ratio", "limit", "MiB"))
-    print(f"\n{'':24}{'side':6}{columns}")
-    least, records = limits(bench), []
+    records = []
+    print(f"\n{'':24}{'side':12}{''.join(f'{name:>9}' for name in columns(args))}")
     for title, make in works(bench).items():
-        if args.only and not any(word in title for word in args.only):
-            continue
-        product, flops = matrix_product(bench, dtype, packed=title not in PEAKS)
-        machine = {"product": (product, 1.0), "copy": (copy, 1.0)}
-        times = measure(make() | machine, args.rounds, args.device)
-        medians = {side: statistics.median(values) for side, values in times.items()}
-        rate, bandwidth = flops / medians.pop("product"), n_bytes / medians.pop("copy")
-        for side, median in medians.items():
-            record = {"work": title, "side": side, "seconds": median, "rounds": times[side]}
-            record |= {"ratio": median / medians["ours"], "flops": rate, "bandwidth": bandwidth}
-            record["share"] = least[title](rate, bandwidth) / median
-            if title in PEAKS:
-                record["mib"] = peak_memory(side, PEAKS[title], args)
-            records.append(record)
-            print(table_row(record), flush=True)
-        print(f"{'':24}matrix product {rate / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
+        if not args.only or any(word in title for word in args.only):
+            records += timed(bench, title, make, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(vars(args) | {"results": records}, default=str))
 

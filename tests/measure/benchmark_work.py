@@ -19,10 +19,18 @@ from peers import (
 
 from lofit import load_model, load_tokenizer
 from lofit.fast.folded import folded_offsets
+from lofit.fast.graphs import GraphedObjective
 from lofit.fast.packed import packed_weights
-from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
+from lofit.heads import (
+    attach_offsets,
+    attach_scales,
+    get_edits,
+    init_offsets,
+    init_scales,
+    set_edits,
+)
 from lofit.llm.batches import common_prefix_length
-from lofit.llm.config import ModelConfig
+from lofit.llm.config import FULL, ModelConfig
 from lofit.llm.generate import compiled_step, generate_all
 from lofit.llm.model import CausalLM
 from lofit.llm.scoring import score_answers
@@ -33,6 +41,10 @@ from lofit.training import Schedule, Training, fit, optimizer_for, train_step
 
 COMMON = dict(max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,))
 SHAPES = {
+    "tiny": dict(  # for tests of the measurements
+        vocab_size=1000, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    ),
     "small": dict(
         vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=8, head_dim=64,
@@ -41,8 +53,19 @@ SHAPES = {
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=32, head_dim=128,
     ),
+    "8b": dict(  # Llama 3.1's, but for the scaling of its RoPE
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        rope_parameters={FULL: {"rope_type": "default", "rope_theta": 5e5}},
+    ),
+    "13b": dict(
+        vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+        num_attention_heads=40, num_key_value_heads=40, head_dim=128,
+    ),
 }  # fmt: skip
 LR = 1e-3
+# what users get, and on a GPU the same without CUDA graphs beside it
+OURS = _, EAGER = "ours", "ours, eager"
 
 
 class Ids:
@@ -61,8 +84,8 @@ def as_ids(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[str, str]:
     return tuple("".join(f" {i}" for i in part) for part in (ids[:n], ids[n:]))
 
 
-def text(rng: random.Random, n: int) -> str:
-    return "".join(f" {rng.randrange(3, 32000)}" for _ in range(n))
+def text(rng: random.Random, n: int, vocabulary: int = 32000) -> str:
+    return "".join(f" {rng.randrange(3, vocabulary)}" for _ in range(n))
 
 
 def random_model(shape: dict, dtype: torch.dtype, device: str) -> CausalLM:
@@ -93,6 +116,7 @@ class Bench:
         folder of the splits, whose training texts of `task` and TruthfulQA questions are used."""
         torch.manual_seed(0)
         self.device, self.epochs = device, epochs
+        self.graphs = device != "cpu"  # whether steps are replays of CUDA graphs
         if shape in SHAPES:
             self.model = random_model(SHAPES[shape], dtype, device)
             self.random_texts(random.Random(0))
@@ -116,16 +140,15 @@ class Bench:
     def random_texts(self, rng: random.Random) -> None:
         """8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, lengths drawn;
         50 questions of 416 tokens, 401 of them shared, with 8 answers each."""
-        self.step = [(" 1" + text(rng, 119), text(rng, 7)) for _ in range(8)]
-        self.examples = [
-            (" 1" + text(rng, rng.randint(28, 60)), text(rng, rng.randint(2, 5)))
-            for _ in range(134)
-        ]
-        start = " 1" + text(rng, 400)
-        self.asked = [
-            (start + text(rng, 15), [text(rng, rng.randint(5, 15)) for _ in range(8)])
-            for _ in range(50)
-        ]
+
+        def draw(low: int, high: int | None = None) -> str:
+            n = rng.randint(low, high) if high else low
+            return text(rng, n, self.model.config.vocab_size)
+
+        self.step = [(" 1" + draw(119), draw(7)) for _ in range(8)]
+        self.examples = [(" 1" + draw(28, 60), draw(2, 5)) for _ in range(134)]
+        start = " 1" + draw(400)
+        self.asked = [(start + draw(15), [draw(5, 15) for _ in range(8)]) for _ in range(50)]
 
     def real_texts(self, tokenizer: Tokenizer, data: Path, task: str) -> None:
         """The task's training texts, the first 8 for a step; 50 questions of TruthfulQA."""
@@ -139,13 +162,24 @@ class Bench:
     def offsets(self, where: str) -> torch.Tensor:
         return init_offsets(self.model, len(self.heads[where]), 0)
 
+    def replayed(self, side: str, objective: CrossEntropy):
+        """The objective as `Session.objective` gives it: on a GPU steps of "ours" are replays."""
+        return GraphedObjective(objective) if self.graphs and side == "ours" else objective
+
     def selection(self, side: str) -> Callable[[], object]:
         """A training step of the scales on 8 texts."""
         objective = CrossEntropy(self.model, Ids(), self.step, "step")
-        if side == "ours":
-            parameters = attach_scales(self.model, init_scales(self.model, 0))
-            return self.one_step(parameters, lambda: objective.loss(list(range(8))))
-        return self.one_step(*self.theirs(side, objective, lambda: range(8)))
+        if side not in OURS:
+            return self.one_step(*self.theirs(side, objective, lambda: range(8)))
+        ours = self.replayed(side, objective)
+        parameters = attach_scales(self.model, init_scales(self.model, 0))
+        edits = get_edits(self.model)
+
+        def loss() -> torch.Tensor:
+            set_edits(self.model, edits)  # the other side of ours has had its turn
+            return ours.loss(list(range(8)))
+
+        return self.one_step(parameters, loss)
 
     def theirs(self, side: str, objective: CrossEntropy, rows: Callable, where: str | None = None):
         """(parameters, loss) of transformers with hooks on scales or on the heads `where`, or of
@@ -174,9 +208,9 @@ class Bench:
 
         def run() -> float:
             objective.cache.layer, objective.cache.kept = 0, {}
-            if side == "ours":
+            if side in OURS:
                 parameters = attach_offsets(self.model, self.heads[where], self.offsets(where))
-                loss_of = objective.loss
+                loss_of = self.replayed(side, objective).loss  # captures its own
             else:
                 chosen: list[int] = []
                 parameters, loss = self.theirs(side, objective, lambda: chosen, where)
@@ -185,7 +219,7 @@ class Bench:
                     chosen[:] = rows
                     return loss()
 
-            schedule = Schedule(LR, epochs or self.epochs, by_length=side == "ours")
+            schedule = Schedule(LR, epochs or self.epochs, by_length=side in OURS)
             asked = SimpleNamespace(lengths=objective.lengths, loss=loss_of)
             return [loss for _, loss in fit(Training(parameters, asked, schedule, 0))][-1]
 

@@ -13,13 +13,15 @@ from lofit.llm.model import CausalLM
 
 
 def hf_twin(model: CausalLM) -> transformers.LlamaForCausalLM:
-    """Stock transformers with the weights of a model of ours, frozen."""
-    weight = model.lm_head.weight
+    """Stock transformers around the very tensors of a model of ours, frozen: no weight is drawn or
+    copied."""
     config = transformers.LlamaConfig(**model.config.to_hf())
     config._attn_implementation = "sdpa"
-    with torch.device(weight.device):
-        twin = transformers.LlamaForCausalLM(config).to(weight.dtype)
+    with torch.device("meta"):
+        twin = transformers.LlamaForCausalLM(config)
     twin.load_state_dict(model.state_dict(), assign=True)
+    with torch.device(model.lm_head.weight.device):  # the RoPE table is no part of the state
+        twin.model.rotary_emb = type(twin.model.rotary_emb)(config)
     return twin.eval().requires_grad_(False)
 
 

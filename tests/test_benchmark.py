@@ -1,0 +1,107 @@
+"""The benchmark measures what it says: rates, sides that share weights, what users get on a GPU."""
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
+import benchmark  # noqa: E402
+import benchmark_limits  # noqa: E402
+import benchmark_work  # noqa: E402
+from benchmark_work import EAGER, SHAPES, Bench, random_model  # noqa: E402
+from peers import hf_twin, lora  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench("tiny", "cpu", torch.float32, "ours", epochs=1)
+
+
+def test_a_rate_is_measured_over_fifty_milliseconds(monkeypatch):
+    """Whatever one piece of work takes, and by the faster of two runs."""
+    done = []
+    monkeypatch.setattr(benchmark_limits, "seconds", lambda run, device: run() or times.pop(0))
+    times = [0.01, 0.2, 0.049, 0.049, 0.06, 0.05]
+    run, n = benchmark_limits.lengthened(done.append, 3, "cpu")
+    assert n == 12 and not times and done == [3, 3, 3, 6, 6, 12, 12]
+    run()
+    assert done[-1] == 12
+
+
+@pytest.mark.parametrize("shape, weights", [("tiny", 32), ("small", 24)])
+def test_a_chain_takes_each_weight_once_before_any_again(monkeypatch, shape, weights):
+    monkeypatch.setattr(benchmark_limits, "ROWS", 2)
+    monkeypatch.setattr(benchmark_limits, "lengthened", lambda work, n, _: (partial(work, n), n))
+    config = SimpleNamespace(**SHAPES[shape])
+    seen = []
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda self, x: seen.append(self) or forward(self, x)
+    )
+    bench = SimpleNamespace(config=config, device="cpu")
+    with benchmark_limits.matrix_products(bench, torch.float32, packed=False) as (run, flops):
+        with FlopCounterMode(display=False) as counter:
+            run()
+    assert counter.get_total_flops() == flops
+    assert len(seen) == len(set(seen)) == weights
+
+
+def test_all_sides_share_the_weights(bench):
+    ours = bench.model.state_dict()
+    twin = hf_twin(bench.model)
+    adapted, trained = lora(hf_twin(bench.model))
+    ids = torch.tensor([[1, 5, 9, 900]])
+    with torch.no_grad():
+        torch.testing.assert_close(twin(ids).logits, bench.model(ids), rtol=1e-4, atol=1e-5)
+    assert not any(t.is_meta for t in [*twin.parameters(), *twin.buffers()])
+    assert all(p.data_ptr() == ours[name].data_ptr() for name, p in twin.named_parameters())
+    shared = {t.data_ptr() for t in ours.values()}
+    mine = {p for p in adapted.parameters() if p.data_ptr() not in shared}
+    assert mine == set(trained) and trained
+
+
+def test_fp32_layer_by_layer_is_fp32():
+    model = random_model(SHAPES["tiny"], torch.bfloat16, "cpu")
+    at = {name: p.data_ptr() for name, p in model.named_parameters()}
+    ids = torch.tensor([[1, 5, 9, 900]])
+    with torch.no_grad():
+        want = copy.deepcopy(model).float()(ids)
+        with benchmark.layers_in_fp32(model):
+            assert torch.equal(model(ids), want)
+            held = [p.dtype for p in model.model.layers.parameters()]
+            assert set(held) == {torch.bfloat16}  # no layer stays
+        assert not torch.equal(model(ids).float(), want)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == at
+
+
+def test_on_a_gpu_ours_is_what_users_get(bench, monkeypatch):
+    """Graph replays, beside the same without; both sides take turns on one model."""
+    made = []
+
+    class Padded(benchmark_work.GraphedObjective):  # what CI has of a graph
+        def __init__(self, objective):
+            super().__init__(objective, capture=False)
+            made.append(self)
+
+    monkeypatch.setattr(benchmark_work, "GraphedObjective", Padded)
+    monkeypatch.setattr(bench, "graphs", True)
+    monkeypatch.setattr(bench, "theirs", lambda *_: ([torch.zeros(1)], None))
+    assert [*benchmark.works(bench)["selection step"]()] == ["ours", EAGER, "hf", "lora"]
+    ours, eager = bench.selection("ours"), bench.selection(EAGER)
+    made.clear()
+    losses = [(ours(), eager()) for _ in range(3)]
+    for one, other in losses:
+        assert one == pytest.approx(other, rel=1e-5)
+    assert losses[2][0] < losses[0][0]
+    found = [bench.training(side, "all")() for side in ("ours", EAGER)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(made) == 1
+
+
+def test_texts_hold_ids_of_the_shape(bench):
+    texts = [part for pair in [*bench.step, *bench.examples] for part in pair]
+    texts += [text for question, answers in bench.asked for text in (question, *answers)]
+    assert 900 < max(int(i) for text in texts for i in text.split()) < bench.config.vocab_size
