@@ -32,6 +32,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--l1", type=nonnegative_float, help="lambda, weight of the L1 penalty")
     parser.add_argument("--epochs", type=int_at_least(1))
     parser.add_argument("--batch-size", type=int_at_least(1))
+    parser.add_argument(
+        "--compile", action="store_true", help="the layers, in training (for long runs on a GPU)"
+    )
     return parser.parse_args(argv)
 
 

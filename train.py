@@ -61,6 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--validate", default="every", choices=("every", "last"), help="after which epochs"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="the layers, in training (for long runs on a GPU)"
+    )
     return parser.parse_args(argv)
 
 

@@ -6,7 +6,7 @@ import torch
 from lofit.errors import InputError
 from lofit.heads import attach_offsets
 from lofit.llm.checkpoint import load_model
-from lofit.llm.generate import compiled_step, decode_step, generate, generate_all
+from lofit.llm.generate import Decoding, compiled_step, decode_step, generate, generate_all
 
 PROMPTS = [[1, 50, 60, 70, 80, 90], [1, 33], [1, 200, 300, 400]]
 
@@ -56,7 +56,7 @@ def test_a_row_stops_behind_a_stop_token_and_leaves_the_batch(tiny):
         sizes.append(len(token))
         return decode_step(model, token, position, cache)
 
-    got = generate(tiny, PROMPTS, 8, (-1,), stops, step)
+    got = generate(tiny, PROMPTS, 8, (-1,), stops, Decoding(step))
     for row, every in zip(got, whole, strict=True):
         n = next((i + 1 for i, t in enumerate(every) if t in stops), 8)
         assert row == every[:n]
@@ -69,7 +69,7 @@ def test_a_row_stops_behind_a_stop_token_and_leaves_the_batch(tiny):
 def test_the_compiled_step_gives_the_same_tokens(tiny):
     attach_offsets(tiny, [(1, 2)], torch.ones(1, 8))
     want = generate(tiny, PROMPTS, 8, eos_ids=(-1,))
-    assert generate(tiny, PROMPTS, 8, (-1,), step=compiled_step()) == want
+    assert generate(tiny, PROMPTS, 8, (-1,), decoding=Decoding(compiled_step())) == want
 
 
 def test_a_prompt_longer_than_the_model_is_refused(tiny):

@@ -58,6 +58,30 @@ def test_the_padded_way_has_the_losses_and_gradients_of_the_plain_one(
             assert difference(ours, theirs) < 1e-6 + 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("where", ["scales", 1])
+def test_compiled_layers_have_the_losses_and_gradients_of_the_plain_ones(
+    tiny, tiny_folder, where, monkeypatch
+):
+    """Traced as for a GPU, but not turned into C++, which takes minutes."""
+    traced, compile = [], torch.compile
+
+    def trace_only(function, **options):
+        traced.append(function)
+        return compile(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace_only)
+    parameters = edit(tiny, where)
+    plain = make(CrossEntropy, tiny, tiny_folder)
+    compiled = GraphedObjective(make(CrossEntropy, tiny, tiny_folder), False, compile=True)
+    for rows in ([0, 1], [2, 3]):
+        want, found = plain.loss(rows), compiled.loss(rows)
+        assert found.item() == pytest.approx(want.item(), rel=1e-5)
+        wanted = torch.autograd.grad(want, parameters)
+        for ours, theirs in zip(torch.autograd.grad(found, parameters), wanted, strict=True):
+            assert difference(ours, theirs) < 1e-6 + 1e-4 * theirs.abs().max()
+    assert traced and not any("forward" in vars(layer) for layer in tiny.model.layers)
+
+
 def test_a_padded_target_counts_for_nothing(tiny, tiny_folder):
     """Whatever the padding holds: a weight that is ignored would change the loss."""
     edit(tiny, 1)

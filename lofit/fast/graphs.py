@@ -6,6 +6,8 @@ has fixed shapes: a batch is padded to a multiple of 16 positions and of 16 targ
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 
 from lofit.llm.batches import Batch
 from lofit.llm.context import Tree
+from lofit.llm.model import CausalLM
 from lofit.llm.scoring import sum_by_text, target_losses
 from lofit.losses import KnownGradients, dpo_loss
 from lofit.objectives import BETA, Objective, Preference
@@ -36,11 +39,13 @@ class GraphedObjective:
     """An objective (see objectives.py) around another one. Its loss has the gradients of the edits
     already, so `backward` only hands them out. Without gradients it is the other's loss.
 
-    capture: False runs the same padded steps without graphs, on any device.
+    capture: False runs the same padded steps without graphs, on any device. compile: the layers are
+    compiled, each shape before its capture, which takes seconds: for long runs.
     """
 
-    def __init__(self, objective: Objective, capture: bool = True):
+    def __init__(self, objective: Objective, capture: bool = True, compile: bool = False):
         self.objective, self.capture = objective, capture
+        self.layers = compiled_layers if compile else nullcontext
         self.graphs: dict[tuple, Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if capture else None
 
@@ -77,8 +82,9 @@ class GraphedObjective:
         return KnownGradients.apply(graph.loss.clone(), gradients, *trained)
 
     def _eager(self, first: int, tensors: dict, trained: list) -> tuple:
-        loss = padded_loss(self.objective, first, tensors)
-        return loss.detach(), torch.autograd.grad(loss, trained)
+        with self.layers(self.objective.model):
+            loss = padded_loss(self.objective, first, tensors)
+            return loss.detach(), torch.autograd.grad(loss, trained)
 
     def _captured(self, first: int, tensors: dict, trained: list) -> Graph:
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -96,6 +102,18 @@ class GraphedObjective:
             if not (ours - eager).norm() <= FAR * eager.norm() + 1e-6:
                 raise RuntimeError("a replay differs from the same step run eagerly")
         return found
+
+
+@contextmanager
+def compiled_layers(model: CausalLM) -> Iterator[None]:
+    """Inside, the model's layers are compiled; layers of a kind share what was compiled."""
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+    try:
+        yield
+    finally:
+        for layer in model.model.layers:
+            del layer.forward  # the class's own comes back
 
 
 def padded_inputs(objective: Objective, rows: list[int]) -> tuple[int, dict[str, torch.Tensor]]:

@@ -58,6 +58,18 @@ def compiled_step() -> DecodeFn:
     return step
 
 
+class Decoding:
+    """How a batch is decoded token by token: its cache, and its step."""
+
+    def __init__(self, step: DecodeFn = decode_step):
+        """step: `decode_step`, or what a compiler made of it."""
+        self.step = step
+
+    def new_cache(self, model: CausalLM, rows: int, length: int) -> KVCache:
+        """An empty cache for a batch. length: prompt plus new tokens."""
+        return KVCache(model.config, rows, length, model.lm_head.weight)
+
+
 def check_finite(values: torch.Tensor) -> None:
     """InputError if the model computed something that is not a finite number."""
     if not values.isfinite().all():
@@ -75,15 +87,16 @@ def generate(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     stop_ids: frozenset[int] = frozenset(),
-    step: DecodeFn = decode_step,
+    decoding: Decoding | None = None,
 ) -> list[list[int]]:
     """Greedy continuation of one batch of prompts, each up to and without eos, or up to and with
-    one of stop_ids. step: `decode_step`, or what a compiler made of it."""
+    one of stop_ids."""
+    decoding = decoding or Decoding()
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
-    cache = KVCache(model.config, len(prompts), width + max_new_tokens, model.lm_head.weight)
+    cache = decoding.new_cache(model, len(prompts), width + max_new_tokens)
     new: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     going = set(rows)
@@ -108,7 +121,7 @@ def generate(
             rows = [rows[j] for j in stay]
             token, lengths = token[stay], lengths[stay]
             cache.select_rows(stay)
-        token = step(model, token, lengths + i, cache).argmax(-1)
+        token = decoding.step(model, token, lengths + i, cache).argmax(-1)
     return new
 
 
@@ -120,7 +133,7 @@ def generate_all(
     batch_size: int,
     description: str,
     stop_ids: frozenset[int] = frozenset(),
-    step: DecodeFn = decode_step,
+    decoding: Decoding | None = None,
     memo: Memo = no_memo,
 ) -> list[list[int]]:
     """`generate` for any number of prompts, in batches of like length; results in their order.
@@ -137,7 +150,7 @@ def generate_all(
 
     def new_tokens(rows: list[int]) -> list[list[int]]:
         part = [prompts[i] for i in rows]
-        return generate(model, part, max_new_tokens, eos_ids, stop_ids, step)
+        return generate(model, part, max_new_tokens, eos_ids, stop_ids, decoding)
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]

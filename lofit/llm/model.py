@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         """[B, T] -> the hidden states that enter layer 0."""
         x = self.embed_tokens(input_ids)
         if self.config.scale_embeddings:  # the factor is rounded to the weights' dtype, as in HF
-            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+            x = x * x.new_full((), self.config.hidden_size**0.5)
         return x
 
     def run(

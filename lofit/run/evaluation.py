@@ -86,7 +86,7 @@ def predict(
     stop = frozenset() if run.plain else run.stop_ids
     new = generate_all(
         run.model, prompts, new_tokens(run, examples), run.tokenizer.eos_ids, batch_size,
-        description, stop, run.decode_step, memo,
+        description, stop, run.decoding(), memo,
     )  # fmt: skip
     found = []
     for example, prompt, tokens in zip(examples, prompts, new, strict=True):

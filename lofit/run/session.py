@@ -18,7 +18,7 @@ from lofit.files import is_first, lock_folder, sweep_partials
 from lofit.heads import attached_heads, edits_off, get_edits, set_edits
 from lofit.llm.checkpoint import find_folder, weight_files
 from lofit.llm.device import pick_device, pick_dtype
-from lofit.llm.generate import decode_step
+from lofit.llm.generate import Decoding, decode_step
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, Objective, Preference
 from lofit.recipes import find_recipe
@@ -205,17 +205,31 @@ class Session:
         self._check_vocabulary(found.texts(), where)
         found.hash = hash_of_text((texts, found.texts()))
         if not dist.is_initialized():
-            if self.plain or not self.device.startswith("cuda"):
+            compile, cuda = getattr(self.args, "compile", False), self.device.startswith("cuda")
+            # dynamic RoPE depends on a batch's longest row, which padding would change
+            if self.plain or not (cuda or compile) or "dynamic" in self._rope_types():
                 return found
             from lofit.fast.graphs import GraphedObjective
 
-            return GraphedObjective(found)
+            return GraphedObjective(found, capture=cuda, compile=compile)
         from lofit.distributed.loss import DistributedObjective
         from lofit.distributed.sharded import gathered, in_step
 
         return DistributedObjective(
             found, partial(gathered, self.model), partial(in_step, self.model)
         )
+
+    def _rope_types(self) -> set[str]:
+        return {rope["rope_type"] for rope in self.model.config.rope_parameters.values()}
+
+    def decoding(self) -> Decoding:
+        """How to generate with the edits that are attached now."""
+        plain = self.plain or dist.is_initialized() or not self.device.startswith("cuda")
+        if plain or self.decode_step is not decode_step:
+            return Decoding(self.decode_step)
+        from lofit.fast.decoding import GraphedDecoding
+
+        return GraphedDecoding()
 
     def _max_length(self) -> int | None:
         """--max-length; the model's positions for tasks that are not the paper's; None: its own."""

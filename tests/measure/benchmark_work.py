@@ -31,7 +31,7 @@ from lofit.heads import (
 )
 from lofit.llm.batches import common_prefix_length
 from lofit.llm.config import FULL, ModelConfig
-from lofit.llm.generate import compiled_step, generate_all
+from lofit.llm.generate import Decoding, compiled_step, generate_all
 from lofit.llm.model import CausalLM
 from lofit.llm.scoring import score_answers
 from lofit.llm.tokenizer import Tokenizer
@@ -258,5 +258,5 @@ class Bench:
 
     def decode(self) -> Callable[[], object]:
         """129 tokens after one prompt, the step compiled; time / 128 is that of a step."""
-        step, prompts = compiled_step(), self.prompts[:1]
-        return lambda: generate_all(self.model, prompts, 129, (-1,), 1, "", step=step)
+        decoding, prompts = Decoding(compiled_step()), self.prompts[:1]
+        return lambda: generate_all(self.model, prompts, 129, (-1,), 1, "", decoding=decoding)
