@@ -15,6 +15,8 @@ import benchmark_work  # noqa: E402
 from benchmark_work import EAGER, SHAPES, Bench, random_model  # noqa: E402
 from peers import hf_twin, lora  # noqa: E402
 
+from lofit.fast.decoding import GraphedDecoding  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
@@ -93,12 +95,20 @@ def test_on_a_gpu_ours_is_what_users_get(bench, monkeypatch):
     assert [*benchmark.works(bench)["selection step"]()] == ["ours", EAGER, "hf", "lora"]
     ours, eager = bench.selection("ours"), bench.selection(EAGER)
     made.clear()
-    losses = [(ours(), eager()) for _ in range(3)]
-    for one, other in losses:
-        assert one == pytest.approx(other, rel=1e-5)
-    assert losses[2][0] < losses[0][0]
+    losses = [[side() for _ in range(3)] for side in (ours, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][2] < losses[0][0]
     found = [bench.training(side, "all")() for side in ("ours", EAGER)]
     assert found[0] == pytest.approx(found[1], rel=1e-4) and len(made) == 1
+    monkeypatch.setattr(
+        benchmark_work, "GraphedDecoding", lambda: made.append(0) or GraphedDecoding(capture=False)
+    )
+    o_proj = bench.model.model.layers[1].self_attn.o_proj
+    with bench.during:
+        runs = [bench.greedy(side) for side in ("ours", EAGER)]
+        tokens = [[run() for _ in range(2)] for run in runs]
+        assert o_proj.bias is not None  # folded once for all batches
+    assert tokens[0] == tokens[1] and len(made) == 2 and o_proj.bias is None
 
 
 def test_texts_hold_ids_of_the_shape(bench):

@@ -54,8 +54,10 @@ def works(bench: Bench) -> dict[str, Callable[[], dict[str, Side]]]:
             "hf": (bench.choices("hf", slice(2)), 25.0),
         },
     }
-    if bench.device != "cpu":
-        found["decoding step"] = lambda: {"ours": (bench.decode(), 1 / 128)}
+    if bench.graphs:
+        found["decoding step"] = lambda: {
+            side: (bench.decode(side), 1 / 128) for side in ("ours", "compiled")
+        }
     return found
 
 
@@ -74,7 +76,8 @@ def check(bench: Bench, tolerance: float) -> None:
             ours = bench.replayed(side, objective).loss(list(range(8))).item()
             assert math.isclose(ours, theirs, rel_tol=tolerance), (where, side, ours, theirs)
     scores = check_scores(bench, tolerance)
-    one, other = (bench.greedy(side)() for side in ("ours", "hf"))
+    with bench.during:
+        one, other = (bench.greedy(side)() for side in ("ours", "hf"))
     same = sum(a == b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
     n = 16 * len(one)
     print(f"checked: losses within {tolerance:g}, {scores}; {same} of {n} greedy tokens equal")
@@ -195,7 +198,8 @@ def timed(bench: Bench, title: str, make: Callable, args: argparse.Namespace) ->
     with matrix_products(bench, DTYPES[args.dtype], title not in PEAKS) as (products, flops):
         copies, n_bytes = big_copies(args.device)
         machine = {"products": (products, 1.0), "copies": (copies, 1.0)}
-        times = measure(sides | machine, args.rounds, args.device)
+        with bench.during:
+            times = measure(sides | machine, args.rounds, args.device)
     medians = {side: statistics.median(values) for side, values in times.items()}
     rate, bandwidth = flops / medians.pop("products"), n_bytes / medians.pop("copies")
     least = limits(bench)[title](rate, bandwidth)

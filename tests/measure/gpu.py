@@ -1,172 +1,155 @@
-"""What a GPU computes beside the CPU, and one process on it with --shard beside one without.
+"""Everything that is to be checked and timed on a GPU.
 
+python tests/measure/gpu.py all --out gpu-out          # one script, 5 minutes or so on 80 GB
+python tests/measure/gpu.py all --device cpu --shape small     # its rehearsal
 python tests/measure/gpu.py same --model weights/mini-gemma
+python tests/measure/gpu.py steps --shape 8b
+python tests/measure/gpu.py decoding
+python tests/measure/gpu.py whole --shape 13b
 python tests/measure/gpu.py shard
 
 same: heads, offsets and validation scores of both steps on the GPU beside those on the CPU, few
-examples and epochs of all tasks, fp32; shard: both steps at the shape of a 7B model in bf16, random
-weights, in one process without torchrun, under it, and with --shard: seconds, the peak of the GPU's
-memory, and how far apart scores and offsets are.
+examples and epochs of all tasks, fp32. The others are at the shape of a large model with random
+weights, in bf16 on a GPU. steps: training steps as CUDA graphs beside the padded ones that they
+replay and beside eager: losses and gradients, then milliseconds; decoding: the same of a decoding
+step; whole: the three scripts as a user calls them, cold, on as many items as MQuAKE has: seconds
+by part; shard: both steps in one process without torchrun, under it, and with --shard: seconds by
+part, the peak of the GPU's memory, how far apart scores and offsets are.
+all: these and the benchmark, each in a process of its own with a limit of time.
 """
 
 import argparse
-import importlib
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import gpu_scripts
+import gpu_steps
 import torch
-from benchmark_work import SHAPES, random_model
+from benchmark_work import SHAPES
+from conftest import REPO
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
-from conftest import MINI, REPO, end_group, start_group
-from safetensors.torch import load_file
-
-from lofit.llm.checkpoint import save_model
-from lofit.llm.files import read_json
-from lofit.run import session
+from lofit.llm.checkpoint import DTYPES
 from lofit.run.arguments import TASKS
 
-WAYS = {"one process": (0, ()), "torchrun": (1, ()), "torchrun, --shard": (1, ("--shard",))}
+HERE = Path(__file__).parent
+NEEDS_A_GPU = ("same",)
 
 
-def measured(script: str, flags: list[str]) -> None:
-    """A script in this process: prints the seconds of opening the model and of the training loop,
-    and the peak of the GPU's memory."""
-    loop = 0.0
-
-    def fit(*args):
-        nonlocal loop
-        steps = inner(*args)
-        while True:
-            start = time.perf_counter()
-            epoch = next(steps, None)  # a step ends in numbers, so all of it has been computed
-            loop += time.perf_counter() - start
-            if epoch is None:
-                return
-            yield epoch
-
-    module = importlib.import_module(script)
-    inner, module.fit = module.fit, fit
-    opened, began = [], time.perf_counter()
-
-    class Session(session.Session):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            opened.append(time.perf_counter() - began)
-
-    module.Session = Session
-    module.main(flags)
-    told = {"open": opened[0], "loop": loop, "peak": torch.cuda.max_memory_allocated()}
-    sys.__stdout__.write(f"@{json.dumps(told)}\n")
+def parts(args: argparse.Namespace, folder: str) -> dict[str, tuple[int, list[str]]]:
+    """Part -> (limit in seconds, command line of Python), in order. On a CPU: few of everything."""
+    gpu, at = str(HERE / "gpu.py"), ["--device", args.device, "--shape", args.shape]
+    little, quick = ["--n-train", "16", "--epochs", "1"], args.device == "cpu"
+    kept = [*at, "--folder", folder]
+    few = ["--rounds", "1"] if quick else []
+    work = ["selection", "greedy"] if quick else ["selection", "offsets", "greedy", "choices"]
+    bench = ["--dtype", args.dtype, "--rounds", "1", "--epochs", "2", "--only", *work]
+    bench += ["--out", str(Path(folder, "benchmark.json")), *(["--no-peaks"] if quick else [])]
+    found = {
+        "graphs": (60, ["-m", "pytest", "-q", "tests/test_graphs.py", "tests/test_decoding.py"]),
+        "same": (60, [gpu, "same", "--tasks", "mquake", *little, "--device", args.device]),
+        "steps": (60, [gpu, "steps", *at, "--dtype", args.dtype, *few]),
+        "decoding": (45, [gpu, "decoding", *at, "--dtype", args.dtype, *few]),
+        "benchmark": (150, [str(HERE / "benchmark.py"), *at, *bench]),
+        "whole": (150, [gpu, "whole", *kept, *(["--share", "0.06"] if quick else [])]),
+        "shard": (90, [gpu, "shard", *kept, *little, "--ways", "one process", "torchrun, --shard"]),
+    }
+    return {name: found[name] for name in args.only or found}
 
 
-def both_steps(n: int, flags: list[str], out: Path) -> tuple[list[dict], tuple]:
-    """select_heads.py and train.py in one process, or under torchrun (n = 1): what each measured,
-    and (scores [layer, head], heads [K, 2], offsets [K, head_dim], validation metrics)."""
-    told = []
-    for script in ("select_heads", "train"):
-        call = [script, *flags, "--run", str(out)]
-        call += ["--validate", "last"] if script == "train" else []
-        if n:
-            ended = end_group(start_group(n, ("gpu", ["in", *call])), 600)
-        else:
-            path = os.pathsep.join(map(str, (REPO, REPO / "tests")))
-            done = subprocess.run(
-                [sys.executable, __file__, "in", *call], capture_output=True, text=True,
-                cwd=REPO, env=os.environ | {"PYTHONPATH": path},
-            )  # fmt: skip
-            ended = [(done.returncode, done.stdout, done.stderr)]
-        assert not ended[0][0], ended
-        line = next(x for x in ended[0][1].splitlines() if x.startswith("@"))
-        told.append(json.loads(line[1:]))
-    found = load_file(next(out.rglob("offsets.safetensors")))
-    scores = torch.tensor(read_json(next(out.rglob("heads.json")))["scores"])
-    val = read_json(next(out.rglob("lofit_config.json")))["val"]
-    return told, (scores, found["heads"], found["offsets"], val)
+def tee(command: list[str], limit: float, path: Path) -> int:
+    """Run a command; its output goes to the screen and to a file as it comes. Exit code; that of
+    SIGKILL if it was still running after `limit` seconds, and so ended, with all that it began."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        cwd=REPO, env=env, start_new_session=True,
+    )  # fmt: skip
+    late = threading.Timer(limit, os.killpg, (process.pid, 9))
+    late.start()
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                file.write(line)
+                file.flush()
+        return process.wait()
+    finally:
+        late.cancel()
+        if process.poll() is None:  # this script was stopped
+            os.killpg(process.pid, 9)
 
 
-def apart(one: tuple, other: tuple) -> str:
-    """How far two runs of both steps are from one another."""
-    heads = len({*map(tuple, one[1].tolist())} & {*map(tuple, other[1].tolist())})
-    same = "same heads" if one[1].equal(other[1]) else f"{heads} of {len(one[1])} heads the same"
-    scores = f"scores {(one[0] - other[0]).abs().max():.1e} of {one[0].abs().max():.2f}"
-    if not one[1].equal(other[1]):
-        return f"{same}, {scores}"
-    far, most = (one[2] - other[2]).abs().max(), one[2].abs().max()
-    return f"{same}, {scores}, offsets {far:.1e} of {most:.2f}"
-
-
-def same(args: argparse.Namespace) -> None:
-    for task in TASKS:
-        flags = ["--model", args.model, "--task", task, "--dtype", "float32", *args.little]
-        flags += ["--fold", "0"] if TASKS[task].FOLDS else []
-        with tempfile.TemporaryDirectory() as folder:
-            cpu, gpu = (
-                both_steps(0, [*flags, "--device", device], Path(folder, device))
-                for device in ("cpu", "cuda")
-            )
-        metric = TASKS[task].MAIN_METRIC
-        val = " and ".join(f"{run[1][3][metric]:.1%}" for run in (cpu, gpu))
-        seconds = [" + ".join(f"{t['loop']:.1f}" for t in run[0]) for run in (cpu, gpu)]
-        print(
-            f"{Path(args.model).name}, {task}: {apart(cpu[1], gpu[1])}; val {metric} {val};"
-            f" seconds of both loops {seconds[0]} and {seconds[1]} (CPU and GPU)",
-            flush=True,
-        )
-
-
-def shard(args: argparse.Namespace) -> None:
+def everything(args: argparse.Namespace) -> int:
+    """Run all parts, whatever becomes of each; the number of those that failed."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows, failed = [], 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        model = Path(folder, "model")
-        dense = random_model(SHAPES[args.shape], torch.bfloat16, "cuda")
-        n_bytes = sum(p.nbytes for p in dense.parameters())
-        save_model(dense, model, torch.bfloat16)
-        del dense
-        torch.cuda.empty_cache()
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(MINI / name, model)
-        print(f"{args.shape}, bf16, {torch.cuda.get_device_name()}: {n_bytes / 1e9:.2f} GB")
-        flags = ["--model", str(model), "--dtype", "bfloat16", "--device", "cuda", *args.little]
-        first = None
-        for name, (n, more) in WAYS.items():
-            told, found = both_steps(n, [*flags, *more], Path(folder, name))
-            first = first or found
-            for step, t in zip(("selection", "offsets"), told, strict=True):
-                print(
-                    f"{name:18} {step:10} open {t['open']:5.1f} s, loop {t['loop']:6.2f} s,"
-                    f" peak {t['peak'] / 1e9:.2f} GB",
-                    flush=True,
-                )
-            print(f"{name:18} beside one process: {apart(first, found)}", flush=True)
+        for name, (limit, command) in parts(args, folder).items():
+            path, began = args.out / f"{name}.txt", time.time()
+            print(f"\n== {name}, at most {limit:.0f} s ==", flush=True)
+            if args.device == "cpu" and name in NEEDS_A_GPU:
+                print("skipped: needs a GPU", flush=True)
+                path.write_text("skipped: needs a GPU\n")
+                rows.append((name, "skipped: needs a GPU", 0.0))
+                continue
+            code = tee([sys.executable, *command], args.patience * limit, path)
+            seconds = time.time() - began
+            late = code == -9 and seconds >= args.patience * limit
+            failed += code != 0
+            rows.append((name, "late" if late else f"exit code {code}", seconds))
+        for path in Path(folder).glob("*.json"):
+            (args.out / path.name).write_bytes(path.read_bytes())
+    summary = "".join(f"{name:12}{seconds:8.1f} s  {end}\n" for name, end, seconds in rows)
+    summary += f"{'all':12}{sum(row[2] for row in rows):8.1f} s  {failed} failed\n"
+    name = gpu_scripts.device_name(args.device)
+    head = f"{args.shape}, {args.dtype}, {name}, torch {torch.__version__}\n"
+    (args.out / "summary.txt").write_text(head + summary)
+    print(f"\n== summary ==\n{head}{summary}-> {args.out}/", flush=True)
+    return failed
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("same", "shard"))
-    parser.add_argument("--model", default="weights/mini-llama", help="of same")
-    parser.add_argument("--shape", default="7b", choices=SHAPES, help="of shard")
-    parser.add_argument("--n-train", default="64")
-    parser.add_argument("--epochs", default="2")
-    parser.add_argument("--folder", help="of shard: where its weights are written for a while")
+    arg = parser.add_argument
+    arg("what", choices=("all", "same", "steps", "decoding", "whole", "shard"))
+    arg("--device", default="cuda")
+    arg("--shape", default="7b", choices=SHAPES, help="of all but same")
+    arg("--dtype", choices=DTYPES, help="of steps and decoding (bfloat16; float32 on a CPU)")
+    arg("--model", default="weights/mini-llama", help="of same")
+    arg("--tasks", nargs="+", default=[*TASKS], choices=TASKS, help="of same")
+    arg("--n-train", default="64", help="of same and shard")
+    arg("--epochs", default="2", help="of same and shard")
+    arg("--rounds", type=int, default=20, help="of steps and decoding")
+    arg("--tokens", type=int, default=33, help="of decoding")
+    arg("--share", type=float, default=1.0, help="of whole: of MQuAKE's items")
+    arg("--ways", nargs="+", default=[*gpu_scripts.WAYS], choices=gpu_scripts.WAYS, help="of shard")
+    arg("--folder", help="of whole and shard: where the weights are written, and stay; of all: a"
+        " folder on a disk with room for them, where they do not stay")  # fmt: skip
+    arg("--out", type=Path, default=Path("runs/gpu"), help="of all: one text file a part")
+    arg("--only", nargs="+", help="of all: these parts")
+    arg("--patience", type=float, default=1.0, help="of all: times the limits of the parts")
     args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     args.little = ("--n-train", args.n_train, "--epochs", args.epochs)
     return args
 
 
-def main(argv: list[str]) -> None:
-    if argv and argv[0] == "in":
-        return measured(argv[1], argv[2:])
+def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    {"same": same, "shard": shard}[args.what](args)
+    if args.what == "all":
+        return everything(args)
+    both = {"steps": gpu_steps.steps, "decoding": gpu_steps.decoding}
+    both |= {name: getattr(gpu_scripts, name) for name in ("same", "whole", "shard")}
+    both[args.what](args)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
