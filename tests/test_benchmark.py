@@ -12,8 +12,9 @@ pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
 import benchmark  # noqa: E402
 import benchmark_limits  # noqa: E402
 import benchmark_work  # noqa: E402
-from benchmark_work import EAGER, SHAPES, Bench, random_model  # noqa: E402
+from benchmark_work import EAGER, Bench  # noqa: E402
 from peers import hf_twin, lora  # noqa: E402
+from shapes import SHAPES, random_model  # noqa: E402
 
 from lofit.fast.decoding import GraphedDecoding  # noqa: E402
 

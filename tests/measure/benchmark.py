@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 from benchmark_limits import big_copies, limits, matrix_products, seconds
-from benchmark_work import EAGER, SHAPES, Bench, Ids
+from benchmark_work import EAGER, Bench
+from shapes import SHAPES, Ids
 
 from lofit.heads import attach_offsets, attach_scales, init_scales
 from lofit.llm.checkpoint import DTYPES

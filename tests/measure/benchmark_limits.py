@@ -9,13 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from benchmark_work import Bench, Ids
+from shapes import Ids
 
 from lofit.fast.packed import packed_weights
 from lofit.llm.config import ModelConfig
 from lofit.objectives import CrossEntropy
+
+if TYPE_CHECKING:  # it loads transformers and peft
+    from benchmark_work import Bench
 
 LEAST = 0.05  # seconds of a measured chain
 # a chain's weights: more than a GPU's caches hold, or so many
@@ -58,7 +62,7 @@ def training_flops(config: ModelConfig, lengths: list[int], targets: int, first:
     return 2 * forward + (layers - 2) * 4 * q * pairs - 2 * tokens * D * (q + 2 * kv)
 
 
-def limits(bench: Bench) -> dict[str, Callable[[float, float], float]]:
+def limits(bench: "Bench") -> dict[str, Callable[[float, float], float]]:
     """Work -> the least seconds it can take, given FLOP/s and bytes/s of the machine."""
     config, step = bench.config, CrossEntropy(bench.model, Ids(), bench.step, "step")
     rows = CrossEntropy(bench.model, Ids(), bench.examples, "examples").rows
@@ -113,7 +117,7 @@ def lengthened(work: Callable[[int], object], n: int, device: str) -> tuple[Call
 
 
 @contextmanager
-def matrix_products(bench: Bench, dtype: torch.dtype, packed: bool) -> Iterator[Chain]:
+def matrix_products(bench: "Bench", dtype: torch.dtype, packed: bool) -> Iterator[Chain]:
     """A chain of an MLP's products on 1024 tokens, with weights of which each is used once before
     any is used again. Of packed weights the product is faster on a CPU, and evaluation uses it."""
     D, inner = bench.config.hidden_size, bench.config.intermediate_size

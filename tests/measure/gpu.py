@@ -30,8 +30,8 @@ from pathlib import Path
 import gpu_scripts
 import gpu_steps
 import torch
-from benchmark_work import SHAPES
 from conftest import REPO
+from shapes import SHAPES
 
 from lofit.llm.checkpoint import DTYPES
 from lofit.run.arguments import TASKS
@@ -49,6 +49,7 @@ def parts(args: argparse.Namespace, folder: str) -> dict[str, tuple[int, list[st
     work = ["selection", "greedy"] if quick else ["selection", "offsets", "greedy", "choices"]
     bench = ["--dtype", args.dtype, "--rounds", "1", "--epochs", "2", "--only", *work]
     bench += ["--out", str(Path(folder, "benchmark.json")), *(["--no-peaks"] if quick else [])]
+    two, patient = ["one process", "torchrun, --shard"], str(round(60 * args.patience))
     found = {
         "graphs": (60, ["-m", "pytest", "-q", "tests/test_graphs.py", "tests/test_decoding.py"]),
         "same": (60, [gpu, "same", "--tasks", "mquake", *little, "--device", args.device]),
@@ -56,7 +57,7 @@ def parts(args: argparse.Namespace, folder: str) -> dict[str, tuple[int, list[st
         "decoding": (45, [gpu, "decoding", *at, "--dtype", args.dtype, *few]),
         "benchmark": (150, [str(HERE / "benchmark.py"), *at, *bench]),
         "whole": (150, [gpu, "whole", *kept, *(["--share", "0.06"] if quick else [])]),
-        "shard": (90, [gpu, "shard", *kept, *little, "--ways", "one process", "torchrun, --shard"]),
+        "shard": (100, [gpu, "shard", *kept, *little, "--limit", patient, "--ways", *two]),
     }
     return {name: found[name] for name in args.only or found}
 
@@ -128,6 +129,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     arg("--epochs", default="2", help="of same and shard")
     arg("--rounds", type=int, default=20, help="of steps and decoding")
     arg("--tokens", type=int, default=33, help="of decoding")
+    arg(
+        "--limit",
+        type=int,
+        default=600,
+        help="of same, whole and shard: seconds of a script, after which it prints where it is",
+    )
     arg("--share", type=float, default=1.0, help="of whole: of MQuAKE's items")
     arg("--ways", nargs="+", default=[*gpu_scripts.WAYS], choices=gpu_scripts.WAYS, help="of shard")
     arg("--folder", help="of whole and shard: where the weights are written, and stay; of all: a"

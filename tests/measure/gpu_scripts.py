@@ -15,12 +15,12 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from benchmark_work import SHAPES, random_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import MINI, REPO, end_group, start_group
 from safetensors.torch import load_file
-from timed_script import BEGAN, PARTS
+from shapes import SHAPES, random_model
+from timed_script import BEGAN, LIMIT, PARTS
 
 from lofit.llm.checkpoint import DTYPES, save_model
 from lofit.llm.files import read_json
@@ -31,11 +31,12 @@ WAYS = {"one process": (0, ()), "torchrun": (1, ()), "torchrun, --shard": (1, ("
 MQUAKE = {"train": 134, "val": 95, "test": 864}  # the paper's numbers of items
 
 
-def call(n: int, script: str, flags: list[str]) -> dict:
+def call(n: int, script: str, flags: list[str], limit: int) -> dict:
     """A script in one process, or in n as torchrun starts them: its seconds by part, peak of the
-    GPU's memory in bytes, [] without one: of tensors, and as taken of the device."""
-    os.environ[BEGAN], words = str(time.time()), [script, *flags]
-    began = time.time()
+    GPU's memory in bytes, [] without one: of tensors, and as taken of the device. After `limit`
+    seconds it says where it is, and this script ends."""
+    began, words = time.time(), [script, *flags]
+    os.environ |= {BEGAN: str(began), LIMIT: str(limit)}
     if n:
         ended = end_group(start_group(n, ("timed_script", words)), 600)
     else:
@@ -64,13 +65,15 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def both_steps(n: int, flags: list[str], out: Path, tell: Callable[[str], object]) -> tuple:
+def both_steps(
+    n: int, flags: list[str], out: Path, limit: int, tell: Callable[[str], object]
+) -> tuple:
     """select_heads.py and train.py in one process, or under torchrun (n = 1): what each measured,
     and (scores [layer, head], heads [K, 2], offsets [K, head_dim], validation metrics)."""
     told = []
     for script in ("select_heads", "train"):
         more = ["--validate", "last"] if script == "train" else []
-        told.append(call(n, script, [*flags, "--run", str(out), *more]))
+        told.append(call(n, script, [*flags, "--run", str(out), *more], limit))
         tell(f"{script:13} {in_a_line(told[-1])}")
     found = load_file(next(out.rglob("offsets.safetensors")))
     scores = torch.tensor(read_json(next(out.rglob("heads.json")))["scores"])
@@ -95,7 +98,7 @@ def same(args: argparse.Namespace) -> None:
         flags += ["--fold", "0"] if TASKS[task].FOLDS else []
         with tempfile.TemporaryDirectory() as folder:
             cpu, gpu = (
-                both_steps(0, [*flags, "--device", device], Path(folder, device), lambda line: 0)
+                both_steps(0, [*flags, "--device", device], Path(folder, device), args.limit, str)
                 for device in ("cpu", args.device)
             )
         metric = TASKS[task].MAIN_METRIC
@@ -146,7 +149,7 @@ def shard(args: argparse.Namespace) -> None:
         for name in args.ways:
             n, more = WAYS[name]
             say(f"{name}:")
-            _, found = both_steps(n, [*flags, *more], folder / name, say)
+            _, found = both_steps(n, [*flags, *more], folder / name, args.limit, say)
             first = first or found
             say(f"{name}, beside {args.ways[0]}: {apart(first, found)}")
 
@@ -178,7 +181,7 @@ def whole(args: argparse.Namespace) -> None:
         ]
         told = {}
         for script in ("select_heads", "train", "eval"):
-            told[script] = call(0, script, [*flags, "--device", args.device])
+            told[script] = call(0, script, [*flags, "--device", args.device], args.limit)
             say(f"{script:13} {in_a_line(told[script])}")
         settings = read_json(folder / "run" / "results.json")["settings"]
     items = ", ".join(f"{max(8, round(n * args.share))} {split}" for split, n in MQUAKE.items())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from benchmark_limits import big_copies, matrix_products, seconds, training_flops
-from benchmark_work import LR, SHAPES, Ids, random_model, text
+from shapes import SHAPES, Ids, random_model, text
 
 from lofit.fast.decoding import GraphedDecoding
 from lofit.fast.folded import folded_offsets
@@ -91,7 +91,7 @@ def steps(args: argparse.Namespace) -> None:
 def time_steps(model: CausalLM, objective, what: str, args) -> tuple[float, float]:
     """Seconds of the first step, in which a graph is captured, and the median of the next ones."""
     parameters, rows = attach(model, what), [*range(len(objective))]
-    optimizer, schedule = optimizer_for(parameters, LR), Schedule(LR, 1, l1=1e-4)
+    optimizer, schedule = optimizer_for(parameters, 1e-3), Schedule(1e-3, 1, l1=1e-4)
 
     def step() -> None:
         train_step(optimizer, parameters, objective.loss(rows), schedule, 0, 1)

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 
 import torch
-from benchmark_work import Ids, text
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import random_model
 from loading import memory
 from parallel import GIVE_BACK, config_of, restart_peak
+from shapes import Ids, text
 
 from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
 from lofit.llm.generate import generate_all

@@ -4,6 +4,7 @@ and no more, for its start is measured too.
 LOFIT_MEASURE_BEGAN=$(date +%s.%N) python tests/measure/timed_script.py train --heads random
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -12,7 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BEGAN = "LOFIT_MEASURE_BEGAN"  # environment: when the process was started, seconds since 1970
+# environment: when the process was started, seconds since 1970; after how many more it says where
+# it is and ends
+BEGAN, LIMIT = "LOFIT_MEASURE_BEGAN", "LOFIT_MEASURE_LIMIT"
 PARTS = {  # part -> what it is, in the order of a script
     "start": "start of Python, imports",
     "open": "opening model and tokenizer",
@@ -78,6 +81,7 @@ def main(argv: list[str]) -> None:
     """argv: a script's name and its flags. The last line has its seconds by part and the GPU's peak
     in bytes."""
     script, flags = argv[0], argv[1:]
+    faulthandler.dump_traceback_later(float(os.environ.get(LIMIT, 3600)), exit=True)
     clock = Clock(float(os.environ[BEGAN]))
     module = importlib.import_module(script)
     import torch
