@@ -51,7 +51,7 @@ def parts(args: argparse.Namespace, folder: str) -> dict[str, tuple[int, list[st
     bench += ["--out", str(Path(folder, "benchmark.json")), *(["--no-peaks"] if quick else [])]
     two, patient = ["one process", "torchrun, --shard"], str(round(60 * args.patience))
     found = {
-        "graphs": (60, ["-m", "pytest", "-q", "tests/test_graphs.py", "tests/test_decoding.py"]),
+        "graphs": (75, ["-m", "pytest", "-rs", "tests/test_graphs.py", "tests/test_decoding.py"]),
         "same": (60, [gpu, "same", "--tasks", "mquake", *little, "--device", args.device]),
         "steps": (60, [gpu, "steps", *at, "--dtype", args.dtype, *few]),
         "decoding": (45, [gpu, "decoding", *at, "--dtype", args.dtype, *few]),
