@@ -65,6 +65,11 @@ def test_a_late_part_and_a_failing_one_stop_no_other(tmp_path, monkeypatch, caps
     assert text["summary"] in capsys.readouterr().out
 
 
+def test_without_a_gpu_it_says_what_to_do():
+    with pytest.raises(SystemExit, match="--device cuda: there is no GPU; --device cpu"):
+        gpu.main(["all"])
+
+
 def test_every_part_is_a_command_that_parses(monkeypatch):
     """Also those that only a GPU runs."""
     benchmark = pytest.importorskip("benchmark", reason='needs pip install -e ".[test]"')

@@ -87,8 +87,11 @@ def tee(command: list[str], limit: float, path: Path) -> int:
 
 def everything(args: argparse.Namespace) -> int:
     """Run all parts, whatever becomes of each; the number of those that failed."""
+    if args.device != "cpu" and not torch.cuda.is_available():
+        sys.exit(f"--device {args.device}: there is no GPU; --device cpu rehearses all of it")
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, failed = [], 0
+    rows, failed, name = [], 0, gpu_scripts.device_name(args.device)
+    head = f"{args.shape}, {args.dtype}, {name}, torch {torch.__version__}\n"
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for name, (limit, command) in parts(args, folder).items():
             path, began = args.out / f"{name}.txt", time.time()
@@ -107,8 +110,6 @@ def everything(args: argparse.Namespace) -> int:
             (args.out / path.name).write_bytes(path.read_bytes())
     summary = "".join(f"{name:12}{seconds:8.1f} s  {end}\n" for name, end, seconds in rows)
     summary += f"{'all':12}{sum(row[2] for row in rows):8.1f} s  {failed} failed\n"
-    name = gpu_scripts.device_name(args.device)
-    head = f"{args.shape}, {args.dtype}, {name}, torch {torch.__version__}\n"
     (args.out / "summary.txt").write_text(head + summary)
     print(f"\n== summary ==\n{head}{summary}-> {args.out}/", flush=True)
     return failed
