@@ -112,6 +112,32 @@ def test_on_a_gpu_ours_is_what_users_get(bench, monkeypatch):
     assert tokens[0] == tokens[1] and len(made) == 2 and o_proj.bias is None
 
 
+def test_a_gpus_peak_is_that_of_one_run_beyond_what_was_there(bench, monkeypatch):
+    """In this process; with the memory that torch took for it."""
+    state, log = {"allocated": 7, "reserved": 9}, []
+    fakes = {
+        "empty_cache": lambda: log.append("empty"),
+        "reset_peak_memory_stats": lambda: log.append("reset"),
+        "memory_allocated": lambda: state["allocated"] << 20,
+        "memory_reserved": lambda: state["reserved"] << 20,
+        "max_memory_allocated": lambda: state["allocated"] + 5 << 20,
+        "max_memory_reserved": lambda: state["reserved"] + 8 << 20,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(benchmark, "one_run", lambda *_: lambda: log.append("run"))
+    assert benchmark.gpu_peak(bench, "ours", "step") == {"mib": 5, "taken": 8}
+    assert log == ["empty", "reset", "run"]
+
+
+@pytest.mark.parametrize("device, memory", [("cpu", ("mib",)), ("cuda", ("mib", "taken"))])
+def test_a_row_has_the_columns_of_its_head(device, memory):
+    columns = benchmark.columns(SimpleNamespace(device=device, no_peaks=False))
+    record = {"work": "selection step", "side": EAGER, "rounds": [1.0, 3.0], "seconds": 2.0}
+    record |= {"ratio": 1.0, "share": 0.5} | dict.fromkeys(memory, 10.0)
+    assert len(benchmark.table_row(record)) == 24 + 12 + 9 * len(columns)
+
+
 def test_texts_hold_ids_of_the_shape(bench):
     texts = [part for pair in [*bench.step, *bench.examples] for part in pair]
     texts += [text for question, answers in bench.asked for text in (question, *answers)]

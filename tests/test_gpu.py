@@ -9,9 +9,12 @@ import gpu
 import gpu_scripts
 import pytest
 import timed_script
-from conftest import MINI
+from conftest import MINI, REPO
+from shapes import COMMON, SHAPES
 
 from lofit import load_tokenizer
+from lofit.inspect import memory
+from lofit.llm.config import ModelConfig
 from lofit.tasks import mquake
 
 
@@ -105,6 +108,21 @@ def test_a_script_that_takes_too_long_says_where_it_is(tmp_path):
     with pytest.raises(SystemExit) as end:
         gpu_scripts.call(0, "train", flags, limit=1)
     assert "ended with 1" in str(end.value) and "most recent call first" in str(end.value)
+
+
+@pytest.mark.slow
+def test_the_page_has_the_memory_that_is_computed():
+    """Of the shapes of the measurements."""
+    found = {}
+    for shape in ("7b", "8b", "13b"):
+        config = ModelConfig(**SHAPES[shape], **COMMON)
+        parts = memory.memory_plan(config, memory.parse_args([]))
+        for name in ("weights", "training step", "all in training", "all in evaluation"):
+            found.setdefault(name, []).append(f"{parts[name][0] / memory.GB:.1f}")
+    rows = [line.split(" | ") for line in (REPO / "docs" / "gpu.md").read_text().splitlines()]
+    page = {row[0].removeprefix("| "): [cell.strip(" |") for cell in row[1:]] for row in rows}
+    page["training step"] = page.pop("a training step beside them")
+    assert found == {name: page[name] for name in found}
 
 
 @pytest.mark.slow

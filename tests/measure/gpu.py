@@ -142,9 +142,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         " folder on a disk with room for them, where they do not stay")  # fmt: skip
     arg("--out", type=Path, default=Path("runs/gpu"), help="of all: one text file a part")
     arg("--only", nargs="+", help="of all: these parts")
-    arg("--patience", type=float, default=1.0, help="of all: times the limits of the parts")
+    arg("--patience", type=float, help="of all: times the limits of the parts (1; 4 on a CPU)")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.patience = args.patience or (4.0 if args.device == "cpu" else 1.0)
     args.little = ("--n-train", args.n_train, "--epochs", args.epochs)
     return args
 
