@@ -37,7 +37,7 @@ from lofit.llm.checkpoint import DTYPES
 from lofit.run.arguments import TASKS
 
 HERE = Path(__file__).parent
-NEEDS_A_GPU = ("same",)
+NEEDS_A_GPU = ("same", "compiled")  # on a CPU compiling takes minutes
 
 
 def parts(args: argparse.Namespace, folder: str) -> dict[str, tuple[int, list[str]]]:
@@ -59,6 +59,8 @@ def parts(args: argparse.Namespace, folder: str) -> dict[str, tuple[int, list[st
         "whole": (150, [gpu, "whole", *kept, *(["--share", "0.06"] if quick else [])]),
         "shard": (100, [gpu, "shard", *kept, *little, "--limit", patient, "--ways", *two]),
     }
+    words = ["--compile", "--only", "selection", "8 x 64"]
+    found["compiled"] = (90, [gpu, "steps", *at, "--dtype", args.dtype, *words])
     return {name: found[name] for name in args.only or found}
 
 
@@ -141,7 +143,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     arg("--folder", help="of whole and shard: where the weights are written, and stay; of all: a"
         " folder on a disk with room for them, where they do not stay")  # fmt: skip
     arg("--out", type=Path, default=Path("runs/gpu"), help="of all: one text file a part")
-    arg("--only", nargs="+", help="of all: these parts")
+    arg("--only", nargs="+", help="of all: these parts; of steps: words in the names of some")
+    arg("--compile", action="store_true", help="of steps: with compiled layers too")
     arg("--patience", type=float, help="of all: times the limits of the parts (1; 4 on a CPU)")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")

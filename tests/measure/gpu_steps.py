@@ -37,10 +37,15 @@ def attach(model: CausalLM, what: str) -> list[torch.Tensor]:
     )
 
 
-def sides_of(objective: CrossEntropy, device: str) -> dict[str, object]:
-    """Side -> objective: the plain step, the padded one that a graph replays, the graph."""
-    sides = {"eager": objective, "padded": GraphedObjective(objective, capture=False)}
-    return sides | ({} if device == "cpu" else {"graph": GraphedObjective(objective)})
+def sides_of(objective: CrossEntropy, args: argparse.Namespace) -> dict[str, object]:
+    """Side -> objective: the plain step, the padded one that a graph replays, the graph; with
+    --compile the same of compiled layers."""
+    gpu, sides = args.device != "cpu", {"eager": objective}
+    for name, compile in (("", False), (", compiled", True))[: 1 + args.compile]:
+        sides[f"padded{name}"] = GraphedObjective(objective, capture=False, compile=compile)
+        if gpu:
+            sides[f"graph{name}"] = GraphedObjective(objective, compile=compile)
+    return sides
 
 
 def gradients(objective, rows: list[int], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -64,25 +69,30 @@ def steps(args: argparse.Namespace) -> None:
     vocabulary = model.config.vocab_size
     works = {}
     for name, (B, T, n, what) in STEPS.items():
+        if args.only and not any(word in name for word in args.only):
+            continue
         lengths = [(T - n - 1, n)] * B
         texts = [(" 1" + text(rng, a, vocabulary), text(rng, b, vocabulary)) for a, b in lengths]
         objective = CrossEntropy(model, Ids(), texts, name)
         works[name] = (objective, what, training_flops(model.config, [T] * B, B * n))
-        parameters, sides = attach(model, what), sides_of(objective, args.device)
+        parameters, sides = attach(model, what), sides_of(objective, args)
         found = {side: gradients(one, [*range(B)], parameters) for side, one in sides.items()}
-        print(f"{name}: padded beside eager: {how_far(found['padded'], found['eager'])}")
-        if "graph" in found:
-            print(f"{name}: graph beside padded: {how_far(found['graph'], found['padded'])}")
+        for side in [*found][1:]:
+            # a graph replays the kernels of the padded step
+            other = side.replace("graph", "padded") if "graph" in side else "eager"
+            print(
+                f"{name}: {side} beside {other}: {how_far(found[side], found[other])}", flush=True
+            )
     bench = SimpleNamespace(config=model.config, device=args.device)
     with matrix_products(bench, dtype, packed=False) as (products, flops):
         rates = [flops / seconds(products, args.device) for _ in range(5)]
     print(f"matrix products: {statistics.median(rates) / 1e12:.3g} TFLOP/s", flush=True)
     for name, (objective, what, flops) in works.items():
-        for side, one in sides_of(objective, args.device).items():
+        for side, one in sides_of(objective, args).items():
             first, each = time_steps(model, one, what, args)
             share = flops / each / statistics.median(rates)
             print(
-                f"{name:30} {side:7} {each * 1e3:9.2f} ms, {flops / each / 1e12:.3g} TFLOP/s,"
+                f"{name:30} {side:16} {each * 1e3:9.2f} ms, {flops / each / 1e12:.3g} TFLOP/s,"
                 f" {share:.0%} of the products' rate; the first step {first:.2f} s",
                 flush=True,
             )
