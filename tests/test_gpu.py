@@ -79,11 +79,12 @@ def test_every_part_is_a_command_that_parses(monkeypatch):
     for device in ("cuda", "cpu"):
         args = gpu.parse_args(["all", "--device", device])
         parts = gpu.parts(args, "folder")
-        assert [*parts] == [*("graphs", "same", "steps", "decoding", "benchmark", "whole", "shard")]
-        assert sum(limit for limit, _ in parts.values()) <= 680
+        order = ("graphs", "same", "steps", "decoding", "benchmark", "whole", "shard", "compiled")
+        assert [*parts] == [*order]
+        assert sum(limit for limit, _ in parts.values()) <= 760
         for name, (_, command) in parts.items():
             if command[0].endswith("gpu.py"):
-                assert gpu.parse_args(command[1:]).what == name
+                assert gpu.parse_args(command[1:]).what == name.replace("compiled", "steps")
                 assert gpu.parse_args(command[1:]).device == device
         monkeypatch.setattr(sys, "argv", parts["benchmark"][1])
         found = benchmark.parse_args()
@@ -131,7 +132,8 @@ def test_all_of_it_runs_on_a_cpu(tmp_path):
     args = ["all", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path), "--patience", "5"]
     assert gpu.main(args) == 0
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
-    assert "passed" in text["graphs"] and text["same"] == "skipped: needs a GPU\n"
+    assert "passed" in text["graphs"]
+    assert text["same"] == text["compiled"] == "skipped: needs a GPU\n"
     assert text["steps"].count("padded beside eager") == 3
     assert text["decoding"].count("33 of 33 tokens") == 2
     assert "checked: losses within 0.0001" in text["benchmark"]
