@@ -38,7 +38,8 @@ def test_the_page_has_results_curves_answers_and_what_offsets_say(run, capsys):
     text = (run / "report.html").read_text()
     assert f"-> {run / 'report.html'}" in capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
-    assert f"{100 * results['tuned']['em']:.1f} %" in text and "12 offsets, 96 trained" in text
+    score = f"{100 * results['tuned']['em_stripped']:.1f} %"
+    assert f"<b>{score}</b><span>em_stripped, tuned" in text and "12 offsets, 96 trained" in text
     assert text.count("data:image/svg+xml;base64,") == 2  # loss, validation; no selection here
     assert text.count("<article") >= 3 and text.count("<code>") == 12 * 10
     # one file, no network, no script
@@ -64,6 +65,13 @@ def test_given_answers_are_read_as_the_most_probable_one():
     line = {"right": [" yes."], "wrong": [" no.", " maybe."]}
     line["base"] = {"log_probs": {"right": [-3.0], "wrong": [-4.0, -1.0]}}
     assert report.said(line, "base") == "maybe."
+
+
+def test_the_metric_is_the_main_one_of_the_task_else_the_first():
+    results = {"": {"base": {"em": 0.5, "em_stripped": 0.5}}}
+    assert report.main_metric("mquake", results) == "em_stripped"
+    assert report.main_metric("my-folder", results) == report.main_metric(None, results) == "em"
+    assert report.main_metric("truthfulqa", results) == "em" and report.main_metric("x", {}) == ""
 
 
 def test_the_curves_are_those_of_the_last_training():

@@ -25,6 +25,7 @@ from lofit.inspect.explain import explain_run
 from lofit.llm.files import read_json
 from lofit.llm.folder import find_folder
 from lofit.run.adapters import Adapter, find_offsets, matching_results
+from lofit.run.arguments import TASKS
 from lofit.run.artefacts import HEADS, OFFSETS, PREDICTIONS, RESULTS, hash_of_offsets
 
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
@@ -236,6 +237,13 @@ def read_results(folder: Path, parts: list[Part]) -> dict[str, dict]:
     return ({"all folds": joint} if joint else {}) | found
 
 
+def main_metric(task: str | None, results: dict[str, dict]) -> str:
+    """The metric to judge a task by; of a task of one's own the first. "" without results."""
+    metrics = list(next(iter(results.values()))["base"]) if results else [""]
+    main = TASKS[task].MAIN_METRIC if task in TASKS else ""
+    return main if main in metrics else metrics[0]
+
+
 def page(run: str, model: str | None = None) -> tuple[Path, str]:
     """(where to write it, the page) of a run. InputError if it holds no offsets that fit their base
     model."""
@@ -243,7 +251,7 @@ def page(run: str, model: str | None = None) -> tuple[Path, str]:
     results = read_results(folder, parts)
     # in turn of each fold
     lines = [line for lines in itertools.zip_longest(*(p.answers for p in parts)) for line in lines]
-    metric = next(iter(next(iter(results.values()))["base"])) if results else ""
+    metric = main_metric(parts[0].adapter.info.get("task"), results)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         parts=parts, info=parts[0].adapter.info, results=results, metric=metric,
