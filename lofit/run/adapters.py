@@ -44,24 +44,31 @@ class Adapter:
 
     def results(self) -> dict | None:
         """What eval.py wrote about these offsets and no others; None if it did not."""
-        path = self.folder / RESULTS
-        found = read_json(path) if path.exists() else {}
-        same = found.get("fingerprint") == self.info.get("fingerprint")
-        same = same and found.get("offsets_hash") == hash_of_offsets(self.heads, self.offsets)
-        if not same or "tuned" not in found:
-            return None
-        from lofit.run.summary import results_table
-
-        try:
-            results_table(found)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: malformed ({error!r}); run eval.py again") from None
-        return found
+        own = hash_of_offsets(self.heads, self.offsets)
+        return matching_results(self.folder / RESULTS, self.info.get("fingerprint"), own)
 
     def folder_to_write(self) -> Path:
         """Where to write what is found out about a run: its folder, but for one in the hub's cache,
         which belongs to the hub, the working directory."""
         return Path() if "snapshots" in self.folder.resolve().parts else self.folder
+
+
+def matching_results(
+    path: Path, fingerprint: str | None, offsets_hash: str | list[str]
+) -> dict | None:
+    """Results of eval.py if they are of these offsets (of all folds: a hash for each) on this base
+    model; else None. InputError if malformed."""
+    found = read_json(path) if path.exists() else {}
+    same = found.get("fingerprint") == fingerprint and found.get("offsets_hash") == offsets_hash
+    if not same or "tuned" not in found:
+        return None
+    from lofit.run.summary import results_table
+
+    try:
+        results_table(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: malformed ({error!r}); run eval.py again") from None
+    return found
 
 
 def find_offsets(name: str | Path, fold: int | None = None) -> Path:

@@ -74,14 +74,14 @@ class Records:
 
     def of(self, run: Run) -> dict:
         """What was measured of a run; {} if it is not recorded."""
-        return self._of_model(run.model).get(run, {})
+        return self.of_model(run.model).get(run, {})
 
     def done(self, run: Run, script: str) -> bool:
         return script in self.of(run).get("seconds", {})
 
     def seconds_of(self, model: str, script: str) -> list[float]:
         """What each run of a script took for a model."""
-        found = [line.get("seconds", {}) for line in self._of_model(model).values()]
+        found = [line.get("seconds", {}) for line in self.of_model(model).values()]
         return [seconds[script] for seconds in found if script in seconds]
 
     def grids(self, run: Run) -> list[Grid]:
@@ -106,7 +106,8 @@ class Records:
         """Read the files again when they are asked for next: another study may have written."""
         self._runs = {}
 
-    def _of_model(self, model: str) -> dict[Run, dict]:
+    def of_model(self, model: str) -> dict[Run, dict]:
+        """All recorded runs of a model, and what was measured of each."""
         name = _name(model)
         if name not in self._runs:
             self._runs[name] = self._read(model)
