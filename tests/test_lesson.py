@@ -1,31 +1,17 @@
-"""docs/lesson.md: every block runs, in order, and prints what stands beneath it.
+"""docs/lesson.md: every block runs, in order, and prints what the page shows under it. The picture
+and the notebook are made of the page."""
 
-python tests/test_lesson.py      # writes what the blocks print into the page
-"""
-
-import contextlib
-import io
+import ast
+import json
 import re
-from pathlib import Path
+import xml.etree.ElementTree as ET
 
+import lesson
 import pytest
 
-REPO = Path(__file__).parent.parent
-PAGE = REPO / "docs" / "lesson.md"
-BLOCK = re.compile(r"```python\n(.*?)```\n\n```\n(.*?)```\n|```python\n(.*?)```\n", re.S)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?%?")
-
-
-def run_page(text: str) -> list[tuple[str, str]]:
-    """(what is shown, what was printed) of each block; blocks share their names."""
-    names: dict = {}
-    found = []
-    for code, shown, silent in BLOCK.findall(text):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code or silent, str(PAGE), "exec"), names)
-        found.append((shown, printed.getvalue()))
-    return found
+SLOT = lesson.PAGE.with_name("slot.svg")
+MADE_BY = "python tests/measure/lesson.py --notebook"
 
 
 def agree(shown: str, printed: str) -> bool:
@@ -46,13 +32,20 @@ def close(one: str, other: str) -> bool:
     return one == other
 
 
+def shown_outputs(page: str) -> list[str]:
+    return [shown for _, shown in lesson.BLOCK.findall(page)]
+
+
 @pytest.mark.slow
-def test_the_page_shows_what_its_blocks_print(monkeypatch):
-    monkeypatch.chdir(REPO)
-    found = run_page(PAGE.read_text())
-    assert len(found) > 10
-    for shown, printed in found:
-        assert agree(shown, printed), f"{shown}\n--- printed:\n{printed}"
+def test_page_and_picture_show_what_a_run_gives(monkeypatch):
+    """Started where Jupyter starts: in the folder of the notebook."""
+    monkeypatch.chdir(lesson.PAGE.parent)
+    page, names = lesson.PAGE.read_text(), {}
+    printed = lesson.run_page(page, names)
+    assert len(printed) > 10
+    for shown, out in zip(shown_outputs(page), printed, strict=True):
+        assert agree(shown, out), f"{shown}\n--- printed:\n{out}"
+    assert agree(lesson.PICTURE.read_text(), lesson.picture(names))
 
 
 @pytest.mark.parametrize(
@@ -76,13 +69,97 @@ def test_what_counts_as_the_same(shown, printed, same):
     assert agree(shown, printed) == same
 
 
-if __name__ == "__main__":
-    page = PAGE.read_text()
-    printed = iter([p for _, p in run_page(page)])
+def test_filling_the_page_with_its_own_outputs_changes_nothing():
+    page = lesson.PAGE.read_text()
+    assert lesson.fill(page, shown_outputs(page)) == page
+    assert lesson.fill("```python\nx\n```\n\n```\nold\n```\n", [""]) == "```python\nx\n```\n"
 
-    def fill(match: re.Match) -> str:
-        code, _, silent = match.groups()
-        out = next(printed)
-        return f"```python\n{code}```\n\n```\n{out}```\n" if code else f"```python\n{silent}```\n"
 
-    PAGE.write_text(BLOCK.sub(fill, page))
+def test_the_picture_shows_the_numbers_of_the_page():
+    """Its texts stand in the page too, so that a new page with an old picture fails."""
+    outputs, picture = "".join(shown_outputs(lesson.PAGE.read_text())), lesson.PICTURE.read_text()
+    rows = re.findall(r"(.+): training loss (.+), right (.+) of 100 test", outputs)
+    assert len(rows) == 3
+    texts = [e.text for e in ET.fromstring(picture).iter() if e.tag.endswith("}text")][-14:]
+    assert texts[1:7] == [word for name, _, share in rows for word in (name, share)]
+    assert texts[8:] == [word for name, loss, _ in rows for word in (name, loss)]
+    assert picture.count('stroke-width="3"') == 13 and picture.count("fill-opacity") == 8 * 16
+
+
+@pytest.mark.parametrize("path", [SLOT, lesson.PICTURE], ids=lambda path: path.name)
+def test_pictures_are_small_and_need_nothing_from_elsewhere(path):
+    root = ET.fromstring(path.read_text())
+    assert 600 <= int(root.get("width")) <= 800 and path.stat().st_size < 60_000
+    tags = {element.tag.partition("}")[2] for element in root.iter()}
+    assert tags <= {"svg", "g", "defs", "marker", "path", "rect", "circle", "text", "tspan"}
+    assert "href" not in path.read_text()
+    background = next(e for e in root.iter() if e.tag.endswith("rect"))
+    assert background.get("fill") == "#ffffff"  # readable on a dark page
+
+
+def test_the_notebook_is_made_of_the_page():
+    made = lesson.notebook(lesson.PAGE.read_text(), lesson.PAGE.parent)
+    assert lesson.NOTEBOOK.read_text() == made, f"run {MADE_BY}"
+
+
+def test_the_notebook_has_the_blocks_outputs_and_pictures_of_the_page():
+    page, cells = lesson.PAGE.read_text(), json.loads(lesson.NOTEBOOK.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert ["".join(c["source"]) for c in code] == [
+        block.rstrip("\n") for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    ]
+    outputs = ["".join(line for out in c["outputs"] for line in out["text"]) for c in code]
+    assert outputs == shown_outputs(page) and sum(map(bool, outputs)) > 10
+    text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert text.count("](data:image/svg+xml;base64,") == page.count(".svg)") == 2
+    prose = lesson.BLOCK.sub("", page)
+    assert re.sub(r"data:[^)]*", "", text).split() == re.sub(r"[\w.]+\.svg", "", prose).split()
+
+
+def test_a_notebook_of_a_small_page(tmp_path):
+    """A plain fence after text is text; a block may print nothing."""
+    (tmp_path / "a.svg").write_text("<svg/>")
+    page = "# T\n\n![a](a.svg)\n\n```python\nx = 1\n```\n\n```python\nprint(x)\n```\n\n"
+    page += "```\n1\n```\n\nText:\n\n```\nno output\n```\n"
+    cells = json.loads(lesson.notebook(page, tmp_path))["cells"]
+    assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "code", "markdown"]
+    assert "".join(cells[0]["source"]).endswith("![a](data:image/svg+xml;base64,PHN2Zy8+)")
+    assert cells[1]["outputs"] == []
+    stream = {"name": "stdout", "output_type": "stream", "text": ["1\n"]}
+    assert cells[2]["outputs"] == [stream] and cells[2]["execution_count"] == 2
+    assert "".join(cells[3]["source"]) == "Text:\n\n```\nno output\n```"
+
+
+def test_the_notebook_keeps_the_rules_of_its_format():
+    """Those of nbformat 4.5 that such a notebook can break."""
+    found = json.loads(lesson.NOTEBOOK.read_text())
+    assert set(found) == {"cells", "metadata", "nbformat", "nbformat_minor"}
+    assert (found["nbformat"], found["nbformat_minor"]) == (4, 5)
+    assert found["metadata"]["kernelspec"].keys() >= {"name", "display_name"}
+    assert found["metadata"]["kernelspec"]["name"] == "python3"
+    ids = [cell["id"] for cell in found["cells"]]
+    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[\w-]{1,64}", i, re.A) for i in ids)
+    always = {"cell_type", "id", "metadata", "source"}
+    for cell in found["cells"]:
+        code = cell["cell_type"] == "code"
+        assert code or cell["cell_type"] == "markdown"
+        assert set(cell) == always | ({"execution_count", "outputs"} if code else set())
+        assert cell["metadata"] == {} and all(isinstance(line, str) for line in cell["source"])
+        for out in cell.get("outputs", ()):
+            assert set(out) == {"name", "output_type", "text"} and out["text"]
+            assert (out["output_type"], out["name"]) == ("stream", "stdout")
+
+
+def test_nbformat_takes_the_notebook():
+    nbformat = pytest.importorskip("nbformat", reason="needs pip install nbformat")
+    nbformat.validate(json.loads(lesson.NOTEBOOK.read_text()))
+    assert nbformat.writes(nbformat.read(lesson.NOTEBOOK, 4)) == lesson.NOTEBOOK.read_text().strip()
+
+
+def test_a_cell_shows_nothing_but_what_it_prints():
+    """Jupyter also shows the value of an expression that ends a cell."""
+    for code, _ in lesson.BLOCK.findall(lesson.PAGE.read_text()):
+        last = ast.parse(code).body[-1]
+        silent = isinstance(last, ast.Expr) and not isinstance(last.value, ast.Constant)
+        called = ast.unparse(last.value.func) if silent else "print"
+        assert called in ("print", "set_edits"), code  # both return None
