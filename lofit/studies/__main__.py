@@ -47,22 +47,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def printed(args: argparse.Namespace, records: Records) -> str:
+    """A study's caption and table, of what is recorded."""
+    study = STUDIES[args.study]
+    values = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
+    header = [title.format(**values) for title in (*study.labels, *study.columns)]
+    table = markdown(header, study.table(study.rows(args), records))
+    about = study.about.format(**values)
+    about += f". {INTERVALS}" if "interval" in about else "."
+    return f"{about}\n\n{table}"
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    study, records = STUDIES[args.study], Records(args.records)
-    rows = list(study.rows(args))
+    records, rows = Records(args.records), list(STUDIES[args.study].rows(args))
     picks = dict.fromkeys(p for row in rows for p in (*row.picks, *row.less, *row.others))
 
     def missing() -> list:
         return [call for pick in picks for call in pick.missing(records)]
 
     failed = run_missing(missing, records, args.jobs, args.device)
-    values = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
-    header = [title.format(**values) for title in (*study.labels, *study.columns)]
-    table = markdown(header, study.table(rows, records))
-    about = study.about.format(**values)
-    about += f". {INTERVALS}" if "interval" in about else "."
-    print(f"\n{about}\n\n{table}")
+    print(f"\n{printed(args, records)}")
     if failed:
         raise errors.InputError(
             f"{failed} calls failed; see their logs, then start the study again"
