@@ -9,6 +9,7 @@ from conftest import REPO
 
 from lofit.errors import InputError
 from lofit.studies.__main__ import main, parse_args
+from lofit.studies.page import filled
 from lofit.studies.records import Records
 from lofit.studies.rows import agreement
 from lofit.studies.runner import WORK
@@ -244,6 +245,14 @@ def test_runs_with_options_that_are_gone_still_print(capsys):
         capsys,
     )
     assert row["score"].endswith(": 51.2 54.0 72.8") and row["± runs"] == "11.7"
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_page_are_what_its_commands_print(monkeypatch):
+    monkeypatch.chdir(REPO)
+    text = (REPO / "docs" / "results.md").read_text()
+    wrong = text.replace("43.8 45.7 45.6", "43.8 45.7 45.9").replace("| 27 | 1,728 |", "| 28 |")
+    assert wrong != text == filled(wrong)
 
 
 def test_every_recorded_run_is_whole():
