@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LONGEST = 500  # characters of a message: inputs may hold anything
+MEMORY = (
+    "the memory is full; take a smaller --batch-size or --dtype bfloat16, or see what the model"
+    " needs by python -m lofit.inspect.memory"
+)
 _signals: list[int] = []  # that arrived since `run` began
 _critical_depth: list[None] = []  # one entry for each `held_back` that is entered
 
@@ -16,8 +20,8 @@ class InputError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. Bad input, a signal and a closed pipe end it with one line on
-    stderr: InputError and the pipe with exit code 2, Ctrl-C with 130, SIGTERM with 143."""
+    """Run a script's `main`. Bad input, full memory, a closed pipe and a signal end it with one
+    line on stderr: signals with exit code 130 (Ctrl-C) and 143 (SIGTERM), the others with 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -25,6 +29,10 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except InputError as error:
         sys.exit(_say(f"error: {one_line(str(error))}", 2))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.exit(_say(f"error: {MEMORY}", 2))
     except KeyboardInterrupt:
         code = 128 + (_signals or [signal.SIGINT])[0]
         sys.exit(_say("\ninterrupted: nothing half-written was left behind", code))
@@ -35,6 +43,12 @@ def run(main: Callable[[], None]) -> None:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):  # the end is near, and Python's own may fail
             signal.signal(number, signal.SIG_IGN)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or torch on any device, found no memory."""
+    of_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    return isinstance(error, MemoryError) or of_gpu or "can't allocate memory" in str(error)
 
 
 def _interrupt(number: int, _) -> None:

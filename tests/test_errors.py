@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPO
 
 from lofit import errors
@@ -22,12 +23,21 @@ def handlers():
     errors._signals.clear()
 
 
+class OutOfMemoryError(RuntimeError):
+    """Of the name that torch's has."""
+
+
+FULL = f"error: {errors.MEMORY}\n"
+
+
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [(InputError("a.json, line 3: no"), "error: a.json, line 3: no\n", 2),
      (InputError("a\nb\r\nc"), "error: a b c\n", 2),
      (InputError("\x1b[2J\x00\ud800"), "error: \ufffd[2J\ufffd\ufffd\n", 2),
      (InputError("x" * 10**6), f"error: {'x' * 247} ... {'x' * 247}\n", 2),
+     (MemoryError(), FULL, 2), (OutOfMemoryError("CUDA out of memory. Tried ..."), FULL, 2),
+     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), FULL, 2),
      (KeyboardInterrupt(), "\ninterrupted: nothing half-written was left behind\n", 130)],
 )  # fmt: skip
 def test_input_errors_and_ctrl_c_are_one_line(capsys, error, line, code):
@@ -43,6 +53,15 @@ def test_input_errors_and_ctrl_c_are_one_line(capsys, error, line, code):
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="size"):
+        run(lambda: torch.ones(2) + torch.ones(3))
+
+
+def test_torch_says_that_memory_is_full(capsys):
+    with pytest.raises(SystemExit):
+        run(lambda: torch.empty(2**60, dtype=torch.uint8))
+    assert capsys.readouterr().err == FULL
+    assert torch.OutOfMemoryError.__name__ == OutOfMemoryError.__name__
 
 
 def script(body: str, **kwargs) -> subprocess.Popen:
