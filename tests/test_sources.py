@@ -164,6 +164,25 @@ def reader(tmp_path, tiny_config):
     return tmp_path / "reader"
 
 
+def test_some_test_items_are_drawn_and_keep_their_order(folder, tmp_path, capsys):
+    found = {}
+    for name, flags in {"all": (), "four": ("--test", "4"), "more": ("--test", "99")}.items():
+        prepare(folder, tmp_path / name, "arc_challenge", *flags)
+        found[name] = lines_of(tmp_path / name, "arc_challenge")
+    assert found["more"] == found["all"]
+    assert [found["four"][split] for split in ("train", "val")] == [
+        found["all"][split] for split in ("train", "val")
+    ]
+    every, four = found["all"]["test"], found["four"]["test"]
+    assert len(four) == 4 < len(every) and four != every[:4]
+    assert [line for line in every if line in four] == four
+    prepare(folder, tmp_path / "again", "arc_challenge", "--test", "4")
+    assert lines_of(tmp_path / "again", "arc_challenge") == found["four"]
+    with pytest.raises(SystemExit):
+        prepare(folder, tmp_path / "none", "arc_challenge", "--test", "0")
+    assert "--test: expected a number from 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [*NAMED, *TASKS])
 def test_every_task_runs_by_its_name(folder, reader, tiny_folder, tmp_path, monkeypatch, task):
