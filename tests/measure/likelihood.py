@@ -12,16 +12,12 @@ import argparse
 import json
 import random
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
-
-import lm_eval
-import yaml
 
 import eval as evaluate
 from lofit.files import read_jsonl
 from lofit.llm.files import read_json
-
-HARNESS = Path(lm_eval.__file__).parent / "tasks"
 
 
 def arc_item(item: dict) -> dict:
@@ -63,9 +59,15 @@ TASKS = {
 
 def by_harness(name: str, model: str, items: list[dict], folder: Path) -> list[float]:
     """Each item's acc."""
+    import lm_eval  # here, so that --help works without it
+    import yaml
+
     data = folder / "items.jsonl"
     data.write_text("".join(json.dumps(item) + "\n" for item in items))
-    task = {"include": str(HARNESS / TASKS[name][1]), "task": f"{name}_here"}
+    task = {
+        "include": str(Path(lm_eval.__file__).parent / "tasks" / TASKS[name][1]),
+        "task": f"{name}_here",
+    }
     task |= {"dataset_path": "json", "dataset_name": None, "training_split": None}
     task |= {"dataset_kwargs": {"data_files": {"test": str(data)}}}
     task |= {"validation_split": None, "test_split": "test"}
@@ -112,7 +114,7 @@ def main() -> None:
         other = sum(a != b for a, b in zip(ours, theirs, strict=True))
         print(
             f"{name}, {len(items)} items: eval.py {sum(ours) / len(ours):.1%}, lm_eval"
-            f" {lm_eval.__version__} {sum(theirs) / len(theirs):.1%}; {other} items differ",
+            f" {version('lm_eval')} {sum(theirs) / len(theirs):.1%}; {other} items differ",
             flush=True,
         )
 
