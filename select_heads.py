@@ -33,8 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int_at_least(1))
     parser.add_argument("--batch-size", type=int_at_least(1))
     parser.add_argument(
-        "--compile", action="store_true", help="the layers, in training (for long runs on a GPU)"
-    )
+        "--compile", action="store_const", const=True,
+        help="the layers, in training (for long runs on a GPU)",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 

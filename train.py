@@ -62,8 +62,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--validate", default="every", choices=("every", "last"), help="after which epochs"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="the layers, in training (for long runs on a GPU)"
-    )
+        "--compile", action="store_const", const=True,
+        help="the layers, in training (for long runs on a GPU)",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -134,6 +135,7 @@ def check_flags(args: argparse.Namespace) -> None:
         ("lr", trains, f"--method {args.method}"),
         ("epochs", trains, f"--method {args.method}"),
         ("batch_size", trains, f"--method {args.method}"),
+        ("compile", trains, f"--method {args.method}"),
     ):
         if getattr(args, name) is not None and not applies:
             flag = "--" + name.replace("_", "-")

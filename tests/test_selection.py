@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lofit.heads import attach_offsets, edits_off, rank_heads
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, mean_loss
 from lofit.recipes import Recipe
+from lofit.run.session import Session
 from lofit.tasks import Example
 
 TEXTS = [("Q: What is the capital of Braviland? A:", "Brasaville"), ("Q: Who is Simon? A:", "Ann")]
@@ -146,11 +148,32 @@ def test_a_flag_that_a_way_does_not_use_is_an_error(by, flag):
 @pytest.mark.parametrize(
     "flags",
     ["--heads all --top 5", "--method lora --heads random", "--method repe --lr 1", "--draw 3",
-     "--alpha 2", "--method lora --top 3", "--method iti --epochs 2", "--heads all --draw 1"],
+     "--alpha 2", "--method lora --top 3", "--method iti --epochs 2", "--heads all --draw 1",
+     "--method repe --compile"],
 )  # fmt: skip
 def test_a_flag_that_training_does_not_use_is_an_error(flags):
     with pytest.raises(InputError, match="--.*: not used with .*; leave it out"):
         train.main(flags.split())
+
+
+def test_compiling_where_nothing_is_trained_or_padded_is_an_error(flags, tmp_path, monkeypatch):
+    """In both steps, before anything is written; a way that trains nothing says so itself."""
+    with pytest.raises(InputError, match="--compile: --by probe does not use it"):
+        select_heads.main([*flags, "--by", "probe", "--compile"])
+    for script in (select_heads, train):
+        with pytest.raises(InputError, match="--compile: not used with --plain; leave it out"):
+            script.main([*flags, "--plain", "--compile"])
+    monkeypatch.setattr(Session, "_pads_badly", lambda _: True)
+    with pytest.raises(InputError, match="--compile: not used with a model with dynamic RoPE"):
+        train.main([*flags, "--compile"])
+    assert not list(tmp_path.glob("run/*.json"))
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic"])
+def test_angles_that_follow_the_longest_row_forbid_padding(kind):
+    rope = {"full_attention": {"rope_type": kind}}
+    run = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(rope_parameters=rope)))
+    assert Session._pads_badly(run) == (kind == "dynamic")
 
 
 def test_last_z_is_what_reaches_o_proj_at_the_last_token(tiny):

@@ -46,6 +46,7 @@ def check_by(args: argparse.Namespace) -> None:
     for name, applies in (
         ("lr", trains), ("l1", trains), ("epochs", trains),
         ("batch_size", trains or way == "gradient"), ("n_train", reads),
+        ("compile", trains or way == "gradient"),
     ):  # fmt: skip
         if getattr(args, name) is not None and not applies:
             flag = "--" + name.replace("_", "-")

@@ -6,7 +6,7 @@ has fixed shapes: a batch is padded to a multiple of 16 positions and of 16 targ
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -88,20 +88,35 @@ class GraphedObjective:
 
     def _captured(self, first: int, tensors: dict, trained: list) -> Graph:
         inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                loss, gradients = self._eager(first, inputs, trained)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            found = Graph(graph, inputs, *self._eager(first, inputs, trained))
-        graph.replay()
-        for ours, eager in zip((found.loss, *found.gradients), (loss, *gradients), strict=True):
-            if not (ours - eager).norm() <= FAR * eager.norm() + 1e-6:
-                raise RuntimeError("a replay differs from the same step run eagerly")
-        return found
+
+        def step() -> list[torch.Tensor]:
+            loss, gradients = self._eager(first, inputs, trained)
+            return [loss, *gradients]
+
+        graph, (loss, *gradients) = captured(step, self.pool)
+        return Graph(graph, inputs, loss, tuple(gradients))
+
+
+def captured(
+    work: Callable[[], list[torch.Tensor]], pool: tuple[int, int] | None = None
+) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """A CUDA graph of some work, and the tensors that a replay fills: those that the work returns.
+    It was replayed once. pool: memory that it may share. RuntimeError if it cannot be captured, or
+    if the replay differs from the work done eagerly."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            eager = work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        filled = work()
+    graph.replay()
+    for ours, theirs in zip(filled, eager, strict=True):
+        if not (ours - theirs).norm() <= FAR * theirs.norm() + 1e-6:
+            raise RuntimeError("a replay differs from the same work done eagerly")
+    return graph, filled
 
 
 @contextmanager

@@ -191,7 +191,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # on meta without initial values: drawing them there would import torch's compiler, 2.5 s
+        # on meta without initial values: drawing them there would import torch's compiler, slowly
         empty = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(*empty.shape, _weight=empty if empty.is_meta else None)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))

@@ -72,6 +72,7 @@ class Session:
             self.n_base = sum(p.numel() for p in self.model.parameters())
         self.recipe_name, self.recipe = find_recipe(self.model.config, self.task_name)
         self.decode_step = decode_step  # eval.py may put a compiled one here
+        self._check_compile()
 
     def _device(self) -> str:
         if not dist.is_initialized():
@@ -205,9 +206,11 @@ class Session:
         self._check_vocabulary(found.texts(), where)
         found.hash = hash_of_text((texts, found.texts()))
         if not dist.is_initialized():
-            compile, cuda = getattr(self.args, "compile", False), self.device.startswith("cuda")
-            # dynamic RoPE depends on a batch's longest row, which padding would change
-            if self.plain or not (cuda or compile) or "dynamic" in self._rope_types():
+            compile, cuda = (
+                bool(getattr(self.args, "compile", None)),
+                self.device.startswith("cuda"),
+            )
+            if self.plain or not (cuda or compile) or self._pads_badly():
                 return found
             from lofit.fast.graphs import GraphedObjective
 
@@ -219,8 +222,21 @@ class Session:
             found, partial(gathered, self.model), partial(in_step, self.model)
         )
 
-    def _rope_types(self) -> set[str]:
-        return {rope["rope_type"] for rope in self.model.config.rope_parameters.values()}
+    def _pads_badly(self) -> bool:
+        """Whether padding changes angles: those of dynamic RoPE follow a batch's longest row."""
+        kinds = self.model.config.rope_parameters.values()
+        return any(rope["rope_type"] == "dynamic" for rope in kinds)
+
+    def _check_compile(self) -> None:
+        """InputError where --compile in training would do nothing."""
+        reasons = {
+            "--plain": self.plain,
+            "several processes": dist.is_initialized(),
+            "a model with dynamic RoPE": self._pads_badly(),
+        }
+        for reason in (name for name, holds in reasons.items() if holds):
+            if self.script != "eval" and getattr(self.args, "compile", None):
+                raise InputError(f"--compile: not used with {reason}; leave it out")
 
     def decoding(self) -> Decoding:
         """How to generate with the edits that are attached now."""
