@@ -108,6 +108,12 @@ def test_tasks_has_a_row_a_metric_and_the_always_one_answer_score(study, tmp_pat
     assert rows[0]["random heads"] == f"{100 * drawn['tuned']['em']:.1f}"
     assert set(drawn["given"]) == {"base", "tuned"} and drawn["always"]["answer"] == "country"
     assert scripts(calls).count("train.py") == 6 and scripts(calls).count("eval.py") == 8
+    # each row is of its own metric
+    lora["hits"] |= {"em": "1111", "accuracy": "0000"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, _ = study("tasks", "--heads", "2", "--jobs", "0", tasks=(str(tmp_path),))
+    assert [row["LoRA"] for row in rows] == ["100.0", "0.0"]
+    assert rows[0]["less LoRA"].startswith("-") and not rows[1]["less LoRA"].startswith("-")
 
 
 @pytest.mark.slow
