@@ -130,28 +130,8 @@ def test_a_notebook_of_a_small_page(tmp_path):
     assert "".join(cells[3]["source"]) == "Text:\n\n```\nno output\n```"
 
 
-def test_the_notebook_keeps_the_rules_of_its_format():
-    """Those of nbformat 4.5 that such a notebook can break."""
-    found = json.loads(lesson.NOTEBOOK.read_text())
-    assert set(found) == {"cells", "metadata", "nbformat", "nbformat_minor"}
-    assert (found["nbformat"], found["nbformat_minor"]) == (4, 5)
-    assert found["metadata"]["kernelspec"].keys() >= {"name", "display_name"}
-    assert found["metadata"]["kernelspec"]["name"] == "python3"
-    ids = [cell["id"] for cell in found["cells"]]
-    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[\w-]{1,64}", i, re.A) for i in ids)
-    always = {"cell_type", "id", "metadata", "source"}
-    for cell in found["cells"]:
-        code = cell["cell_type"] == "code"
-        assert code or cell["cell_type"] == "markdown"
-        assert set(cell) == always | ({"execution_count", "outputs"} if code else set())
-        assert cell["metadata"] == {} and all(isinstance(line, str) for line in cell["source"])
-        for out in cell.get("outputs", ()):
-            assert set(out) == {"name", "output_type", "text"} and out["text"]
-            assert (out["output_type"], out["name"]) == ("stream", "stdout")
-
-
 def test_nbformat_takes_the_notebook():
-    nbformat = pytest.importorskip("nbformat", reason="needs pip install nbformat")
+    nbformat = pytest.importorskip("nbformat", reason='needs pip install -e ".[test]"')
     nbformat.validate(json.loads(lesson.NOTEBOOK.read_text()))
     assert nbformat.writes(nbformat.read(lesson.NOTEBOOK, 4)) == lesson.NOTEBOOK.read_text().strip()
 

@@ -83,7 +83,7 @@ def test_lora_is_the_mean_of_the_rate_that_did_best_on_validation(records):
 
 
 def test_the_command_draws_the_runs_of_this_repository(tmp_path):
-    pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
+    pytest.importorskip("matplotlib", reason='needs pip install -e ".[test]"')
     records = Records(REPO / "docs" / "results")
     panel = picture.read_panel(
         records, "weights/gemma-3-270m", "mquake", "data/real", "float32"

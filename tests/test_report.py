@@ -33,7 +33,7 @@ def run(tiny_folder, small_data, tmp_path):
 
 
 def test_the_page_has_results_curves_answers_and_what_offsets_say(run, capsys):
-    pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
+    pytest.importorskip("matplotlib", reason='needs pip install -e ".[test]"')
     report.main([str(run)])
     text = (run / "report.html").read_text()
     assert f"-> {run / 'report.html'}" in capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_the_curves_are_those_of_the_last_training():
 
 @pytest.fixture
 def axes():
-    pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
+    pytest.importorskip("matplotlib", reason='needs pip install -e ".[test]"')
     from matplotlib.figure import Figure
 
     return Figure().subplots()
@@ -165,7 +165,7 @@ def folds(tiny_folder, small_data, tmp_path):
 
 
 def test_a_run_in_folds_is_one_page(folds, capsys):
-    pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
+    pytest.importorskip("matplotlib", reason='needs pip install -e ".[test]"')
     report.main([str(folds)])
     assert f"-> {folds / 'report.html'}" in capsys.readouterr().out
     text = (folds / "report.html").read_text()
