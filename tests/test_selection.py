@@ -128,7 +128,7 @@ def test_probes_find_the_head_that_knows(score, monkeypatch):
     z = torch.randn(80, 3, 4, 8, generator=generator)
     z[:, 1, 2, 5] += torch.tensor([6.0, -6.0]).repeat(40)
     monkeypatch.setattr(selection, "last_z", lambda model, texts: z)
-    monkeypatch.setattr(selection, "contrast", lambda run, examples: [([1], [2])] * 40)
+    monkeypatch.setattr(selection, "contrast", lambda run, examples: [[1], [2]] * 40)
     scores = score("probe")
     assert scores[1, 2] == 1
     scores[1, 2] = 0.5

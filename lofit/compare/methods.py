@@ -70,7 +70,7 @@ def _start(args: argparse.Namespace, run: Session) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def compute_repe(args: argparse.Namespace, run: Session) -> None:
     """RepE: reading vectors of right and wrong answers to the training questions."""
-    alpha, texts = _alpha(args, run), _texts(args, run)
+    alpha, texts = _alpha(args, run), contrast(run, run.read("train", args.n_train))
     shift = repe.reading_vectors(repe.last_hidden(run.model, texts), alpha)
     layers = repe.middle(run.model.config.num_hidden_layers)
     attach(run.model, post_block.PostBlock, {f"layers.{i}.shift": shift[i] for i in layers})
@@ -79,11 +79,11 @@ def compute_repe(args: argparse.Namespace, run: Session) -> None:
 
 def compute_iti(args: argparse.Namespace, run: Session) -> None:
     """ITI: shifts of the heads whose probes tell right answers from wrong ones best."""
-    alpha, texts = _alpha(args, run), _texts(args, run)
+    alpha = _alpha(args, run)
     k = count_heads(run.setting("top", args.top, run.recipe.heads), run.model.config)
-    pairs = list(zip(texts[0::2], texts[1::2], strict=True))
-    heads = rank_heads(probe_accuracy(run.model, pairs, run.seed), k)
-    offsets = iti.mass_mean_shift(last_z(run.model, texts), heads, alpha)
+    z = last_z(run.model, contrast(run, run.read("train", args.n_train)))
+    heads = rank_heads(probe_accuracy(z, run.seed), k)
+    offsets = iti.mass_mean_shift(z, heads, alpha)
     attach_offsets(run.model, heads, offsets)
     path, val = run.folder / OFFSETS, validate(run, run.read("val"))
     save_offsets(path, heads, offsets, run.info() | {"val": val})
@@ -92,11 +92,6 @@ def compute_iti(args: argparse.Namespace, run: Session) -> None:
 
 def _alpha(args: argparse.Namespace, run: Session) -> float:
     return run.setting("alpha", args.alpha, ALPHA[args.method], f"{args.method}'s")
-
-
-def _texts(args: argparse.Namespace, run: Session) -> list[list[int]]:
-    """Right and wrong texts in turns."""
-    return [text for pair in contrast(run, run.read("train", args.n_train)) for text in pair]
 
 
 def save_edits(args: argparse.Namespace, run: Session, val: dict) -> None:

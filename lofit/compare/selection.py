@@ -175,21 +175,19 @@ class GatedOffset(nn.Module):
 def by_probe(args: argparse.Namespace, run: Session) -> torch.Tensor:
     """ITI's criterion (arXiv 2306.03341, section 3.1): how well a linear probe on a head's z at the
     last token tells right answers from wrong ones; accuracy by cross-validation over pairs."""
-    pairs = contrast(run, run.read("train", args.n_train))
-    return probe_accuracy(run.model, pairs, run.seed)
+    with edits_off(run.model):
+        z = last_z(run.model, contrast(run, run.read("train", args.n_train)))
+    return probe_accuracy(z, run.seed)
 
 
-def probe_accuracy(
-    model: CausalLM, pairs: list[tuple[list[int], list[int]]], seed: int
-) -> torch.Tensor:
-    """[layer, head] of probes on pairs of (right, wrong) texts; see `by_probe`."""
-    with edits_off(model):
-        z = last_z(model, [text for pair in pairs for text in pair])
-    grid, z = z.shape[1:3], z.flatten(1, 2)
-    right = torch.tensor([1.0, 0.0]).repeat(len(pairs))
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-    fold = torch.empty(len(pairs), dtype=torch.int64)
-    fold[order] = torch.arange(len(pairs)) % min(FOLDS, len(pairs))
+def probe_accuracy(z: torch.Tensor, seed: int) -> torch.Tensor:
+    """[layer, head] of probes on z, [2 n, layer, head, head_dim], of right and wrong texts in
+    turns; see `by_probe`."""
+    n, grid, z = len(z) // 2, z.shape[1:3], z.flatten(1, 2)
+    right = torch.tensor([1.0, 0.0]).repeat(n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    fold = torch.empty(n, dtype=torch.int64)
+    fold[order] = torch.arange(n) % min(FOLDS, n)
     fold = fold.repeat_interleave(2)  # both texts of a pair are on the same side
     hits = [hits_of_probes(z[fold != f], right[fold != f], z[fold == f], right[fold == f])
             for f in fold.unique()]  # fmt: skip
@@ -202,19 +200,20 @@ def hits_of_probes(
     """Fit a logistic regression on each head, z: [n, heads, head_dim] and right: [n] (0 or 1), with
     scikit-learn's penalty; whether each tells the new ones: [m, heads] bool."""
     mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
-    z, z_new = (z - mean) / std, (z_new - mean) / std
-    w = torch.zeros(z.shape[1:], requires_grad=True)
-    b = torch.zeros(z.shape[1], requires_grad=True)
+    # [heads, n, head_dim]: a matrix product a head
+    z, z_new = (((x - mean) / std).transpose(0, 1).contiguous() for x in (z, z_new))
+    w = torch.zeros(len(z), z.shape[2], 1, requires_grad=True)
+    b = torch.zeros(len(z), 1, 1, requires_grad=True)
     optimizer = torch.optim.Adam([w, b], lr=PROBE_LR)
+    goal = right[:, None].expand(*z.shape[:2], 1)
     for _ in range(PROBE_STEPS):
-        logits = (z * w).sum(-1) + b
-        loss = F.binary_cross_entropy_with_logits(logits, right[:, None].expand_as(logits))
-        loss = loss * z.shape[1] + w.square().sum() / (2 * len(z))  # separate for each head
+        loss = F.binary_cross_entropy_with_logits(z @ w + b, goal)
+        loss = loss * len(z) + w.square().sum() / (2 * z.shape[1])  # separate for each head
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return (((z_new * w).sum(-1) + b) > 0) == (right_new[:, None] > 0.5)
+        return ((z_new @ w + b) > 0).squeeze(2).T == (right_new[:, None] > 0.5)
 
 
 @torch.no_grad()
@@ -262,10 +261,10 @@ def head_sigma(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
     return (square / n - (total / n).square()).clamp(min=0).mean(-1).sqrt().float().cpu()
 
 
-def contrast(run: Session, examples: list[Example]) -> list[tuple[list[int], list[int]]]:
-    """(ids of prompt + right answer, prompt + wrong answer) of each example. Wrong is what was
-    rejected, what was true before the edit, another choice, or else another example's answer.
-    """
+def contrast(run: Session, examples: list[Example]) -> list[list[int]]:
+    """The ids of prompt + right answer and of prompt + wrong answer of each example, in turns.
+    Wrong is what was rejected, what was true before the edit, another choice, or else another
+    example's answer."""
     answers = sorted({e.answer for e in examples})
     draw, found = random.Random(run.seed), []
     for e in examples:
@@ -275,7 +274,7 @@ def contrast(run: Session, examples: list[Example]) -> list[tuple[list[int], lis
             raise InputError(f"{run.data}: all answers are the same, there is no wrong one")
         texts = (e.answer, known[0] if known else draw.choice(others))
         prompt = run.wrap(e.prompt)
-        found.append(tuple(run.tokenizer.encode_pair(prompt, text)[0] for text in texts))
+        found += [run.tokenizer.encode_pair(prompt, text)[0] for text in texts]
     return found
 
 

@@ -61,18 +61,19 @@ def lofit(args, model, task, by, k, seeds=None, more="", heads_of="") -> list[Pi
     return [Pick(tried, seed) for seed in seeds]
 
 
-def method(args, model, task, name, more="") -> list[Pick]:
+def method(args, model, task, name, more="", chosen_on="") -> list[Pick]:
     """ "lofit K", or a baseline ("post_block K" of K layers) with each strength or learning rate,
-    for each seed."""
+    for each seed. chosen_on: the task whose validation chooses a learning rate."""
     name, _, k = name.partition(" ")
     if name == "lofit":
         return lofit(args, model, task, "scales", k, more=more)
     flag, values = BASELINES[name]
-    first = Run("train", model, task, args.data, args.seeds[0], args.dtype, name)
+    chooser = chosen_on if chosen_on and flag == "--lr" else task
+    first = Run("train", model, chooser, args.data, args.seeds[0], args.dtype, name)
     more = f"{more} --top {k}".strip() if k else more
     flags = f"{more} {args.train_flags}".strip() if flag == "--lr" else more
     tried = tuple(replace(first, train=f"{flags} {flag} {value}".strip()) for value in values)
-    return [Pick(tried, seed) for seed in args.seeds]
+    return [Pick(tried, seed, task=task) for seed in args.seeds]
 
 
 def known_method(text: str) -> str:
@@ -111,7 +112,7 @@ def heads_rows(args) -> Iterable[Row]:
 def methods_rows(args) -> Iterable[Row]:
     every = [*(f"lofit {k}" for k in args.heads), *args.methods]
     for model, task in itertools.product(args.model, args.task):
-        picks = {name: method(args, model, task, name) for name in every}
+        picks = {name: method(args, model, task, name, "", args.chosen_on) for name in every}
         for name in every:
             yield Row([*names(model, task), name], picks[name], picks[every[0]])
 
@@ -205,7 +206,9 @@ STUDIES = {
          "chosen": rows.chosen},
         methods_rows,
         {"--heads": {"nargs": "+", "default": ["10%", "3%", "all"], "help": "of LoFiT"},
-         "--methods": {"nargs": "*", "default": list(BASELINES), "type": known_method}},
+         "--methods": {"nargs": "*", "default": list(BASELINES), "type": known_method},
+         "--chosen-on": {"default": "", "help": "the task whose validation chooses the baselines'"
+                         " learning rate (default: each its own)"}},
     ),
     "tasks": Study(
         "Each task: the base model, what always one answer would score, {heads} of the heads, by"

@@ -27,12 +27,14 @@ SCRIPTS = {
 @dataclass(frozen=True)
 class Pick:
     """For one seed the run that did best on validation with the first seed, of those tried; as it
-    is (kind "train"), or tested on another task or text."""
+    is (kind "train"), or tested on another task or text. task: what it is trained on, where
+    another task's validation chose."""
 
     tried: tuple[Run, ...]
     seed: int
     kind: str = "train"
     tested: str = ""
+    task: str = ""
 
     def run(self, records: Records, kind: str = "") -> Run | None:
         """None before all that is tried is recorded. Of equal scores the first."""
@@ -41,6 +43,7 @@ class Pick:
             if not all(records.done(run, "train.py") for run in self.tried):
                 return None
             best = max(self.tried, key=lambda run: validation(records, run))
+        best = replace(best, task=self.task or best.task)
         if "train" == (kind or self.kind):
             return replace(best, seed=self.seed)
         return replace(best, seed=self.seed, kind=self.kind, tested=self.tested)
@@ -175,15 +178,17 @@ def seconds(row: Row, records: Records) -> str:
 
 
 def chosen(row: Row, records: Records) -> str:
-    """What was chosen on validation, for each run."""
+    """What was chosen on validation, for each run; and on which task's, if it is another."""
     found = []
-    for run in runs(row.picks, records):
+    done = runs(row.picks, records)
+    for run in done:
         if run.method == "lofit":
             lr = records.of(run)["settings"]["lr"]
             found.append("recipe" if run.lr_factor == 1 else f"lr{lr:.3g}")
         else:
             found.append("".join(run.train.split()[-2:]).removeprefix("--"))
-    return " ".join(found) or NONE
+    chooser = row.picks[0].tried[0].task
+    return " ".join(found + [f"(of {chooser})"] * any(run.task != chooser for run in done)) or NONE
 
 
 def grids(picks: list[Pick], records: Records) -> list[torch.Tensor]:
