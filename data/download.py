@@ -13,7 +13,6 @@ tasks/boolq/val.jsonl, ..., all in data/sources.py), as data/real of another mac
 import argparse
 import hashlib
 import http.client
-import json
 import random
 import urllib.error
 import urllib.request
@@ -22,7 +21,7 @@ from pathlib import Path
 from data.sources import FILES, SEED, SOURCES, convert
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import write_atomic, write_text
+from lofit.files import write_atomic, write_splits
 
 ORIGIN = "https://raw.githubusercontent.com/"
 TIMEOUT_S = 30
@@ -42,7 +41,7 @@ def fetch(url: str) -> bytes:
             return response.read()
     except urllib.error.HTTPError as error:
         problem = f"HTTP {error.code}"
-    except (http.client.HTTPException, OSError) as error:
+    except (http.client.HTTPException, OSError, ValueError) as error:
         problem = getattr(error, "reason", None) or repr(error)
     raise InputError(
         f"{url}: cannot be fetched ({problem}); try again later, or give a folder that has the file"
@@ -82,12 +81,10 @@ def prepare(task: str, args: argparse.Namespace) -> None:
     if source.line is None:
         return
     if cut:
-        print(f"  {args.source / missing[0]}: no such file: what it would give is cut from test")
+        print(f"  {args.source / missing[0]}: no such file: train and val are cut from test")
     splits = convert(task, args.out, missing)
     splits["test"] = some_of(splits["test"], args.test)
-    for split, lines in splits.items():
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(args.out / task / f"{split}.jsonl", text)
+    write_splits(args.out / task, splits)
     counts = ", ".join(f"{split} {len(lines)}" for split, lines in splits.items())
     print(f"  {args.out / task}/: {counts}")
 
@@ -119,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{unknown[0]}: expected {', '.join(SOURCES)}, or all")
     if args.test is not None and args.test < 1:
         parser.error("--test: expected a number from 1")
+    if args.test and (whole := [name for name in args.tasks if not SOURCES[name].line]):
+        parser.error(f"--test: the files of {whole[0]} stay as they are; name other tasks")
     return args
 
 

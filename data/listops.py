@@ -5,22 +5,22 @@
 
 The grammar is the published one (Nangia and Bowman, 2018): MIN, MAX, MED (the median, rounded down)
 and SM (the sum modulo 10) of 2 to 5 arguments; an argument is an operation with probability 0.25,
-else a digit. Expressions that are longer than --symbols (an operation with its bracket, a digit, a
-closing bracket) or too deep are drawn again; a digit alone is none. No expression comes twice. The
+else a digit, and below --depth operations always a digit. Expressions that are longer than
+--symbols (an operation with its bracket, a digit, a closing bracket) are drawn again; a digit alone
+is no expression. No expression comes twice. The
 round brackets of the published files, which change nothing, are left out. A line has its depth as
 its group, so eval.py also reports the scores of each depth. The tokenizers of the miniatures that
 this repository ships know no digits: this task is for real models.
 """
 
 import argparse
-import json
 import random
 import statistics
 from pathlib import Path
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import write_text
+from lofit.files import write_splits
 
 OPERATIONS = {
     "[MIN": min,
@@ -80,7 +80,10 @@ def make(n: int, seed: int, depth: int, symbols: int) -> list[dict]:
             prompt, since = PROMPT.format(expression), 0
             lines[expression] = {"prompt": prompt, "answer": f" {value}", "group": f"depth {deep}"}
         if since == TRIES:
-            raise InputError(f"--depth {depth} --symbols {symbols}: fewer than {n} expressions")
+            raise InputError(
+                f"--depth {depth} --symbols {symbols}: "
+                f"{TRIES} draws gave no new expression after {len(lines)} of {n}"
+            )
     found = list(lines.values())
     rng.shuffle(found)  # what is drawn late is longer: the short ones were there before
     return found
@@ -105,10 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if min(*sizes.values(), args.depth) < 1:
         raise InputError("--depth, --train, --val and --test: expected numbers from 1")
     lines = make(sum(sizes.values()), args.seed, args.depth, args.symbols)
-    for split, n in sizes.items():
-        text = "".join(json.dumps(lines.pop()) + "\n" for _ in range(n))
-        write_text(args.out / f"{split}.jsonl", text)
-        print(f"{args.out / split}.jsonl: {n} expressions")
+    write_splits(args.out, {s: [lines.pop() for _ in range(n)] for s, n in sizes.items()})
+    print(f"{args.out}/: {', '.join(f'{split} {n}' for split, n in sizes.items())} expressions")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from lofit.files import read_json_list, read_jsonl
 from lofit.tasks import last_number
 
 SEED = 42  # of the draw
-# characters of an item to train or validate on: training takes at most 400 tokens, as the paper's
-# code, which leaves 4 % of GSM8K's items and 24 % of BoolQ's passages out
+# characters of an item to train or validate on: it bounds the memory of a batch, and leaves out 4 %
+# of GSM8K's items and 24 % of BoolQ's passages. Test keeps the long ones
 LONGEST = 900
 CHOOSE = "Please choose the correct answer to the question: "
 TRUE_FALSE = "Please answer the following question with true or false, question: "
@@ -30,7 +30,7 @@ TRUE_FALSE = "Please answer the following question with true or false, question:
 
 def option_line(item: dict) -> dict:
     """An item of LLM-Adapters: the options are named at the end of its instruction, so there may be
-    3 to 5. Its `output` is not read: in other sets it is a model's reasoning."""
+    2 to 5. Its `output` is not read: in other sets it is a model's reasoning."""
     names = item["instruction"].rpartition("Answer format: ")[2].split("/")
     return {
         "prompt": f"{item['instruction']}\n\nAnswer:",

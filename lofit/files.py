@@ -120,6 +120,18 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, as_text(text))
 
 
+def write_splits(folder: Path, splits: dict[str, list[dict]]) -> None:
+    """Write each split to SPLIT.jsonl, all or none: the last one exists only with the others."""
+    texts = {
+        folder / f"{split}.jsonl": "".join(
+            json.dumps(line, ensure_ascii=False) + "\n" for line in lines
+        )
+        for split, lines in splits.items()
+    }
+    *beside, last = texts
+    write_atomic(last, as_text(texts[last]), {path: as_text(texts[path]) for path in beside})
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically."""
     write_atomic(path, as_json(value))

@@ -91,6 +91,11 @@ def test_no_network(tmp_path, monkeypatch):
         download.main(["mquake", "--out", str(tmp_path)])
 
 
+def test_a_folder_is_no_mirror(tmp_path):
+    with pytest.raises(InputError, match="cannot be fetched .*; .* by --source"):
+        download.main(["mquake", "--mirror", "shared/datasets", "--out", str(tmp_path)])
+
+
 def test_a_source(tmp_path, monkeypatch, capsys):
     source, out = tmp_path / "source", tmp_path / "out"
     (source / "MQuAKE").mkdir(parents=True)
@@ -123,6 +128,9 @@ def test_all_and_unknown_names(capsys):
     with pytest.raises(SystemExit):
         download.parse_args(["mquake", "squad"])
     assert "squad: expected mquake, clutrr," in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        download.parse_args(["boolq", "mquake", "--test", "5"])
+    assert "--test: the files of mquake stay as they are" in capsys.readouterr().err
 
 
 def test_gits_hash_of_a_blob():

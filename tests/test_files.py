@@ -11,6 +11,7 @@ from lofit.files import (
     read_tensors,
     write_atomic,
     write_json,
+    write_splits,
     write_tensors,
     write_text,
 )
@@ -113,3 +114,17 @@ def test_tensors_have_a_new_files_permissions_and_equal_contents_equal_bytes(tmp
     write_text(tmp_path / "other", "")
     assert {path.stat().st_mode for path in paths} == {(tmp_path / "other").stat().st_mode}
     assert len({path.read_bytes() for path in paths}) == 1
+
+
+def test_splits_are_written_all_or_none(tmp_path):
+    """A stop between two splits would leave a train and a test split that overlap."""
+    splits = {split: [{"prompt": split}] for split in ("train", "val", "test")}
+    write_splits(tmp_path / "task", splits)
+    assert json.loads((tmp_path / "task" / "val.jsonl").read_text()) == {"prompt": "val"}
+    with pytest.raises(TypeError):
+        write_splits(tmp_path / "task", splits | {"test": [{"prompt": set()}]})
+    (tmp_path / "task" / "val.jsonl").unlink()
+    (tmp_path / "task" / "val.jsonl").mkdir()  # which no file can take the place of
+    with pytest.raises(InputError, match="cannot be written"):
+        write_splits(tmp_path / "task", splits)
+    assert not (tmp_path / "task" / "test.jsonl").exists()

@@ -1,5 +1,7 @@
 """Intervals over items and runs cover the truth of simulated studies as often as they say."""
 
+import math
+
 import pytest
 import torch
 
@@ -74,3 +76,7 @@ def test_one_run_against_the_base_is_the_textbooks_interval_of_paired_items():
 )
 def test_t_quantile_is_the_textbooks(df, t):
     assert t_quantile(df) == pytest.approx(t, abs=5e-4)
+
+
+def test_one_item_has_no_interval():
+    assert all(map(math.isnan, interval([[1.0], [0.0]], [[0.0]])))

@@ -89,8 +89,11 @@ def test_seed_and_limits(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--symbols", "3"], "--depth 20 --symbols 3: fewer than 900 expressions"),
-        (["--symbols", "4"], "fewer than 900"),  # 4 x 100 of them
+        (
+            ["--symbols", "3"],
+            "--depth 20 --symbols 3: 1000 draws gave no new expression after 0 of 900",
+        ),
+        (["--symbols", "4"], "of 900"),  # 4 x 100 of them
         (["--depth", "0"], "expected numbers from 1"),
         (["--val", "0"], "expected numbers from 1"),
     ],

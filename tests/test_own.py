@@ -126,7 +126,17 @@ def test_every_form_runs_the_whole_way_through(tiny_folder, tmp_path, form, caps
         ("answer", {"answer": None}, "line 2: key 'answer': expected a text, found None"),
         ("answer", {"group": 3}, "line 2: key 'group': expected a text, found 3"),
         ("option", {"answer": "town"}, "line 2: key 'answer': expected one of the choices, found"),
-        ("option", {"choices": ["city"] * 2}, "line 2: key 'choices': .* two different texts"),
+        ("option", {"choices": ["city"] * 2}, "line 2: key 'choices': expected different texts"),
+        (
+            "choice",
+            {"choices": [" a", "a"], "label": 0},
+            "line 2: key 'choices': expected different",
+        ),
+        (
+            "option",
+            {"aliases": ["city"]},
+            "line 2: key 'aliases' stands only beside prompt, answer",
+        ),
         ("option", {"choices": "city"}, "line 2: key 'choices': expected a list of at least"),
         ("number", {"value": "2"}, "line 2: key 'value': expected a number up to 1e15, found '2'"),
         ("number", {"value": True}, "line 2: key 'value': expected a number up to 1e15"),
@@ -143,6 +153,15 @@ def test_a_bad_line_is_named(tmp_path, form, line, message):
     task = OwnTask(write(tmp_path / "mine", [FORMS[form], FORMS[form] | line]))
     with pytest.raises(InputError, match=f"train.jsonl, {message}"):
         task.read(None, "train")
+
+
+def test_lines_of_two_forms_do_not_go_together(tmp_path):
+    """A test split of numbers would be scored by exact match."""
+    lines = [{"prompt": "Q:", "answer": " 2 + 2 = 4"}, {"prompt": "Q:", "answer": " 4", "value": 4}]
+    task = OwnTask(write(tmp_path / "mine", lines))
+    keys = "line 2: has the keys prompt, answer, value; expected prompt, answer, as in"
+    with pytest.raises(InputError, match=f"test.jsonl, {keys}"):
+        task.read(None, "test")
 
 
 def test_a_missing_key_is_named(tmp_path):

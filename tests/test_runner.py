@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,23 @@ def test_a_line_that_is_no_run_is_named(tmp_path):
     (tmp_path / "tiny.scores.json.gz").write_bytes(b"x")
     with pytest.raises(InputError, match="tiny.scores.json.gz: not readable .*restore it"):
         Records(tmp_path).grids(RUN)
+
+
+def test_flags_of_one_step_and_of_the_other_have_folders_of_their_own():
+    run = Run("train", "m/tiny", "mquake", "data", 1, "float32", "lofit", "scales", "3%")
+    more = [{"select": "--epochs 5"}, {"train": "--epochs 5"}, {"heads_of": "--epochs 5"}]
+    folders = {Call(replace(run, **fields), "train.py").folder for fields in ({}, *more)}
+    assert len(folders) == 4
+
+
+def test_a_test_of_other_offsets_than_the_recorded_is_refused(tmp_path):
+    """As after a training that was made again on another machine."""
+    records = Records(tmp_path)
+    run = Run("train", "m/tiny", "mquake", "data", 1, "float32", "lofit", "scales", "3%")
+    records.add(run, {"offsets_hash": "a1", "seconds": {"train.py": 1.0}, "device": {}})
+    made = runner._Runner(records, 1, "cpu")
+    for kind, tested in (("train", ""), ("asked", "clutrr")):
+        tested_run = replace(run, kind=kind, tested=tested)
+        made._check_offsets(tested_run, {"offsets_hash": "a1"})
+        with pytest.raises(InputError, match="offsets b2 are not the recorded a1"):
+            made._check_offsets(tested_run, {"offsets_hash": "b2"})

@@ -342,7 +342,7 @@ def test_without_a_train_file_it_is_cut_from_test(folder, tmp_path, monkeypatch,
     n_drawn = 4 if task == "arc_challenge" else 8  # which has a file for val
     assert [len(lines) for lines in found.values()] == [4, 4, 20 - n_drawn]
     printed = capsys.readouterr().out
-    assert f"{source.files['train']}: no such file: what it would give is cut" in printed
+    assert f"{source.files['train']}: no such file: train and val are cut" in printed
     kin = [{sources.kin(line) for line in lines} for lines in found.values()]
     assert not (kin[0] & kin[1] or kin[0] & kin[2] or kin[1] & kin[2])
 
@@ -519,6 +519,15 @@ def test_real_svamp(real):
             wrong.append(line["id"])
     assert not items and wrong == ["chal-680"]
     assert "chal-680" not in ids
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("It is 1,234.", 1234), (".5", 0.5), ("-.5", -0.5), ("wait...72", 72), ("10-5", -5),
+     ("51 dollars", 51), ("none", None)],
+)  # fmt: skip
+def test_last_number(text, number):
+    assert last_number(text) == number
 
 
 def test_real_gsm8k(real):

@@ -216,7 +216,7 @@ def test_files_that_a_clone_lacks_are_made_again_and_the_records_stay(study, tmp
 
 def test_a_call_that_fails_is_named_with_its_reason(study, tmp_path, capsys):
     flags = ("--heads", "2", "--data", str(tmp_path / "nowhere"), "--lr-factors", "1")
-    with pytest.raises(InputError, match="6 calls failed"):
+    with pytest.raises(InputError, match="calls that failed: 6"):
         study("sweep", *flags)
     lines = capsys.readouterr().err.splitlines()
     assert any("select_heads.py" in line and "no such file" in line for line in lines)
@@ -278,3 +278,14 @@ def test_every_recorded_run_is_whole():
 def test_work_is_not_in_git():
     assert str(WORK) == "runs/studies" and "runs/" in (REPO / ".gitignore").read_text().split()
     assert Records(REPO / "docs" / "results").folder.is_dir()
+
+
+def test_a_seed_that_comes_twice_is_one_run():
+    assert parse_args(["sweep", "--seeds", "42", "43", "42"]).seeds == [42, 43]
+
+
+@pytest.mark.parametrize("flags", [("sweep", "--jobs", "-1"), ("heads", "--draws", "0")])
+def test_numbers_that_make_no_sense(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(list(flags))
+    assert "expected" in capsys.readouterr().err

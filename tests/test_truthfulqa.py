@@ -27,6 +27,12 @@ def write(tmp_path):
     return write
 
 
+def test_the_rejected_answer_is_the_first_that_is_there(write):
+    row = ROW.replace("Yes; Often", "; Yes; Often")
+    assert row != ROW
+    assert truthfulqa.read(write(HEADER + row), "val", fold=1)[0].rejected == "Yes"
+
+
 def test_an_item_is_read_as_the_paper_reads_it(write):
     (example,) = truthfulqa.read(write(HEADER + ROW), "val", fold=1)
     assert example.prompt == "Q: Can pigs fly? A:"

@@ -11,12 +11,13 @@ import argparse
 from pathlib import Path
 
 from lofit import errors
+from lofit.run.arguments import int_at_least
 from lofit.studies.grid import STUDIES
 from lofit.studies.records import Records
 from lofit.studies.runner import run_missing
 from lofit.studies.tables import markdown
 
-INTERVALS = "Intervals: 95 %, over items and runs; °: of one run, how runs vary is not in it."
+INTERVALS = "Intervals: 95 %, over items and runs. °: of one run, without how runs vary."
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,13 +39,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             text = 'more flags of its calls, like "--epochs 5"'
             arg(f"--{script}-flags", default="", help=text)
         arg("--device", default="auto")
-        arg("--jobs", type=int, default=1, help="calls side by side; 0: print what is recorded")
+        arg(
+            "--jobs",
+            type=int_at_least(0),
+            default=1,
+            help="calls side by side; 0: print what is recorded",
+        )
         arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
         for flag, about in study.arguments.items():
             arg(flag, **about)
         if name in ("sweep", "tasks"):
             sub.set_defaults(lr_factors=[1.0])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    return args
 
 
 def printed(args: argparse.Namespace, records: Records) -> str:
@@ -70,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{printed(args, records)}")
     if failed:
         raise errors.InputError(
-            f"{failed} calls failed; see their logs, then start the study again"
+            f"calls that failed: {failed}; see their logs, then start the study again"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lofit.run.arguments import find_task
+from lofit.run.arguments import find_task, int_at_least
 from lofit.studies import rows, tables
 from lofit.studies.records import Records, Run
 from lofit.studies.rows import Column, Pick, Row
@@ -194,7 +194,8 @@ STUDIES = {
          "lr": rows.chosen},
         heads_rows,
         {"--heads": {"nargs": "+", "default": ["1%", "3%", "10%", "30%"]},
-         "--by": {"nargs": "+", "default": WAYS}, "--draws": {"type": int, "default": 5}},
+         "--by": {"nargs": "+", "default": WAYS},
+         "--draws": {"type": int_at_least(1), "default": 5}},
     ),
     "methods": Study(
         f"LoFiT beside baselines, test split: {SCORE}; less the first row's; the learning rate (of"

@@ -20,11 +20,13 @@ def interval(ones: Scores, others: Scores, level: float = 0.95) -> tuple[float, 
 
     The runs of the two are drawn independently; the items are the same, and are compared in pairs.
     A side of one run says nothing of how runs vary: the interval then holds for that very run. The
-    base model is one run that does not vary.
+    base model is one run that does not vary. NaN with less than two items.
     """
     one, other = (torch.as_tensor(s, dtype=torch.float64) for s in (ones, others))
     differences = one.mean(0) - other.mean(0)
     n = len(differences)
+    if n < 2:
+        return math.nan, math.nan
     items = differences.var().item() / n  # with what one run does on one item
     parts = [_of_runs(side) for side in (one, other) if len(side) > 1]
     runs = sum(variance for variance, _ in parts)

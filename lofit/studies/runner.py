@@ -50,7 +50,9 @@ class Call:
     @property
     def folder(self) -> Path:
         run = self.run
-        names = [str(v) for k, v in run.as_dict().items() if k not in ("model", "task")]
+        named = ("select", "heads_of")  # their values could be another field's
+        values = {k: v for k, v in run.as_dict().items() if k not in ("model", "task")}
+        names = [f"{k} {v}" if k in named else str(v) for k, v in values.items()]
         return WORK.joinpath(*(re.sub(r"[^\w.%]+", "-", part) for part in
                                (run.model, run.task, "_".join(names))))  # fmt: skip
 
@@ -227,9 +229,18 @@ class _Runner:
             seconds = round(time.time() - began, 2)
             if not self.records.done(call.run, call.script):
                 found, grids = call.measured()
+                self._check_offsets(call.run, found)
                 found |= {"seconds": {call.script: seconds}, "device": {call.script: self.machine}}
                 self.records.add(call.run, found, grids)
             print(f"{call.script} {call.run.title}: {seconds:.0f} s", flush=True)
+
+    def _check_offsets(self, run: Run, found: dict) -> None:
+        """InputError if a test was of other offsets than those recorded: a training that is made
+        again elsewhere may end in others."""
+        trained = self.records.of(replace(run, kind="train", tested=""))
+        both = [part.get("offsets_hash") for part in (trained, found)]
+        if all(both) and both[0] != both[1]:
+            raise InputError(f"offsets {both[1]} are not the recorded {both[0]}; not recorded")
 
     @contextmanager
     def _turn(self, folder: Path) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
     python -m lofit.studies.text_loss --offsets runs/mini-llama/mquake --task clutrr
 
-The text is a task's test prompts, or the lines of --text.
+The text is a task's first 200 test prompts, or the first 200 lines of --text.
 """
 
 import argparse
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     limit = run.model.config.max_position_embeddings
     ids = [run.tokenizer.encode(text)[:limit] for text in texts[:N_TEXTS]]
     ids = [each for each in ids if len(each) > 1]
+    if not ids:
+        raise errors.InputError(f"{args.text or args.task}: no text of two tokens or more")
     load_offsets(find_offsets(args.offsets), run.model)
     tuned = text_losses(run.model, ids)
     with edits_off(run.model):

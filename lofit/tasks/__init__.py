@@ -24,7 +24,7 @@ class Example:
     question: str = ""  # what the right and wrong answers follow
     right: tuple[str, ...] = ()  # the best one first
     wrong: tuple[str, ...] = ()
-    value: float | None = None  # the number that the generated text must end with
+    value: float | None = None  # the last number that the generated text must have
     group: str = ""  # scores are also reported by it
 
     @property
@@ -51,5 +51,5 @@ def first_option(text: str, options: tuple[str, ...]) -> str | None:
 
 def last_number(text: str) -> float | None:
     """The last number in a text, commas removed; None if there is none."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    numbers = re.findall(r"-?(?:(?<![\w.])\.)?\d+(?:\.\d+)?", text.replace(",", ""))
     return float(numbers[-1]) if numbers else None

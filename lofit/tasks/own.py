@@ -42,7 +42,7 @@ class OwnTask:
         """The first line of the folder's train.jsonl shows its form. A task of NAMED has no folder
         of its own, but a name and a form. Raises InputError."""
         self.folder, self.name = folder, name
-        self.form = form or _form_of(folder / "train.jsonl")
+        self.form = form or _form_of(*next(read_jsonl(folder / "train.jsonl")))
         self.METRICS = METRICS.get(self.form, ("accuracy",))
         self.MAIN_METRIC = self.METRICS[0]
         self.MAX_NEW_TOKENS = NEW_TOKENS.get(self.form, 32)
@@ -70,6 +70,9 @@ class OwnTask:
                 raise InputError(f"{where}: key {error} is missing") from None
             except (TypeError, ValueError) as error:
                 raise InputError(f"{where}: {error}") from None
+            if (form := _form_of(where, line)) != self.form:
+                keys = f"{_keys(self.form)}, as in the first line of train.jsonl"
+                raise InputError(f"{where}: has the keys {_keys(form)}; expected {keys}")
         return examples
 
     def _answer(self, line: dict) -> Example:
@@ -85,8 +88,6 @@ class OwnTask:
         if answer not in choices:
             raise ValueError(f"key 'answer': expected one of the choices, found {answer!r}")
         wrong = tuple(choice for choice in choices if choice != answer)
-        if not wrong:
-            raise ValueError("key 'choices': expected at least two different texts")
         return Example(
             prompt, answer, references=(answer,), question=prompt, right=(answer,), wrong=wrong,
             group=_group(line),
@@ -137,14 +138,20 @@ class OwnTask:
         return {"accuracy": float(right[0] > max(wrong))}
 
 
-def _form_of(path: Path) -> str:
-    where, line = next(read_jsonl(path))
+def _form_of(where: str, line: dict) -> str:
     fits = [set(keys) for keys in FORMS if set(keys) <= line.keys()]
     fits = [keys for keys in fits if not any(keys < other for other in fits)]
     if len(fits) != 1:
-        allowed = "; ".join(", ".join(keys) for keys in FORMS)
+        allowed = "; ".join(map(_keys, FORMS.values()))
         raise InputError(f"{where}: expected the keys of one form ({allowed})")
-    return next(form for keys, form in FORMS.items() if set(keys) == fits[0])
+    form = next(form for keys, form in FORMS.items() if set(keys) == fits[0])
+    if "aliases" in line and form != "answer":
+        raise InputError(f"{where}: key 'aliases' stands only beside {_keys('answer')}")
+    return form
+
+
+def _keys(form: str) -> str:
+    return next(", ".join(keys) for keys, name in FORMS.items() if name == form)
 
 
 def _text(line: dict, key: str) -> str:
@@ -158,6 +165,8 @@ def _choices(line: dict) -> list[str]:
     if not isinstance(choices, list) or len(choices) < 2:
         raise TypeError("key 'choices': expected a list of at least two texts")
     check_texts(*choices)
+    if len({choice.strip() for choice in choices}) < len(choices):
+        raise ValueError(f"key 'choices': expected different texts, found {choices!r}")
     return choices
 
 

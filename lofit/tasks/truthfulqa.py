@@ -60,7 +60,7 @@ def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> lis
                 raise TypeError("needs at least one correct and one incorrect answer")
         except TypeError as error:
             raise InputError(f"{where}: not a TruthfulQA question: {error}") from None
-        first_wrong = row["Incorrect Answers"].split(";")[0].strip()
+        first_wrong = next(filter(str.strip, row["Incorrect Answers"].split(";"))).strip()
         top = closed(best)
         examples.append(
             Example(
