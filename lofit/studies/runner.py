@@ -146,6 +146,13 @@ def recipe_lr(run: Run) -> float:
     return find_recipe(config, find_task(run.task)[0])[1].lr_of(k, total)
 
 
+def other_offsets(trained: dict, tested: dict) -> bool:
+    """Whether a test had other offsets than a training ended with, as far as both are recorded."""
+    hashes = [part.get("offsets_hash", []) for part in (trained, tested)]
+    was, now = ({found} if isinstance(found, str) else {*found} for found in hashes)
+    return bool(was) and not now <= was
+
+
 def run_missing(missing: Callable[[], list[Call]], records: Records, jobs: int, device: str) -> int:
     """Run `missing()`, which is asked again after each call, with all they need, `jobs` at a time.
     Prints how much there is to do. Returns how many calls failed, each told in one line; jobs = 0
@@ -238,9 +245,8 @@ class _Runner:
         """InputError if a test was of other offsets than those recorded: a training that is made
         again elsewhere may end in others."""
         trained = self.records.of(replace(run, kind="train", tested=""))
-        both = [part.get("offsets_hash") for part in (trained, found)]
-        if all(both) and both[0] != both[1]:
-            raise InputError(f"offsets {both[1]} are not the recorded {both[0]}; not recorded")
+        if other_offsets(trained, found):
+            raise InputError("tested with offsets that are not the recorded training's; left out")
 
     @contextmanager
     def _turn(self, folder: Path) -> Iterator[None]:
