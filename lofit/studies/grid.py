@@ -200,7 +200,7 @@ STUDIES = {
     "methods": Study(
         f"LoFiT beside baselines, test split: {SCORE}; less the first row's; the learning rate (of"
         " iti and repe the strength) is the first seed's best on validation; seconds: one selection"
-        " and one training",
+        " and one training, the quickest",
         ["model", "task", "method"],
         {"values": rows.of_one(rows.values), "seconds": rows.seconds, "score": rows.score,
          "less LoFiT": rows.difference,

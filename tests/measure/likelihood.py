@@ -11,9 +11,12 @@ data in the form of prompt, choices and label.
 import argparse
 import json
 import random
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for eval.py
 
 import eval as evaluate
 from lofit.files import read_jsonl
