@@ -5,12 +5,12 @@
 
 The grammar is the published one (Nangia and Bowman, 2018): MIN, MAX, MED (the median, rounded down)
 and SM (the sum modulo 10) of 2 to 5 arguments; an argument is an operation with probability 0.25,
-else a digit, and below --depth operations always a digit. Expressions that are longer than
+else a digit, and always a digit below --depth operations. Expressions that are longer than
 --symbols (an operation with its bracket, a digit, a closing bracket) are drawn again; a digit alone
-is no expression. No expression comes twice. The
-round brackets of the published files, which change nothing, are left out. A line has its depth as
-its group, so eval.py also reports the scores of each depth. The tokenizers of the miniatures that
-this repository ships know no digits: this task is for real models.
+is no expression. No expression comes twice. The round brackets of the published files, which change
+nothing, are left out. A line has its depth as its group, so eval.py also reports the scores of each
+depth. The tokenizers of the miniatures that this repository ships know no digits: this task is for
+real models.
 """
 
 import argparse

@@ -121,7 +121,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_splits(folder: Path, splits: dict[str, list[dict]]) -> None:
-    """Write each split to SPLIT.jsonl, all or none: the last one exists only with the others."""
+    """Write each split to SPLIT.jsonl; the last one exists only with the others of one write."""
     texts = {
         folder / f"{split}.jsonl": "".join(
             json.dumps(line, ensure_ascii=False) + "\n" for line in lines

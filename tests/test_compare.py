@@ -12,6 +12,7 @@ import train
 from lofit.compare import bias, iti, lora, post_block, red, repe
 from lofit.compare import methods as baselines
 from lofit.compare.edits import attach, gather
+from lofit.compare.selection import contrast, last_z
 from lofit.compare.stored import KINDS
 from lofit.errors import InputError
 from lofit.heads import attach_offsets, edits_off, init_offsets
@@ -19,7 +20,8 @@ from lofit.llm.batches import IGNORE, collate
 from lofit.llm.checkpoint import load_model
 from lofit.llm.scoring import target_losses
 from lofit.run.arguments import METHODS
-from lofit.run.artefacts import load_offsets
+from lofit.run.artefacts import load_offsets, read_offsets
+from lofit.run.session import Session
 from lofit.training import Schedule, optimizer_for, train_step
 
 INIT = {name: baselines.START[name] for name in ("lora", "red", "bias", "post_block")}
@@ -148,6 +150,18 @@ def test_iti_is_honest_llamas_formula_on_recorded_activations():
         direction = direction / (direction**2).sum() ** 0.5
         spread = (activations @ direction.T).std()
         assert difference(row, torch.from_numpy(15.0 * spread * direction)) < 1e-5
+
+
+def test_iti_moves_heads_from_wrong_answers_to_right_ones(tiny_folder, small_data, tmp_path):
+    """Its command: the shifts are those of z at the ends of right and wrong answers, in turns."""
+    flags = ["--model", str(tiny_folder), "--data", str(small_data), "--dtype", "float32"]
+    run = ["--method", "iti", "--top", "2", "--alpha", "3", "--run", str(tmp_path)]
+    train.main([*flags, *run])
+    heads, offsets, _ = read_offsets(tmp_path / "offsets.safetensors")
+    session = Session(train.parse_args([*flags, "--run", str(tmp_path / "other")]), "train")
+    next(session.folds())
+    z = last_z(session.model, contrast(session, session.read("train")))
+    assert difference(offsets, iti.mass_mean_shift(z, heads, 3.0)) < 1e-6
 
 
 @pytest.mark.parametrize("method", slow_but(["lora"], [m for m in METHODS if m != "lofit"]))

@@ -1,5 +1,6 @@
 """The figure of docs/results.md: which recorded runs it shows, and that its command works."""
 
+import re
 import subprocess
 import sys
 
@@ -92,6 +93,9 @@ def test_the_command_draws_the_runs_of_this_repository(tmp_path):
     picture.main(["--out", str(tmp_path / "heads.png"), "--records", str(records.folder)])
     made = (tmp_path / "heads.png").read_bytes()
     assert made.startswith(b"\x89PNG") and len(made) < 80 * 1024
+    both = (made, (REPO / "docs" / "heads.png").read_bytes())
+    shows = [re.search(rb"Description\0(\w{64})", picture).group(1) for picture in both]
+    assert shows[0] == shows[1]  # of the runs that are recorded now
 
 
 def test_nothing_recorded_and_no_matplotlib_are_one_line(records, tmp_path, monkeypatch):

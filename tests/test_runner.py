@@ -191,5 +191,5 @@ def test_a_test_of_other_offsets_than_the_recorded_is_refused(tmp_path):
         tested_run = replace(run, kind=kind, tested=tested)
         made._check_offsets(tested_run, {"offsets_hash": "a1"})
         made._check_offsets(tested_run, {"offsets_hash": ["a1", "a1"]})  # in folds
-        with pytest.raises(InputError, match="not the recorded training's"):
+        with pytest.raises(InputError, match="not those of the recorded training"):
             made._check_offsets(tested_run, {"offsets_hash": "b2"})

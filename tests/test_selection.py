@@ -135,6 +135,22 @@ def test_probes_find_the_head_that_knows(score, monkeypatch):
     assert 0.3 < scores.min() and scores.max() < 0.7  # by cross-validation noise is noise
 
 
+def test_both_texts_of_a_pair_are_on_the_same_side():
+    """Alike, one of them is told and the other is not; if a probe were trained on one of them, it
+    would take the other for that one and be wrong."""
+    z = torch.randn(20, 2, 2, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        selection.probe_accuracy(z.repeat_interleave(2, 0), seed=1), torch.full((2, 2), 0.5)
+    )
+
+
+def test_a_probe_is_not_held_back_from_what_it_can_see():
+    """With a penalty far above scikit-learn's it would always answer the more frequent."""
+    right = torch.tensor([1.0] * 30 + [0.0] * 10)
+    z = (2 * right - 1)[:, None, None].expand(40, 3, 4)
+    assert selection.hits_of_probes(z, right, z, right).all()
+
+
 @pytest.mark.parametrize(
     ("by", "flag"),
     [("random", "--lr"), ("spread", "--n-train"), ("gradient", "--epochs"), ("probe", "--l1"),

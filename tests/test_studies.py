@@ -9,6 +9,7 @@ import torch
 from conftest import REPO
 
 from lofit.errors import InputError
+from lofit.studies import text_loss
 from lofit.studies.__main__ import main, parse_args
 from lofit.studies.page import filled
 from lofit.studies.records import Records
@@ -289,6 +290,13 @@ def test_recorded_tests_are_of_the_recorded_offsets():
                 trained = records.of(replace(run, kind="train", tested=""))
                 other += [(run.method, run.tested)] * other_offsets(trained, found)
     assert sorted(other) == [*3 * [("lofit", "truthfulqa")], *3 * [("lora", "truthfulqa")]]
+
+
+def test_an_empty_text_is_refused(tiny_folder, small_data, tmp_path):
+    (tmp_path / "text").write_text("\n")
+    flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="text: no text of two tokens or more"):
+        text_loss.main([*flags, "--offsets", "none", "--text", str(tmp_path / "text")])
 
 
 def test_work_is_not_in_git():

@@ -112,7 +112,7 @@ def heads_rows(args) -> Iterable[Row]:
 def methods_rows(args) -> Iterable[Row]:
     every = [*(f"lofit {k}" for k in args.heads), *args.methods]
     for model, task in itertools.product(args.model, args.task):
-        picks = {name: method(args, model, task, name, "", args.chosen_on) for name in every}
+        picks = {name: method(args, model, task, name, chosen_on=args.chosen_on) for name in every}
         for name in every:
             yield Row([*names(model, task), name], picks[name], picks[every[0]])
 

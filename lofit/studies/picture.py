@@ -9,6 +9,7 @@ learning rate that did best on validation.
 """
 
 import argparse
+import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +132,9 @@ def draw(panels: dict[tuple[str, str], Panel], path: Path) -> None:
             axes.set_xlabel("number of heads")
         grid[0, 0].set_ylim(-1.5, 1.05 * max(panel.highest for panel in panels.values()))
         legend(figure, grid.flat)
-        write_atomic(path, lambda p: figure.savefig(p, dpi=100, format="png"))
+        # of what it shows, so that a test can tell an old picture; pixels depend on matplotlib
+        shows = {"Description": hashlib.sha256(repr(panels).encode()).hexdigest()}
+        write_atomic(path, lambda p: figure.savefig(p, dpi=100, format="png", metadata=shows))
         plt.close(figure)
 
 

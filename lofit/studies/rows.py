@@ -188,7 +188,9 @@ def chosen(row: Row, records: Records) -> str:
         else:
             found.append("".join(run.train.split()[-2:]).removeprefix("--"))
     chooser = row.picks[0].tried[0].task
-    return " ".join(found + [f"(of {chooser})"] * any(run.task != chooser for run in done)) or NONE
+    if any(run.task != chooser for run in done):
+        found.append(f"(of {chooser})")
+    return " ".join(found) or NONE
 
 
 def grids(picks: list[Pick], records: Records) -> list[torch.Tensor]:

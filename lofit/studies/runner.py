@@ -147,7 +147,8 @@ def recipe_lr(run: Run) -> float:
 
 
 def other_offsets(trained: dict, tested: dict) -> bool:
-    """Whether a test had other offsets than a training ended with, as far as both are recorded."""
+    """Whether a test has other offsets than its training, as far as both are known; a task in folds
+    may be tested with one fold's."""
     hashes = [part.get("offsets_hash", []) for part in (trained, tested)]
     was, now = ({found} if isinstance(found, str) else {*found} for found in hashes)
     return bool(was) and not now <= was
@@ -234,19 +235,22 @@ class _Runner:
             if self.stopping.is_set():
                 return
             seconds = round(time.time() - began, 2)
+            found, grids = call.measured()
+            self._check_offsets(call.run, found)
             if not self.records.done(call.run, call.script):
-                found, grids = call.measured()
-                self._check_offsets(call.run, found)
                 found |= {"seconds": {call.script: seconds}, "device": {call.script: self.machine}}
                 self.records.add(call.run, found, grids)
             print(f"{call.script} {call.run.title}: {seconds:.0f} s", flush=True)
 
     def _check_offsets(self, run: Run, found: dict) -> None:
-        """InputError if a test was of other offsets than those recorded: a training that is made
-        again elsewhere may end in others."""
+        """InputError if the offsets of a training or a test are not the recorded training's: made
+        again on another machine, they may differ."""
         trained = self.records.of(replace(run, kind="train", tested=""))
         if other_offsets(trained, found):
-            raise InputError("tested with offsets that are not the recorded training's; left out")
+            raise InputError(
+                "its offsets are not those of the recorded training, and it is not recorded; with"
+                " another folder for --records both are made anew"
+            )
 
     @contextmanager
     def _turn(self, folder: Path) -> Iterator[None]:
