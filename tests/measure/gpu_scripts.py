@@ -47,7 +47,7 @@ def call(n: int, script: str, flags: list[str], limit: int) -> dict:
         ended = [(done.returncode, done.stdout, done.stderr)]
     code, out, err = ended[0]
     if code:
-        sys.exit(f"{script} {' '.join(flags)} ended with {code}:\n{out[-1000:]}\n{err[-10000:]}")
+        sys.exit(f"{script} {' '.join(flags)} ended with {code}:\n{out[-1000:]}\n{err}")
     told = json.loads(next(x for x in out.splitlines() if x.startswith("@"))[1:])
     told["seconds"]["end"] = time.time() - began - sum(told["seconds"].values())
     return told
