@@ -7,189 +7,162 @@ python eval.py --split val --base-only
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
+from lofit import errors
 from lofit.errors import InputError
-from lofit.files import write_json
-from lofit.heads import Head, attached_heads, edits_off, gather_offsets
-from lofit.llm.generate import compiled_step
-from lofit.run import artefacts
-from lofit.run.adapters import find_offsets
-from lofit.run.arguments import common_parser, int_at_least, trained_folders
-from lofit.run.artefacts import OFFSETS
-from lofit.run.evaluation import evaluate
-from lofit.run.session import Session, run_script
-from lofit.run.summary import (
-    by_answer,
-    by_group,
-    print_details,
-    print_results,
-    results_table,
-    summarize,
+from lofit.evaluation import BATCH, evaluate
+from lofit.files import hash_of
+from lofit.heads import edits_off, get_edits, set_edits
+from lofit.llm.generate import Decoding
+from lofit.run.arguments import METHODS, common_parser, natural
+from lofit.run.files import (
+    HEADS,
+    OFFSETS,
+    as_line,
+    check_made_for,
+    edit_tensors,
+    find_edits,
+    load_offsets,
+    save_results,
 )
-
-# copied from the adapter's metadata; the last four only exist for methods without heads
-METADATA = ("seed", "settings", "method", "trained_values", "share_of_base", "offsets_hash")
+from lofit.run.setup import Run, open_runs, run_folder
+from lofit.run.summary import by_answer, by_group, print_details, results_table, summarize
+from lofit.tasks import find_tasks
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_parser(__doc__)
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"))
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--base-only", action="store_true", help="no offsets, the base model alone")
-    which.add_argument(
-        "--offsets", nargs="+", metavar="ADAPTER", default=[],
-        help="run folders, adapter folders or hub ids, of any task (default: the run's own)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--base-from", type=Path, metavar="RUN",
-        help="a run whose results hold the base model's answers to the same split",
-    )  # fmt: skip
-    parser.add_argument("--batch-size", type=int_at_least(1), default=64)
-    parser.add_argument(
-        "--max-new-tokens", type=int_at_least(1),
-        help="of a generated answer (default: the task's; of own data enough for every reference)",
-    )  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="the decoding step (for GPUs)")
+    arg = parser.add_argument
+    arg("--split", default="test", choices=("train", "val", "test"), help="(default: %(default)s)")
+    arg("--offsets", nargs="+", default=[], metavar="ADAPTER", help="run folders, adapter folders"
+        " or hub ids, of any task (default: the run's own)")  # fmt: skip
+    arg("--base-only", action="store_true", help="no offsets, the base model alone")
+    arg("--batch-size", type=natural, default=BATCH, help="(default: %(default)s)")
+    arg("--compile", action="store_true", help="the decoding step (for long runs on a GPU)")
+    for flag in ("--heads", "--method"):  # train.py's: say what is meant
+        arg(flag, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-def find_adapters(args: argparse.Namespace, run: Session) -> dict[str, Path | None]:
-    """Label -> file of offsets, each attached once to see that it fits; None for offsets that came
-    with the model. InputError if there are none, or if they were trained for other questions."""
-    if args.base_only:
-        return {}
-    own = run.folder / OFFSETS
-    if not args.offsets and not own.exists():
-        if attached_heads(run.model):
-            return {"tuned": None}
-        raise InputError(f"{own}: no such file; run train.py first, or use --base-only")
-    named = args.offsets or [str(own)]
-    files = {name: find_offsets(name, run.fold) for name in named}
-    mine = run.info()
-    for path in files.values():
-        trained = artefacts.load_offsets(path, run.model)[1]
-        warn_of_dtype(path, trained, run)
-        if not args.offsets:
-            artefacts.check_same_run(path, trained, mine, "train.py")
-            artefacts.check_heads_of(path, trained)
-        elif trained.get("task") == mine["task"] and trained.get("fold") != mine["fold"]:
-            raise InputError(
-                f"{path}: trained with fold {trained.get('fold')}, asked for fold {mine['fold']}"
-            )
-    return files if len(files) > 1 else {"tuned": files[named[0]]}
-
-
-def warn_of_dtype(path: Path, trained: dict, run: Session) -> None:
-    """Say where offsets are evaluated on a base of another dtype than they were trained on."""
-    settings = trained.get("settings")
-    dtype = settings.get("dtype") if isinstance(settings, dict) else None
-    if dtype not in (None, run.dtype):
-        print(
-            f"warning: {path}: trained on a {dtype} model, evaluated on a {run.dtype} one;"
-            f" --dtype {dtype} evaluates as in training",
-            file=sys.stderr,
-        )
-
-
-def choose_run(args: argparse.Namespace) -> Path | None:
-    """The run folder to evaluate: --run, or of several of this model and task the one that was
-    trained last. None: the folder that the arguments name."""
-    if args.run or args.offsets or args.base_only:
-        return args.run
-    folders = trained_folders(args)
-    if len(folders) > 1:
-        others = ", ".join(map(str, folders[1:]))
-        print(f"evaluating {folders[0]}, trained last; --run chooses another: {others}")
-    return folders[0] if folders else None
-
-
-def attach(run: Session, path: Path | None) -> dict:
-    """Attach a file's offsets, or keep the model's own; returns their metadata."""
-    heads, trained = attached_heads(run.model), {}
-    if path is not None:
-        heads, trained = artefacts.load_offsets(path, run.model)
-    metadata = describe(run, heads) | {"offsets": path and str(path)}
-    if heads:
-        offsets = gather_offsets(run.model, heads)
-        metadata["offsets_hash"] = artefacts.hash_of_offsets(heads, offsets)
-    return metadata | {key: trained[key] for key in METADATA if key in trained}
-
-
-def describe(run: Session, heads: list[Head]) -> dict:
-    """Heads, trained values and their share of the base model."""
-    n = len(heads) * run.model.config.head_dim
-    return {"heads": heads, "trained_values": n, "share_of_base": n / run.n_base}
-
-
-def evaluate_fold(args: argparse.Namespace, run: Session) -> tuple[dict, dict]:
-    """Score one fold; writes and prints its results. Returns them, and the scores of every item:
-    {"base" or label: [...]}."""
-    examples, batch_size = run.read(args.split), args.batch_size
-    adapters, metadata = find_adapters(args, run), {}
-    mine = run.info() | {"split": args.split}
-    about = mine | {"n": len(examples)} | describe(run, [])
-    memos = run.scored_batches(
-        about | {"batch_size": batch_size, "compile": args.compile}, examples
-    )
-    if args.base_from:
-        folder = args.base_from if run.fold is None else args.base_from / f"fold{run.fold}"
-        scored = {"base": artefacts.read_base(folder, mine, [e.prompt for e in examples])}
-    else:
-        with edits_off(run.model):
-            scored = {"base": evaluate(run, examples, batch_size, "base model", memos("base"))}
-    for label, path in adapters.items():
-        metadata[label] = attach(run, path)
-        memo = memos(metadata[label]["offsets_hash"])
-        scored[label] = evaluate(run, examples, batch_size, f"{label} model", memo)
-
-    results = summarize(about, metadata, scored, run.task.METRICS)
-    results |= by_answer(examples, scored) | by_group(examples, scored, run.task.METRICS)
-    lines = [
-        {key: value for key, value in asdict(example).items() if value}
-        | {who: rows[i] for who, rows in scored.items()}
-        for i, example in enumerate(examples)
-    ]
-    names = artefacts.results_files(args.split, args.base_only)
-    artefacts.save_results(run.folder, results, lines, names)
-    run.log({"results": results})
-    print_results(f"{run.title}, {args.split} split ({len(examples)} items)", results)
-    print_details(results)
-    print(f"-> {run.folder / names[0]}, {names[1]}")
-    return results, scored
-
-
-def average(args: argparse.Namespace, run: Session, folds: list[tuple[dict, dict]]) -> None:
-    """Results of both folds together, over all their items; writes and prints them."""
-    (first, one), (second, other) = folds
-    whole = {who: one[who] + other[who] for who in one}
-    about = {k: first[k] for k in first if k not in ("settings", "fold", "offsets")}
-    parts = [{k: r[k] for k in ("base", "tuned", "adapters") if k in r} for r in (first, second)]
-    about |= {"n": first["n"] + second["n"], "folds": parts}
-    metadata = {}
-    for who in [who for who in whole if who != "base"]:
-        both = [r["adapters"][who] if "adapters" in r else r for r in (first, second)]
-        metadata[who] = {key: [r[key] for r in both] for key in ("heads", "offsets_hash")}
-        metadata[who] |= {key: both[0][key] for key in ("trained_values", "share_of_base")}
-    results = summarize(about, metadata, whole, tuple(first["base"]))
-    write_json(run.base_folder / artefacts.results_files(args.split, args.base_only)[0], results)
-    for label, own in (results.get("adapters") or {"": {}}).items():
-        title = f"both folds, {results['n']} items{f', {label}' if label else ''}"
-        print(f"\n{title}\n{results_table(results | own)}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    args.run = choose_run(args)
-    # offsets from elsewhere have a folder of their own: the run's results stay
-    run = Session(args, "eval", "-offsets" if args.offsets else "")
+    suffix = choose_suffix(args)
+    pooled: dict[str, list[dict]] = {}
+    with open_runs(args, "eval", suffix) as runs:
+        for run in runs:
+            scored = evaluate_run(args, run)
+            for who, rows in scored.items():
+                pooled.setdefault(who, []).extend(rows)
+    if len(pooled["base"]) > len(scored["base"]):  # both folds: each question was held out once
+        whole = summarize(pooled, run.task.metrics)
+        print(f"\nboth folds, {len(pooled['base'])} items\n{results_table(whole)}")
+
+
+def choose_suffix(args: argparse.Namespace) -> str:
+    """Of the run folders of this model and task (LoFiT's, controls, baselines) the one that was
+    trained last. Offsets from elsewhere have a folder of their own: the run's results stay."""
+    tasks = find_tasks(args.task)
+
+    def trained(suffix: str) -> list[Path]:
+        folders = [run_folder(args, task, suffix, len(tasks) == 1) for task in tasks]
+        return [path for path in (folder / OFFSETS for folder in folders) if path.exists()]
+
+    if args.heads or args.method:
+        name = args.heads or args.method
+        where = run_folder(args, tasks[0], f"-{name}", len(tasks) == 1)
+        raise InputError(f"eval.py evaluates what was trained: name it by --run {where}")
+    if args.offsets or args.run or args.base_only:
+        return "-offsets" if args.offsets else ""
+    suffixes = ["", *(f"-{name}" for name in ("random", "all", *METHODS[1:]))]
+    times = {s: max(p.stat().st_mtime_ns for p in trained(s)) for s in suffixes if trained(s)}
+    latest, *others = sorted(times, key=times.get, reverse=True) or [""]
+    if others:
+        print(
+            f"evaluating {trained(latest)[0].parent}, trained last; --run chooses another:"
+            f" {', '.join(str(trained(other)[0].parent) for other in others)}"
+        )
+    return latest
+
+
+def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
+    """Score one task; writes and prints its results. Returns the rows of "base" and each label."""
+    examples, decoding = run.read(args.split), None
+    names = [] if args.base_only else args.offsets or [str(run.folder)]
+    # all files are read and fit before anything is scored
+    adapters, edits = {}, {}
+    for name in names:
+        label = name if len(names) > 1 else "tuned"
+        adapters[label], edits[label] = attach(args, run, name), get_edits(run.model)
     if args.compile:
-        run.decode_step = compiled_step()
-    found = [evaluate_fold(args, run) for _ in run.folds()]
-    if len(found) == 2:
-        average(args, run, found)
+        from lofit.fast.decoding import compiled_step
+
+        decoding = Decoding(compiled_step())
+
+    # the same weights answer twice, so the two differ by the edits and by nothing else
+    with edits_off(run.model):
+        scored = {"base": evaluate(run, examples, args.batch_size, "base model", decoding)}
+    for label in adapters:
+        set_edits(run.model, edits[label])
+        scored[label] = evaluate(run, examples, args.batch_size, f"{label} model", decoding)
+
+    metrics = run.task.metrics
+    results = run.info | {"split": args.split, "n": len(examples), "adapters": adapters}
+    results |= summarize(scored, metrics)
+    results |= by_answer(run.task, examples, scored) | by_group(examples, scored, metrics)
+    print(f"\n{run.title}, {args.split} split ({len(examples)} items)")
+    for label, about in adapters.items():
+        n, what = about["trained_values"], about.get("method") or f"{len(about['heads'])} heads"
+        share = f"{n / run.n_base:.4%} of the base model"
+        print(f"{label}: {what}, {n:,} trained values ({share}), seed {about.get('seed')}")
+    print(results_table(results))
+    print_details(results)
+    # those of other splits, and of the base alone, never replace a tuned model's test results
+    suffix = "" if args.split == "test" else f"-{args.split}"
+    suffix += "-base" if args.base_only else ""
+    lines = [
+        as_line(example, {who: rows[i] for who, rows in scored.items()})
+        for i, example in enumerate(examples)
+    ]
+    print(save_results(run.folder, suffix, results, lines))
+    run.log({"results": results["scores"]})
+    return scored
+
+
+def attach(args: argparse.Namespace, run: Run, name: str) -> dict:
+    """Attach a file's edits; returns what the results say of it. Without --offsets they must be the
+    run's own, and as new as its heads."""
+    path, found, mine = find_edits(name), load_offsets(name, run.model), run.info
+    if not args.offsets:
+        check_made_for(path, found, mine, "train.py")
+        chosen = hash_of(path.with_name(HEADS))
+        if chosen and found.get("heads_hash", chosen) != chosen:
+            raise InputError(
+                f"{path}: trained before {HEADS} beside it was written; run train.py again, or"
+                f" evaluate these all the same by --offsets {path.parent}"
+            )
+    tasks = {found.get("task"), mine["task"]}
+    if tasks == {"truthfulqa-0", "truthfulqa-1"}:
+        raise InputError(f"{path}: {found['task']} trains on questions that {mine['task']} tests")
+    for flag, theirs, ours in (
+        ("dtype", found["settings"].get("dtype"), mine["settings"]["dtype"]),
+        ("chat", found.get("chat"), mine["chat"]),
+    ):
+        if theirs is not None and theirs != ours:
+            print(
+                f"warning: {path}: trained with {flag} {theirs}, evaluated with {flag} {ours}",
+                file=sys.stderr,
+            )
+    tensors = edit_tensors(run.model)
+    about = {
+        "trained_values": sum(t.numel() for key, t in tensors.items() if key != "heads"),
+        "heads": tensors["heads"].tolist() if "heads" in tensors else [],
+        "offsets": str(path),
+        "offsets_hash": hash_of(path),
+    }
+    keys = ("task", "seed", "settings", "method")
+    return about | {key: found[key] for key in keys if key in found}
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run(main)

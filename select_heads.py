@@ -8,84 +8,88 @@ python select_heads.py --by gradient       # another way to choose: see lofit/co
 import argparse
 
 import torch
+from tqdm import tqdm
 
-from lofit.heads import attach_scales, head_scores, init_scales, rank_heads
+from lofit import errors
+from lofit.heads import attach_scales, every_head, head_grid, head_scores, random_init, rank_heads
 from lofit.recipes import count_heads
-from lofit.run.arguments import common_parser, int_at_least, nonnegative_float, positive_float
-from lofit.run.artefacts import HEADS, PICTURE, save_heads
-from lofit.run.session import Session, run_script
-from lofit.run.summary import head_map, head_picture
-from lofit.training import Schedule, Training, fit
+from lofit.run.arguments import not_negative, training_parser
+from lofit.run.files import HEADS, save_heads
+from lofit.run.resume import restore, save_epoch, state_file
+from lofit.run.setup import Run, make_objective, open_runs
+from lofit.run.summary import head_map, save_picture
+from lofit.training import Schedule, draw_epochs, make_optimizer, train_step
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(__doc__)
-    parser.add_argument(
-        "--by",
-        default="scales",
-        help="scales, gradient, gates, probe, random, spread, or task:OTHER, the run of another"
-        " task or its folder",
-    )
-    parser.add_argument("--heads", help="how many to keep: a number, or a share like 3%%")
-    parser.add_argument("--n-train", type=int_at_least(1), help="so many examples (default: all)")
-    parser.add_argument("--lr", type=positive_float, help="peak learning rate of the scales")
-    parser.add_argument("--l1", type=nonnegative_float, help="lambda, weight of the L1 penalty")
-    parser.add_argument("--epochs", type=int_at_least(1))
-    parser.add_argument("--batch-size", type=int_at_least(1))
-    parser.add_argument(
-        "--compile", action="store_const", const=True,
-        help="the layers, in training (for long runs on a GPU)",
-    )  # fmt: skip
+    parser = training_parser(__doc__)
+    arg = parser.add_argument
+    arg("--by", default="scales", choices=("scales", "gradient", "probe", "random"),
+        help="how heads are scored (default: %(default)s, LoFiT's way)")  # fmt: skip
+    arg("--heads", help="how many to keep: a number, or a share like 3%% (default: the recipe's)")
+    arg("--l1", type=not_negative, help="lambda, weight of the L1 penalty (default: the recipe's)")
     return parser.parse_args(argv)
-
-
-def learn_scales(args: argparse.Namespace, run: Session) -> torch.Tensor:
-    """Score every head by the norm of its learned scale (paper, section 3): [layer, head]."""
-    schedule = Schedule(
-        lr=run.setting("lr", args.lr, run.recipe.select_lr),
-        l1=run.setting("l1", args.l1, run.recipe.l1),
-        epochs=run.setting("epochs", args.epochs, run.recipe.select_epochs),
-        batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
-        by_length=not args.plain,
-    )
-    objective = run.objective(run.read("train", args.n_train), "train")
-    print(f"learning a scale for every head on {len(objective)} examples")
-
-    parameters = attach_scales(run.model, init_scales(run.model, run.seed))
-    training = Training(parameters, objective, schedule, run.seed)
-    with run.recorded(training) as on_step:
-        for epoch, loss in fit(training, on_step):
-            total = head_scores(run.model).sum()
-            print(f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}  sum of scores {total:.2f}")
-    return head_scores(run.model)
-
-
-def select(args: argparse.Namespace, run: Session) -> None:
-    """Score the heads on one fold's training split; writes heads.json and the map."""
-    k = count_heads(run.setting("heads", args.heads, run.recipe.heads), run.model.config)
-    if args.by == "scales":
-        scores, label = learn_scales(args, run).cpu(), "score: norm of the learned scale"
-    else:
-        from lofit.compare.selection import score_heads
-
-        scores, label = score_heads(args, run).cpu(), f"score by {args.by}"
-    heads = rank_heads(scores, k)
-    picture = head_picture(scores, heads, run.title, label)
-    save_heads(run.folder / HEADS, heads, scores, run.info(), picture)
-    print(f"\n{head_map(scores, heads)}\n")
-    print(f"{k} heads -> {run.folder / HEADS}{f', {PICTURE}' if picture else ''}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.by != "scales":
-        from lofit.compare.selection import check_by
+    with open_runs(args, "select_heads") as runs:
+        for run in runs:
+            select(args, run)
 
-        check_by(args)
-    run = Session(args, "select_heads")
-    for _ in run.folds():
-        select(args, run)
+
+def select(args: argparse.Namespace, run: Run) -> None:
+    """Score every head on the training split, keep the K best; writes heads.json and the map."""
+    k = count_heads(run.setting("heads", args.heads, run.recipe.heads), run.model.config)
+    run.info["settings"]["by"] = args.by
+    if args.by == "scales":
+        scores = learn_scales(args, run)
+    else:
+        from lofit.compare.selection import score_heads
+
+        scores = score_heads(args.by, run, args.n_train)
+    heads = rank_heads(scores, k)
+    picture = save_picture(run.folder / "heads.png", scores, heads, f"{run.title}, by {args.by}")
+    save_heads(run.folder / HEADS, heads, scores, run.info)
+    state_file(run).unlink(missing_ok=True)
+    print(f"\n{head_map(scores, heads)}\n\n{k} heads -> {run.folder / HEADS}{picture}")
+
+
+def learn_scales(args: argparse.Namespace, run: Run) -> torch.Tensor:
+    """Score every head by the norm of its learned scale (paper, section 3): [layer, head]."""
+    recipe = run.recipe
+    schedule = Schedule(
+        lr=run.setting("lr", args.lr, recipe.select_lr),
+        l1=run.setting("l1", args.l1, recipe.l1),
+        epochs=run.setting("epochs", args.epochs, recipe.select_epochs),
+        batch_size=run.setting("batch_size", args.batch_size, recipe.batch_size),
+    )
+    examples = run.read("train", args.n_train)
+    objective = make_objective(run, examples, "train")
+    # all heads start alike, near 0: what the penalty leaves of a scale is what its head is worth
+    initial = random_init(run.model, len(every_head(run.model)), run.seed)
+    parameters = attach_scales(run.model, initial.view(*head_grid(run.model), -1))
+    epochs = draw_epochs(objective.lengths, schedule, run.seed, by_length=not run.plain)
+    optimizer, total = make_optimizer(parameters, schedule), sum(map(len, epochs))
+    # 0, or how many epochs the same command had done when it was stopped
+    start, _ = restore(run, optimizer, objective, epochs[0])
+    step = sum(map(len, epochs[:start]))
+    print(f"learning a scale for every head on {len(examples)} examples")
+
+    for epoch in range(start, schedule.epochs):
+        losses = []
+        for rows in tqdm(epochs[epoch], f"epoch {epoch + 1}", disable=None, leave=False):
+            loss = objective.loss(objective.batch(rows))  # cross-entropy on the answers, or DPO
+            record = train_step(optimizer, loss, schedule, step, total)  # + lambda * sum |A|
+            run.log({"epoch": epoch + 1} | record)
+            losses.append(record["task_loss"])
+            step += 1
+        mean, scores = sum(losses) / len(losses), head_scores(run.model)
+        print(f"epoch {epoch + 1}/{schedule.epochs}  loss {mean:.4f}  scores {scores.sum():.2f}")
+        if epoch + 1 < schedule.epochs:
+            save_epoch(run, epoch + 1, optimizer)
+    return head_scores(run.model)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run(main)

@@ -2,157 +2,167 @@
 
 python train.py --task mquake              # heads.json of the run -> offsets.safetensors
 python train.py --heads random             # a control: as many heads, drawn by the seed
+python train.py --method lora              # a baseline: see lofit/compare/baselines.py
 """
 
 import argparse
 import random
+import shlex
 from pathlib import Path
 
+from torch import nn
+from tqdm import tqdm
+
+from lofit import errors
 from lofit.errors import InputError
-from lofit.heads import (
-    Head,
-    attach_offsets,
-    gather_offsets,
-    head_grid,
-    init_offsets,
-    rank_heads,
-)
-from lofit.llm.files import read_json
+from lofit.evaluation import check_answers, check_prompts, validate
+from lofit.files import hash_of
+from lofit.heads import Head, attach_offsets, every_head, random_init, rank_heads
 from lofit.recipes import count_heads
-from lofit.run.arguments import (
-    METHODS,
-    common_parser,
-    eval_command,
-    int_at_least,
-    positive_float,
-    train_suffix,
-)
-from lofit.run.artefacts import (
-    HEADS,
-    OFFSETS,
-    check_same_run,
-    find_heads,
-    hash_of_file,
-    load_heads,
-    save_offsets,
-)
-from lofit.run.evaluation import validate_epoch
-from lofit.run.session import Session, run_script
-from lofit.training import Schedule, Training, fit
+from lofit.run.arguments import METHODS, positive, shared_flags, training_parser
+from lofit.run.files import HEADS, OFFSETS, check_made_for, load_heads, save_edits
+from lofit.run.resume import restore, save_epoch, state_file
+from lofit.run.setup import Run, make_objective, open_runs
+from lofit.tasks import Example
+from lofit.training import Schedule, draw_epochs, make_optimizer, train_step
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(__doc__)
-    parser.add_argument(
-        "--heads",
-        help="FILE, run folder of select_heads.py, random or all (default: this run's folder)",
-    )
-    parser.add_argument(
-        "--top",
-        help="how many heads of FILE or at random (layers of --method post_block): a number or 3%%",
-    )
-    parser.add_argument("--draw", type=int_at_least(0), help="which random heads (default: seed)")
-    parser.add_argument("--n-train", type=int_at_least(1), help="so many examples (default: all)")
-    parser.add_argument("--lr", type=positive_float, help="peak learning rate of the offsets")
-    parser.add_argument("--method", choices=METHODS, default="lofit")
-    parser.add_argument("--alpha", type=positive_float, help="strength of --method iti and repe")
-    parser.add_argument("--epochs", type=int_at_least(1))
-    parser.add_argument("--batch-size", type=int_at_least(1))
-    parser.add_argument(
-        "--validate", default="every", choices=("every", "last"), help="after which epochs"
-    )
-    parser.add_argument(
-        "--compile", action="store_const", const=True,
-        help="the layers, in training (for long runs on a GPU)",
-    )  # fmt: skip
+    parser = training_parser(__doc__)
+    arg = parser.add_argument
+    arg("--heads", help="which heads: another run's folder, a JSON file, random, or all"
+        " (default: those of this run's heads.json)")  # fmt: skip
+    arg("--top", help="how many of these heads, or at random: a number or a share like 3%%"
+        " (default: the recipe's)")  # fmt: skip
+    arg("--method", choices=METHODS, default="lofit", help="LoFiT, or a baseline"
+        " (default: %(default)s)")  # fmt: skip
+    arg("--strength", type=positive, help="of the vectors of iti and repe, which learn nothing")
+    arg("--keep", choices=("last", "best"), default="last", help="the last epoch, as the paper, or"
+        " the best on validation (default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
-
-
-def choose_heads(args: argparse.Namespace, run: Session) -> list[Head]:
-    """The heads to train: all, drawn at random by the seed, or from select_heads.py's file."""
-    layers, per_layer = head_grid(run.model)
-    every = [(layer, head) for layer in range(layers) for head in range(per_layer)]
-    if args.heads == "all":
-        return every
-    if args.heads == "random":
-        k = count_heads(run.setting("top", args.top, run.recipe.heads), run.model.config)
-        draw = run.seed if args.draw is None else run.setting("draw", args.draw, run.seed)
-        return random.Random(draw).sample(every, k)
-    path = find_heads(Path(args.heads), run.fold) if args.heads else run.folder / HEADS
-    if not path.exists():
-        raise InputError(f"{path}: no such file; run select_heads.py first, or name a file")
-    heads, scores = load_heads(path, run.model)
-    if not args.heads:  # named heads may be of another task
-        check_same_run(path, read_json(path), run.info(), "select_heads.py")
-    return rank_heads(scores, count_heads(args.top, run.model.config)) if args.top else heads
-
-
-def learn_offsets(args: argparse.Namespace, run: Session) -> None:
-    """Learn the offsets on one fold's training split; writes offsets.safetensors."""
-    heads = choose_heads(args, run)
-    layers, per_layer = head_grid(run.model)
-    schedule = Schedule(
-        lr=run.setting("lr", args.lr, run.recipe.lr_of(len(heads), layers * per_layer)),
-        epochs=run.setting("epochs", args.epochs, run.recipe.offset_epochs),
-        batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
-        by_length=not args.plain,
-    )
-    run.settings["heads"] = args.heads or "heads.json"
-    objective, val = run.objective(run.read("train", args.n_train), "train"), run.read("val")
-    held_out = run.objective(val, "val")
-    n_trained = len(heads) * run.model.config.head_dim
-    print(f"learning {len(heads)} offsets ({n_trained:,} values) on {len(objective)} examples")
-
-    parameters = attach_offsets(run.model, heads, init_offsets(run.model, len(heads), run.seed))
-    training, metrics = Training(parameters, objective, schedule, run.seed), {}
-    with run.recorded(training) as on_step:
-        for epoch, loss in fit(training, on_step):
-            line = f"epoch {epoch}/{schedule.epochs}  loss {loss:.4f}"
-            if args.validate == "every" or epoch == schedule.epochs:
-                metrics, scores = validate_epoch(run, epoch, loss, held_out, val)
-                line += scores
-            print(line)
-
-    offsets, path = gather_offsets(run.model, heads), run.folder / OFFSETS
-    made_from = {} if args.heads else {"heads_hash": hash_of_file(run.folder / HEADS)}
-    save_offsets(path, heads, offsets, run.info() | made_from | {"val": metrics})
-    size = f"norms {offsets.norm(dim=1).min():.2f} to {offsets.norm(dim=1).max():.2f}"
-    print(f"{len(heads)} offsets ({size}) -> {path}")
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """InputError for a flag that the method or the choice of heads does not use."""
-    trains, chooses = args.method not in ("iti", "repe"), args.method == "lofit"
-    for name, applies, reason in (
-        ("heads", chooses, f"--method {args.method}"),
-        (
-            "top",
-            args.method in ("iti", "post_block") or chooses and args.heads != "all",
-            "--heads all" if chooses else f"--method {args.method}",
-        ),
-        ("draw", chooses and args.heads == "random", "heads that are not drawn"),
-        ("alpha", not trains, f"--method {args.method}"),
-        ("lr", trains, f"--method {args.method}"),
-        ("epochs", trains, f"--method {args.method}"),
-        ("batch_size", trains, f"--method {args.method}"),
-        ("compile", trains, f"--method {args.method}"),
-    ):
-        if getattr(args, name) is not None and not applies:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag}: not used with {reason}; leave it out")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_flags(args)
-    train = learn_offsets
+    # a control or a baseline has a folder of its own, and never replaces the run
+    control = args.heads if args.heads in ("random", "all") else ""
+    variant = control if args.method == "lofit" else args.method
+    with open_runs(args, "train", f"-{variant}" if variant else "") as runs:
+        for run in runs:
+            train(args, run)
+            where = f" --run {shlex.quote(str(run.folder))}" if variant or args.run else ""
+            print(f"to evaluate it: python eval.py {shared_flags(args, run.task.name)}{where}")
+
+
+def train(args: argparse.Namespace, run: Run) -> None:
+    """One training, of LoFiT or of a baseline: read, attach, learn, save."""
+    examples, val = run.read("train", args.n_train), run.read("val")
+    # every text is read and checked before anything is trained
+    objective, held_out = make_objective(run, examples, "train"), make_objective(run, val, "val")
+    check_answers(run, [*examples, *val])
+    for split in ("val", "test"):
+        check_prompts(run, split)
+
+    parameters, lr, origin = attach(args, run, examples)
+    if parameters:
+        schedule = Schedule(
+            lr=run.setting("lr", args.lr, lr, origin),
+            epochs=run.setting("epochs", args.epochs, run.recipe.offset_epochs),
+            batch_size=run.setting("batch_size", args.batch_size, run.recipe.batch_size),
+        )
+        run.info["settings"]["keep"] = args.keep
+        n = sum(parameter.numel() for parameter in parameters)
+        print(f"learning {n:,} values on {len(examples)} examples")
+        metrics = learn(run, parameters, objective, schedule, val, held_out)
+    else:  # iti and repe read their vectors off the model
+        metrics = validate(run, val, held_out)
+
+    save_edits(run.folder / OFFSETS, run.model, run.info | {"val": metrics})
+    state_file(run).unlink(missing_ok=True)
+    print(f"-> {run.folder / OFFSETS}")
+
+
+def attach(
+    args: argparse.Namespace, run: Run, examples: list[Example]
+) -> tuple[list[nn.Parameter], float, str]:
+    """Put the method's edits into the model; returns what is to be learned, and a learning rate
+    with its origin."""
     if args.method != "lofit":
-        from lofit.compare.methods import train_method as train
-    run = Session(args, "train", train_suffix(args))
-    for _ in run.folds():
-        train(args, run)
-    print(f"to evaluate it: {eval_command(args)}")
+        from lofit.compare.baselines import attach_method
+
+        return attach_method(run, args.method, examples, args.strength, args.top)
+    heads = choose_heads(run, args.heads, args.top)
+    run.info["heads"] = heads
+    if not args.heads:
+        run.info["heads_hash"] = hash_of(run.folder / HEADS)
+    # row i of the start belongs to the i-th head as they are ranked
+    parameters = attach_offsets(run.model, heads, random_init(run.model, len(heads), run.seed))
+    return parameters, run.recipe.lr_of(len(heads), len(every_head(run.model))), run.origin
+
+
+def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
+    """The heads to train: all, drawn at random by the seed, or those of a file."""
+    every, config = every_head(run.model), run.model.config
+    if which == "all":
+        return every
+    if which == "random":
+        k = count_heads(run.setting("top", top, run.recipe.heads), config)
+        return random.Random(run.seed).sample(every, k)
+    path = Path(which) if which else run.folder
+    path = path / HEADS if path.is_dir() else path
+    heads, scores, found = load_heads(path, run.model)
+    if found or not which:
+        # heads that were named may have been chosen on another task: does the choice carry over?
+        keys = ("fingerprint",) if which else ("fingerprint", "data_hash", "chat")
+        check_made_for(path, found, run.info, "select_heads.py", keys)
+    if top and scores is None:
+        raise InputError(f"--top: {path} has no scores to rank heads by; list the heads you want")
+    return rank_heads(scores, count_heads(top, config)) if top else heads
+
+
+def learn(
+    run: Run, parameters: list[nn.Parameter], objective, schedule: Schedule,
+    val: list[Example], held_out,
+) -> dict[str, float]:  # fmt: skip
+    """Train the parameters of the attached edits; returns the validation of what is kept."""
+    epochs = draw_epochs(objective.lengths, schedule, run.seed, by_length=not run.plain)
+    optimizer, total = make_optimizer(parameters, schedule), sum(map(len, epochs))
+    # 0, or how many epochs the same command had done when it was stopped
+    start, best = restore(run, optimizer, objective, epochs[0])
+    step, metric = sum(map(len, epochs[:start])), run.task.metrics[0]
+
+    for epoch in range(start, schedule.epochs):
+        losses = []
+        for rows in tqdm(epochs[epoch], f"epoch {epoch + 1}", disable=None, leave=False):
+            loss = objective.loss(objective.batch(rows))  # cross-entropy on the answers, or DPO
+            record = train_step(optimizer, loss, schedule, step, total)
+            run.log({"epoch": epoch + 1} | record)
+            losses.append(record["task_loss"])
+            step += 1
+        mean, metrics = sum(losses) / len(losses), validate(run, val, held_out)
+        run.log({"epoch": epoch + 1, "train_loss": mean, "val": metrics})
+        print(
+            f"epoch {epoch + 1}/{schedule.epochs}  loss {mean:.4f}  val loss"
+            f" {metrics['loss']:.4f}  val {metric} {metrics[metric]:.1%}"
+        )
+        if best is None or metrics[metric] > best["metrics"][metric]:
+            values = [parameter.detach().clone() for parameter in parameters]
+            best = {"epoch": epoch + 1, "metrics": metrics, "values": values}
+        if epoch + 1 < schedule.epochs:  # after the last one the offsets themselves are written
+            save_epoch(run, epoch + 1, optimizer, best)
+
+    # The paper keeps the last epoch. A validation split of a hundred items hardly tells epochs
+    # apart, and a score that was chosen by is no longer a fair one.
+    keep = run.info["settings"]["keep"]
+    kept = schedule.epochs if keep == "last" else best["epoch"]
+    score = best["metrics"][metric]
+    print(f"epoch {best['epoch']} was the best on validation ({score:.1%}); kept: epoch {kept}")
+    if keep == "last":
+        return metrics
+    for parameter, value in zip(parameters, best["values"], strict=True):
+        parameter.data.copy_(value)
+    return best["metrics"]
 
 
 if __name__ == "__main__":
-    run_script(main)
+    errors.run(main)

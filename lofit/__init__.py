@@ -8,7 +8,8 @@ _HOME = {
     "head_scores": "lofit.heads",
     "rank_heads": "lofit.heads",
     "edits_off": "lofit.heads",
-    "load_offsets": "lofit.run.artefacts",
+    "load_offsets": "lofit.run.files",
+    "save_offsets": "lofit.run.files",
 }
 __all__ = list(_HOME)
 

@@ -1,73 +1,27 @@
-"""The exception for bad input, and how a script ends on it and on signals."""
+"""The exception for bad input, and how a script ends on it."""
 
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 LONGEST = 500  # characters of a message: inputs may hold anything
 MEMORY = (
     "the memory is full; take a smaller --batch-size or --dtype bfloat16, or see what the model"
     " needs by python -m lofit.inspect.memory"
 )
-_signals: list[int] = []  # that arrived since `run` began
-_critical_depth: list[None] = []  # one entry for each `held_back` that is entered
+
+
+def speaks() -> bool:
+    """Whether this process says why it ends; under torchrun distributed.py has another answer."""
+    return True
 
 
 class InputError(ValueError):
     """Bad input: one line that names the file and key, what was expected, and what to do."""
 
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. Bad input, full memory, a closed pipe and a signal end it with one
-    line on stderr: signals with exit code 130 (Ctrl-C) and 143 (SIGTERM), the others with 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    try:
-        main()
-        sys.stdout.flush()
-    except InputError as error:
-        sys.exit(_say(f"error: {one_line(str(error))}", 2))
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        sys.exit(_say(f"error: {MEMORY}", 2))
-    except KeyboardInterrupt:
-        code = 128 + (_signals or [signal.SIGINT])[0]
-        sys.exit(_say("\ninterrupted: nothing half-written was left behind", code))
-    except BrokenPipeError:
-        # what is still to be printed goes nowhere, instead of failing once more at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_say("error: standard output was closed; send it to a file instead", 2))
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # the end is near, and Python's own may fail
-            signal.signal(number, signal.SIG_IGN)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, or torch on any device, found no memory."""
-    of_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
-    return isinstance(error, MemoryError) or of_gpu or "can't allocate memory" in str(error)
-
-
-def _interrupt(number: int, _) -> None:
-    _signals.append(number)
-    if not _critical_depth or len(_signals) > 1:
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Delay a signal to the end of the block, so that what belongs together is done together; a
-    second signal does not wait."""
-    _critical_depth.append(None)
-    try:
-        yield
-    finally:
-        _critical_depth.pop()
-    if _signals and not _critical_depth:
-        raise KeyboardInterrupt
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 def one_line(text: str) -> str:
@@ -77,6 +31,36 @@ def one_line(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
-def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
-    return code
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`. What its user can mend ends it with one line on stderr, not with a
+    traceback: exit code 2, or 130 for Ctrl-C and SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # a terminal may know fewer characters than a text: after an hour's run, show a "?" instead
+    sys.stdout.reconfigure(errors="replace")
+    sys.stderr.reconfigure(errors="replace")
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        _end(f"error: {error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end(f"error: {MEMORY}", 2)
+    except KeyboardInterrupt:
+        _end("\ninterrupted; the same command continues after the last whole epoch", 130)
+    except BrokenPipeError:  # `python eval.py | head`: what is left to print goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end("error: standard output was closed; send it to a file instead", 2)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's error on a GPU is named here by its name, for importing torch takes a second."""
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or of_gpu or "can't allocate memory" in str(error)
+
+
+def _end(line: str, code: int) -> None:
+    if speaks():
+        print(line, file=sys.stderr)
+    sys.exit(code)

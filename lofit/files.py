@@ -1,224 +1,181 @@
-"""Reading and writing files: whole or not at all, and errors that name file and line."""
+"""Reading and writing files: written whole or not at all, read with errors that name the line."""
 
 import csv
+import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 
-from lofit.errors import InputError, held_back
-from lofit.llm.files import open_tensors, parse_json, read_text, save_tensors
+from lofit.errors import InputError
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows has no such locks: two runs in one folder are not noticed there
-
-_HELD: dict[Path, int] = {}  # folders that this process has locked
-Write = Callable[[Path], object]  # fills a file of this name
+POINTER = "version https://git-lfs"  # how a git-LFS file begins that was not fetched
 IN_DATA = "; --data names the folder above it"
+WRITES = True  # False in all but the first process of torchrun
 
 
-def is_first() -> bool:
-    """Whether this process prints and writes: under torchrun rank 0 alone, else always."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def write_atomic(path: Path, write: Write, beside: dict[Path, Write | None] | None = None) -> None:
-    """Call `write(temporary)` and rename the result to `path`; an interrupted write leaves nothing.
-    Under torchrun only rank 0 writes.
-
-    beside: files that belong to it; None for one that is to be deleted. `path` is removed first and
-    renamed last: if it exists, all companions belong to the same write. Raises InputError if the
-    folder cannot be written.
-    """
-    if not is_first():
+def write(path: Path, data: bytes | str) -> None:
+    """Write a file under a temporary name and rename it: a killed process leaves the old file or
+    the new one, never half of one."""
+    if not WRITES:
         return
-    writes = {**(beside or {}), path: write}
-    partials = {p: p.with_name(f".{p.name}.{os.getpid()}.partial") for p in writes}
+    # half of a surrogate pair has no UTF-8; in JSON its escape means the same
+    data = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for file, fill in writes.items():
-            if fill:
-                fill(partials[file])
-                with partials[file].open("rb") as written:
-                    os.fsync(written.fileno())  # on disk before it takes the name
-        with held_back():
-            if beside:
-                path.unlink(missing_ok=True)
-            for file, fill in writes.items():
-                partials[file].replace(file) if fill else file.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be written ({why})") from None
+        with partial.open("wb") as file:
+            file.write(data)
+            os.fsync(file.fileno())  # on disk before it takes the name
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        for partial in partials.values():
-            if partial.parent.is_dir():
-                partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
-def sweep_partials(folder: Path) -> None:
-    """Remove what processes that were killed left half-written in a folder."""
-    for partial in folder.glob(".*.partial"):
-        pid = partial.name.split(".")[-2]
-        if pid.isdecimal() and not _runs(int(pid)):
-            partial.unlink(missing_ok=True)
+def append(path: Path, record: dict) -> None:
+    """Add a record as a whole line, so that a killed run leaves a readable log."""
+    if WRITES:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
-def lock_folder(folder: Path) -> None:
-    """Hold a folder until this process ends, however it ends. InputError if another holds it."""
-    key = folder.resolve()
-    if key in _HELD:
-        return
-    if fcntl is None:  # Windows
-        return
-    handle = os.open(key, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(
-            f"{folder}: another process writes to it; wait for it, or choose another by --run"
-        ) from None
-    _HELD[key] = handle
+def write_json(path: Path, value: dict) -> None:
+    """One key a line, so that a list of a thousand scores is one line and not a thousand."""
+    lines = (f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
+    write(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def as_text(text: str) -> Write:
-    """For `write_atomic`: UTF-8. Half of a surrogate pair, which UTF-8 has no bytes for, becomes
-    its escape, which in JSON means the same."""
-    return lambda path: path.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-
-
-def as_json(value: object) -> Write:
-    """For `write_atomic`: indented JSON; lists of plain numbers stay on one line."""
-    return as_text(_json(value) + "\n")
-
-
-def as_tensors(tensors: dict[str, torch.Tensor], info: dict) -> Write:
-    """For `write_atomic`: safetensors, with `info` as JSON under the header's key "lofit"; its only
-    key, for several come in any order and equal contents would not be equal bytes."""
-    return lambda path: save_tensors(path, tensors, {"lofit": json.dumps(info)})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_atomic(path, as_text(text))
-
-
-def write_splits(folder: Path, splits: dict[str, list[dict]]) -> None:
-    """Write each split to SPLIT.jsonl; the last one exists only with the others of one write."""
-    texts = {
-        folder / f"{split}.jsonl": "".join(
-            json.dumps(line, ensure_ascii=False) + "\n" for line in lines
-        )
-        for split, lines in splits.items()
-    }
-    *beside, last = texts
-    write_atomic(last, as_text(texts[last]), {path: as_text(texts[path]) for path in beside})
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically."""
-    write_atomic(path, as_json(value))
-
-
-def _json(value: object, indent: str = "") -> str:
-    inner = indent + "  "
-    if isinstance(value, dict) and value:
-        items = (
-            f"{inner}{json.dumps(k, ensure_ascii=False)}: {_json(v, inner)}"
-            for k, v in value.items()
-        )
-        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    return json.dumps(value, ensure_ascii=False)
+def write_jsonl(path: Path, lines: list[dict]) -> None:
+    write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
-    """Write tensors atomically."""
-    write_atomic(path, as_tensors(tensors, info))
+    """safetensors, with `info` as JSON under the header's key "lofit"."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write(path, save(tensors, {"lofit": json.dumps(info)}))
+
+
+def save_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Tensors for other programs, in a folder that is renamed when it is whole."""
+    path.touch()  # `save_file` makes files that nobody else may read: keep the usual permissions
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})  # without it transformers refuses a file
+    path.chmod(mode)
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Inside, what a malformed file makes Python raise becomes an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"key {error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"{path}: missing or malformed: {what}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Inverse of `as_tensors`. Raises InputError if missing, damaged or not ours."""
+    """The inverse of `write_tensors`."""
     with open_tensors(path) as file:
-        metadata = file.metadata() or {}
-        if "lofit" not in metadata:
-            raise InputError(f"{path}: not written by train.py (no 'lofit' entry in its header)")
-        info = parse_json(metadata["lofit"], f"{path}, 'lofit' in its header")
-        if not isinstance(info, dict):
-            raise InputError(f"{path}: 'lofit' in its header: expected a JSON object")
-        return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        info = (file.metadata() or {}).get("lofit")
+    if info is None:
+        raise InputError(f"{path}: not written by train.py (no 'lofit' in its header)")
+    return tensors, parse_json(info, f"{path}, 'lofit' in its header", dict)
+
+
+def open_tensors(path: Path) -> safe_open:
+    """`safe_open` with errors that say what to do."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: {_why_unreadable(path, error)}") from None
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if path.is_file() and path.read_bytes()[: len(POINTER)] == POINTER.encode():
+        return "a git-LFS pointer, not the file itself; run `git lfs pull` in its folder"
+    return f"not readable ({error}); is it whole? fetch it again"
+
+
+def read_text(path: Path, hint: str = "") -> str:
+    """A UTF-8 file, without the byte-order mark that some editors put in front. hint: for a file
+    that is not there."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {_why_unreadable(path, error)}") from None
+
+
+def parse_json(text: str, where: str, kind: type = object):
+    """The value of a JSON text, of a kind (dict, list)."""
+    if text.startswith(POINTER):
+        raise InputError(f"{where}: a git-LFS pointer; run `git lfs pull` in its folder")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(value, kind):
+        found = {"dict": "an object", "list": "a list"}[kind.__name__]
+        raise InputError(f"{where}: expected {found}, found {str(value)[:60]!r}")
+    return value
+
+
+def read_json(path: Path, kind: type = dict):
+    """A JSON object, or a list with kind=list."""
+    return parse_json(read_text(path), str(path), kind)
 
 
 def read_json_list(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("FILE, item N", object) of a JSON list. InputError if malformed or empty."""
-    items = parse_json(read_text(path, IN_DATA), str(path), lines=True)
-    if not isinstance(items, list) or not items:
-        raise InputError(f"{path}: expected a JSON list of objects, at least one")
-    for number, item in enumerate(items):
+    """("FILE, item N", object) of each item of a JSON list."""
+    for number, item in enumerate(parse_json(read_text(path, IN_DATA), str(path), list)):
         if not isinstance(item, dict):
-            raise InputError(f"{path}, item {number}: expected a JSON object")
+            raise InputError(f"{path}, item {number}: expected an object")
         yield f"{path}, item {number}", item
 
 
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """("FILE, line N", object) of each line that is not blank."""
+    # not splitlines(), which also splits at characters that a JSON text may hold
+    for number, line in enumerate(read_text(path, IN_DATA).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where, dict)
+
+
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield ("FILE, line N", row) of a CSV file with these columns. InputError if malformed."""
+    """("FILE, line N", row) of each line of a CSV file that must have these columns."""
     reader = csv.DictReader(io.StringIO(read_text(path, IN_DATA), newline=""))
     try:
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-    except csv.Error as error:
-        raise InputError(f"{path}, line 1: not valid CSV ({error})") from None
-    if missing:
-        raise InputError(f"{path}, line 1: lacks the columns {', '.join(missing)}")
-    empty = True
-    for row in _rows(path, reader):
-        empty, where = False, f"{path}, line {reader.line_num}"
-        if any(row[column] is None for column in columns):
-            raise InputError(f"{where}: expected {len(reader.fieldnames)} cells")
-        yield where, row
-    if empty:
-        raise InputError(f"{path}: the split is empty; expected one question a line")
-
-
-def _rows(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
-    try:
-        yield from reader
+        if missing := set(columns) - set(reader.fieldnames or ()):
+            raise InputError(f"{path}, line 1: lacks the columns {', '.join(sorted(missing))}")
+        for row in reader:
+            if any(row[column] is None for column in columns):
+                raise InputError(f"{path}, line {reader.line_num}: too few cells")
+            yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("FILE, line N", object) per non-blank line. InputError if malformed or empty."""
-    empty = True
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # a byte-order mark is no part of line 1
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                empty = False
-                value = parse_json(line, where)
-                if not isinstance(value, dict):
-                    raise InputError(f"{where}: expected a JSON object")
-                yield where, value
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file{IN_DATA}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable ({error})") from None
-    if empty:
-        raise InputError(f"{path}: the split is empty; expected one JSON object a line")
+def hash_of(path: Path) -> str | None:
+    """16 hex digits over a file's bytes; None if there is no such file."""
+    return short_hash(path.read_bytes()) if path.is_file() else None
+
+
+def short_hash(data: bytes) -> str:
+    """16 hex digits: enough to see that two things are not the same."""
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -2,7 +2,8 @@
 
 An edit takes the place of the `head_out` slot of an attention layer and acts on
 z: [batch, position, n_heads, head_dim], the heads' outputs right before `o_proj`, at every
-position. Edits are fp32 whatever the model's dtype; the result is cast back.
+position: prompt, answer and padding alike. A head is a *query* head: with grouped-query attention
+several of them share keys and values, but each has its own z.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,19 @@ INIT_STD = 1e-3  # of A and v: the paper's N(0, 1e-3) names the standard deviati
 Head = tuple[int, int]  # (layer, head)
 
 
-class HeadScale(nn.Module):
+class Edit(nn.Module):
+    """What stands in a slot instead of the identity. Its parameters are fp32 whatever the model's
+    dtype, also after `model.to(torch.bfloat16)`: added to a bfloat16 number of size 1, a step of
+    1e-3 rounds to nothing, so nothing would be learned. What it returns is cast back."""
+
+    def _apply(self, fn, recurse: bool = True):
+        def device_only(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(fn(tensor).device)
+
+        return super()._apply(device_only, recurse)
+
+
+class HeadScale(Edit):
     """Step 1: z <- (1 + A) * z on every head of a layer (paper, section 3, "head selection").
 
     scale: A, [n_heads, head_dim] fp32.
@@ -29,10 +42,12 @@ class HeadScale(nn.Module):
         self.scale = nn.Parameter(scale.float())
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        # 1 + A and not A: near 0 the model is the one we know, and an L1 penalty, which pulls
+        # towards 0, asks each head to show that it is worth being changed
         return (z * (1 + self.scale)).to(z.dtype)
 
 
-class HeadOffset(nn.Module):
+class HeadOffset(Edit):
     """Step 2: z <- z + v on the chosen heads of a layer (paper, section 3, "offset tuning").
 
     heads: the indices of the chosen heads, in any order; offset: v, [len(heads), head_dim] fp32.
@@ -45,8 +60,8 @@ class HeadOffset(nn.Module):
         self.register_buffer("heads", torch.tensor(heads, device=offset.device), persistent=False)
 
     def all_heads(self) -> torch.Tensor:
-        """v with zeros for the other heads: [n_heads, head_dim]. Adding all of it at once is faster
-        than a loop over the chosen heads."""
+        """v with zeros for the other heads: [n_heads, head_dim]. One sum over the whole of z is
+        faster than a loop over the chosen heads, and its gradient reaches these alone."""
         v = self.offset.new_zeros(self.n_heads, self.offset.shape[1])
         return v.index_copy(0, self.heads, self.offset)
 
@@ -59,11 +74,30 @@ def attention_layers(model: CausalLM) -> list[Attention]:
     return [layer.self_attn for layer in model.model.layers]
 
 
+def head_grid(model: CausalLM) -> tuple[int, int]:
+    """Number of layers, and of query heads in each."""
+    return model.config.num_hidden_layers, model.config.num_attention_heads
+
+
+def every_head(model: CausalLM) -> list[Head]:
+    layers, per_layer = head_grid(model)
+    return [(layer, head) for layer in range(layers) for head in range(per_layer)]
+
+
+def random_init(model: CausalLM, n: int, seed: int) -> torch.Tensor:
+    """N(0, 1e-3) for n heads: [n, head_dim]."""
+    # not 0: Adam divides each gradient by its own size, and so small a start costs nothing; drawn
+    # on the CPU, where a seed gives the same numbers on every machine
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, model.config.head_dim, generator=generator) * INIT_STD
+
+
 def attach_scales(model: CausalLM, scales: torch.Tensor) -> list[nn.Parameter]:
     """Put a HeadScale into every layer. scales: [layer, head, head_dim]; returns the parameters."""
     _expect(scales, (*head_grid(model), model.config.head_dim), "scales")
-    for attention, scale in zip(attention_layers(model), _on(model, scales), strict=True):
-        attention.head_out = HeadScale(scale)
+    scales = scales.detach().to(model.lm_head.weight.device)
+    for attention, scale in zip(attention_layers(model), scales, strict=True):
+        attention.head_out = HeadScale(scale.clone())
     return [attention.head_out.scale for attention in attention_layers(model)]
 
 
@@ -71,112 +105,86 @@ def attach_offsets(model: CausalLM, heads: list[Head], offsets: torch.Tensor) ->
     """Put a HeadOffset into each layer that holds a chosen head, and clear the other slots.
 
     heads: K distinct (layer, head); offsets: [K, head_dim], row i belongs to heads[i]. Returns the
-    parameters, one [k, head_dim] tensor for each layer with k of the heads.
+    parameters, one [k, head_dim] tensor for each layer with k of the heads. InputError for heads
+    that the model does not have.
     """
     check_heads(model, heads, "heads")
     _expect(offsets, (len(heads), model.config.head_dim), "offsets")
-    offsets = _on(model, offsets)
+    offsets = offsets.detach().to(model.lm_head.weight.device)
+    parameters = []
     for layer, attention in enumerate(attention_layers(model)):
+        # one tensor a layer and not one a head: an optimiser's step costs by the tensor
         rows = [i for i, (in_layer, _) in enumerate(heads) if in_layer == layer]
-        inside, n_heads = [heads[i][1] for i in rows], model.config.num_attention_heads
-        attention.head_out = HeadOffset(inside, offsets[rows], n_heads) if rows else nn.Identity()
-    return [a.head_out.offset for a in attention_layers(model) if list(a.head_out.parameters())]
+        attention.head_out = nn.Identity()
+        if rows:
+            inside, n_heads = [heads[i][1] for i in rows], model.config.num_attention_heads
+            attention.head_out = HeadOffset(inside, offsets[rows].clone(), n_heads)
+            parameters.append(attention.head_out.offset)
+    return parameters
 
 
-def init_scales(model: CausalLM, seed: int) -> torch.Tensor:
-    """A ~ N(0, 1e-3) for every head: [layer, head, head_dim], the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*head_grid(model), model.config.head_dim, generator=generator) * INIT_STD
-
-
-def init_offsets(model: CausalLM, n: int, seed: int) -> torch.Tensor:
-    """v ~ N(0, 1e-3) for n heads: [n, head_dim], the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, model.config.head_dim, generator=generator) * INIT_STD
+def attached_offsets(model: CausalLM) -> tuple[list[Head], torch.Tensor]:
+    """(K heads, their offsets [K, head_dim] fp32 on CPU) as they are attached now, by layer."""
+    heads, rows = [], [torch.zeros(0, model.config.head_dim)]
+    for layer, attention in enumerate(attention_layers(model)):
+        if isinstance(attention.head_out, HeadOffset):
+            heads += [(layer, head) for head in attention.head_out.heads.tolist()]
+            rows.append(attention.head_out.offset.detach().cpu())
+    return heads, torch.cat(rows)
 
 
 def get_edits(model: CausalLM) -> list[nn.Module]:
-    """What is in the slot of each layer now, for `set_edits`."""
+    """What stands in the slot of each layer now, for `set_edits`."""
     return [attention.head_out for attention in attention_layers(model)]
 
 
 def set_edits(model: CausalLM, edits: list[nn.Module]) -> None:
-    """Put these edits back into the slots; the inverse of `get_edits`."""
+    """Put these into the slots; the inverse of `get_edits`."""
     for attention, edit in zip(attention_layers(model), edits, strict=True):
         attention.head_out = edit
 
 
+def remove_edits(model: CausalLM) -> None:
+    set_edits(model, [nn.Identity() for _ in attention_layers(model)])
+
+
 @contextmanager
 def edits_off(model: CausalLM) -> Iterator[None]:
-    """Inside, the model is the base model; the edits come back afterwards."""
+    """Inside, the model is the base model, bit for bit; the edits come back afterwards."""
     edits = get_edits(model)
-    set_edits(model, [nn.Identity() for _ in edits])
+    remove_edits(model)
     try:
         yield
     finally:
         set_edits(model, edits)
 
 
-def attached_heads(model: CausalLM) -> list[Head]:
-    """The heads that have offsets now, by layer."""
-    return [
-        (layer, head)
-        for layer, edit in enumerate(get_edits(model))
-        if isinstance(edit, HeadOffset)
-        for head in edit.heads.tolist()
-    ]
-
-
-def lowest_edit(model: CausalLM) -> int:
-    """The first layer with an edit; the number of layers if there is none."""
-    edits = get_edits(model)
-    edited = (i for i, edit in enumerate(edits) if not isinstance(edit, nn.Identity))
-    return next(edited, len(edits))
-
-
 def head_scores(model: CausalLM) -> torch.Tensor:
-    """Score of each head, the norm of its learned scale ||A_l,h||_2: [layer, head]."""
-    return torch.stack([a.head_out.scale.detach().norm(dim=-1) for a in attention_layers(model)])
+    """Score of each head, the norm of its learned scale ||A_l,h||_2: [layer, head] on CPU."""
+    # The penalty is the same for every head, and so is what Adam makes of a small gradient: what is
+    # left of A after it is what changing this head does for the loss. A itself is then thrown away.
+    scales = [attention.head_out.scale.detach() for attention in attention_layers(model)]
+    return torch.stack([scale.norm(dim=-1) for scale in scales]).cpu()
 
 
 def rank_heads(scores: torch.Tensor, k: int) -> list[Head]:
     """The k heads of highest score, descending; equal scores in order of layer and head."""
+    # stable: heads of equal score must not change places from one machine to another
     order = scores.flatten().argsort(descending=True, stable=True)[:k].tolist()
     return [divmod(i, scores.shape[1]) for i in order]
-
-
-def gather_offsets(model: CausalLM, heads: list[Head]) -> torch.Tensor:
-    """The attached offsets as [K, head_dim] fp32 on CPU, row i for heads[i]."""
-    rows = {}
-    for layer, attention in enumerate(attention_layers(model)):
-        if isinstance(attention.head_out, HeadOffset):
-            inside = attention.head_out.heads.tolist()
-            rows |= {(layer, h): v for h, v in zip(inside, attention.head_out.offset, strict=True)}
-    return torch.stack([rows[head] for head in heads]).detach().cpu()
 
 
 def check_heads(model: CausalLM, heads: list[Head], where: str) -> None:
     """Raise InputError unless `heads` are distinct heads of this model, at least one."""
     layers, per_layer = head_grid(model)
-    if not heads:
-        raise InputError(f"{where}: no heads; at least one is needed")
     for layer, head in heads:
         if not (0 <= layer < layers and 0 <= head < per_layer):
             raise InputError(
                 f"{where}: there is no head {head} in layer {layer};"
                 f" the model has {layers} layers of {per_layer} heads"
             )
-    if len(set(heads)) != len(heads):
-        raise InputError(f"{where}: a head is listed twice")
-
-
-def head_grid(model: CausalLM) -> tuple[int, int]:
-    """Number of layers, and of query heads in each."""
-    return model.config.num_hidden_layers, model.config.num_attention_heads
-
-
-def _on(model: CausalLM, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to(device=model.lm_head.weight.device, dtype=torch.float32, copy=True)
+    if not heads or len(set(heads)) < len(heads):
+        raise InputError(f"{where}: expected at least one head, and none of them twice")
 
 
 def _expect(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> None:

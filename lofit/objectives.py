@@ -1,162 +1,160 @@
-"""What a step trains on: examples encoded once, and the loss of any of them.
+"""What a step trains on: examples encoded once, the batch of any of them, and its loss.
 
-An objective has lengths (tokens of each example), loss(rows) for a list of example indices,
-weight(rows) and texts(). With `plain`, every text has its own row and every layer is computed at
-every step, as in the paper's code. Without it, the work that need not be done is left out
-(fast/hidden_cache.py, and one row for the two answers of a pair); the loss is the same.
+An objective has
+    lengths        tokens of each example, by which batches are drawn
+    texts          the ids and labels of each text
+    batch(rows)    the tensors of these examples, a list of their indices
+    loss(batch)    what is minimised, a mean over them
+    weight(batch)  of how many things it is a mean
+Work that need not be done is left out by wrapping one objective in another (fast/hidden_cache.py;
+on a GPU fast/graphs.py; under torchrun distributed.py). A wrapper changes what a batch knows, or
+who computes it, and never what the loss is.
 """
 
-from functools import cached_property
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from lofit.heads import edits_off
-from lofit.llm.batches import check_length, collate, encode_example, pack
+from lofit.llm.batches import Batch, check_length, collate, encode_example
 from lofit.llm.model import CausalLM
 from lofit.llm.scoring import sum_by_text, target_losses
 from lofit.llm.tokenizer import Tokenizer
-from lofit.losses import dpo_loss
 
 BETA = 0.5  # of DPO (paper, appendix)
-MAX_LENGTH = {"cross_entropy": 400, "dpo": 512}  # tokens of an example, as in the paper's code
-LIMIT_OF = "the paper's for its tasks; shorten the text, or raise it by --max-length"
+REFERENCE_BATCH = 8
+LIMIT_OF = "the limit of the task"
 
 
 class CrossEntropy:
-    """Cross-entropy on the answers (and eos)."""
+    """Cross-entropy on the answers (and eos): mean over their tokens."""
 
     def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: Tokenizer,
-        texts: list[tuple[str, str]],
-        where: str,
-        plain: bool = False,
-        max_length: int = MAX_LENGTH["cross_entropy"],
-    ):
-        """texts: (prompt, answer); `where` names them in errors; max_length: tokens of an example.
-        InputError if one is longer, or longer than the model's positions."""
+        self, model: CausalLM, tokenizer: Tokenizer, texts: list[tuple[str, str]],
+        max_length: int = 400, names: tuple[str, ...] = (),
+    ):  # fmt: skip
+        """texts: (prompt, answer); names: of the texts, for errors; max_length: of a text in
+        tokens. InputError if one is longer."""
         self.model, self.device = model, model.lm_head.weight.device
-        self.rows = [encode_example(tokenizer, prompt, answer) for prompt, answer in texts]
-        self.lengths = [len(ids) for ids, _ in self.rows]
-        _check(self.lengths, model, max_length, where)
-        self.cache = None if plain else _hidden_cache(model)
+        self.texts = [encode_example(tokenizer, prompt, answer) for prompt, answer in texts]
+        self.lengths = [len(ids) for ids, _ in self.texts]
+        check_length(self.lengths, max_length, names, LIMIT_OF)
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def batch(self, rows: list[int]) -> Batch:
+        return collate([self.texts[i] for i in rows], self.device)
 
-    def texts(self) -> list[list[int]]:
-        """The ids of every example."""
-        return [ids for ids, _ in self.rows]
+    def loss(self, batch: Batch) -> torch.Tensor:
+        losses = target_losses(self.model, batch)
+        if batch.weight is None:
+            # a mean over tokens and not over examples, as in HF's Trainer, which the paper's code
+            # uses: a long answer weighs more than a short one
+            return losses.mean()
+        return (losses * batch.weight).sum() / batch.weight.sum()
 
-    def loss(self, rows: list[int]) -> torch.Tensor:
-        """Mean over the answer tokens of these examples."""
-        return target_losses(self.model, *self.inputs(rows)).mean()
-
-    def inputs(self, rows: list[int]) -> tuple:
-        """The batch of these examples; with a cache also the first layer to compute, and the hidden
-        states that enter it."""
-        batch = collate([self.rows[i] for i in rows], self.device)
-        return batch, *(self.cache(rows, batch) if self.cache else ())
-
-    def fill_cache(self, rows: list[int]) -> None:
-        """Compute the hidden states of these examples into the cache, without a loss."""
-        self.inputs(rows)
-
-    def weight(self, rows: list[int]) -> int:
-        """What `loss` is a mean over: answer tokens."""
-        return sum(label >= 0 for i in rows for label in self.rows[i][1])
+    def weight(self, batch: Batch) -> int:
+        return len(batch.target) if batch.weight is None else int(batch.weight.sum())
 
 
 class Preference:
-    """DPO: prefer each chosen answer to its rejected one. The reference is the model with its
-    edits off; its log-probabilities are computed once, for the first loss."""
+    """DPO: prefer each chosen answer to its rejected one, by more than the base model does. The
+    base model's log-probabilities never change, so they are computed once, here."""
 
     def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: Tokenizer,
-        texts: list[tuple[str, str, str]],
-        where: str,
-        plain: bool = False,
-        max_length: int = MAX_LENGTH["dpo"],
-    ):
-        """texts: (prompt, chosen, rejected); `where` names them in errors; max_length: as in
-        `CrossEntropy`. InputError if one is too long."""
+        self, model: CausalLM, tokenizer: Tokenizer, texts: list[tuple[str, str, str]],
+        max_length: int = 512, names: tuple[str, ...] = (), plain: bool = False,
+    ):  # fmt: skip
+        """texts: (prompt, chosen, rejected); plain: every answer has a row of its own. Else the
+        prompt of a pair is computed once (llm/tree.py)."""
         self.model, self.device = model, model.lm_head.weight.device
-        self.chosen = [encode_example(tokenizer, prompt, chosen) for prompt, chosen, _ in texts]
-        self.rejected = [encode_example(tokenizer, prompt, bad) for prompt, _, bad in texts]
-        pairs = list(zip(self.chosen, self.rejected, strict=True))
-        self.lengths = [len(c) + len(r) for (c, _), (r, _) in pairs]
-        _check([max(len(c), len(r)) for (c, _), (r, _) in pairs], model, max_length, where)
-        self.plain, self.cache = plain, None if plain else _hidden_cache(model)
+        self.pairs = [
+            [encode_example(tokenizer, prompt, answer) for answer in (chosen, rejected)]
+            for prompt, chosen, rejected in texts
+        ]
+        self.texts = [text for pair in self.pairs for text in pair]
+        self.lengths = [len(chosen) + len(rejected) for (chosen, _), (rejected, _) in self.pairs]
+        longest = [max(len(chosen), len(rejected)) for (chosen, _), (rejected, _) in self.pairs]
+        check_length(longest, max_length, names, LIMIT_OF)
+        self.plain = plain
+        self.reference = self._reference()  # [2, pairs]
 
-    @cached_property
-    def reference(self) -> torch.Tensor:
-        """The reference's log-probabilities of all examples: [2, examples]."""
-        return self.reference_log_probs(list(range(len(self))))
+    @torch.no_grad()
+    def _reference(self) -> torch.Tensor:
+        rows = list(range(len(self.pairs)))
+        parts = [rows[i : i + REFERENCE_BATCH] for i in range(0, len(rows), REFERENCE_BATCH)]
+        # the reference is the model without edits, and some may be attached already; the paper's
+        # code takes the reference after v's random start, which is nearly the same
+        with edits_off(self.model):
+            found = [
+                self._log_probs(self._batch(part))
+                for part in tqdm(parts, "reference", disable=None, leave=False)
+            ]
+        return torch.cat(found, dim=1)
 
-    def reference_log_probs(self, rows: list[int]) -> torch.Tensor:
-        """The reference's log-probabilities of these examples: [2, rows]."""
-        batches = tqdm(range(0, len(rows), 8), "reference", disable=None, leave=False)
-        with edits_off(self.model), torch.no_grad():
-            parts = [self._log_probs(rows[i : i + 8], use_cache=False) for i in batches]
-            return torch.cat(parts, dim=1)
+    def batch(self, rows: list[int]) -> Batch:
+        return replace(self._batch(rows), reference=self.reference[:, rows])
 
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def _log_probs(self, rows: list[int], use_cache: bool = True) -> torch.Tensor:
-        """[2, rows], of chosen and rejected answers. The prompt of a pair is computed once."""
+    def _batch(self, rows: list[int]) -> Batch:
         if self.plain:
-            texts = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
-            batch = collate(texts, self.device)
-            return sum_by_text(target_losses(self.model, batch), batch).view(2, -1)
-        batch, *known = self.inputs(rows, use_cache)
-        return sum_by_text(target_losses(self.model, batch, *known), batch).view(-1, 2).T
+            return collate([text for i in rows for text in self.pairs[i]], self.device)
+        from lofit.llm.tree import pack
 
-    def inputs(self, rows: list[int], use_cache: bool = True) -> tuple:
-        """The batch of these pairs, and of the cache what `CrossEntropy.inputs` gives."""
-        batch = pack([[self.chosen[i], self.rejected[i]] for i in rows], self.device)
-        return batch, *(self.cache(rows, batch) if use_cache and self.cache else ())
+        return pack([self.pairs[i] for i in rows], self.device)
 
-    def fill_cache(self, rows: list[int]) -> None:
-        """Compute the hidden states of these pairs into the cache, without a loss."""
-        self.inputs(rows)
+    def _log_probs(self, batch: Batch) -> torch.Tensor:
+        """[2, pairs] of chosen and rejected answers, which take turns in a batch."""
+        losses = target_losses(self.model, batch)
+        losses = losses if batch.weight is None else losses * batch.weight
+        # a sum over an answer's tokens and not a mean: the probability of the whole answer
+        return sum_by_text(losses, batch).view(-1, 2).T
 
-    def texts(self) -> list[list[int]]:
-        """The ids of every prompt with its chosen answer."""
-        return [ids for ids, _ in self.chosen]
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return dpo_loss(self._log_probs(batch), batch.reference, BETA)
 
-    def loss(self, rows: list[int]) -> torch.Tensor:
-        """Mean over these pairs."""
-        return dpo_loss(self._log_probs(rows), self.reference[:, rows], BETA)
-
-    def weight(self, rows: list[int]) -> int:
-        """What `loss` is a mean over: pairs."""
-        return len(rows)
+    def weight(self, batch: Batch) -> int:
+        return batch.n_texts // 2
 
 
 Objective = CrossEntropy | Preference
 
 
+def dpo_loss(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
+    """Mean of -log sigmoid(beta * (margin of the policy - margin of the reference)).
+
+    policy, reference: [2, pairs], log-probabilities of chosen and rejected answers (Rafailov et
+    al., arXiv 2305.18290, equation 7).
+    """
+    # only how far each answer has moved from the base model counts, not how probable it was there
+    chosen, rejected = policy - reference
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+class KnownGradients(torch.autograd.Function):
+    """A loss whose gradients were computed already: apply(loss, gradients, *trained). For wrappers
+    that compute them elsewhere, in parts, or in other processes; `backward` hands them out."""
+
+    @staticmethod
+    def forward(ctx, loss: torch.Tensor, gradients: tuple[torch.Tensor], *trained: torch.Tensor):
+        ctx.gradients = [g.view_as(p) for g, p in zip(gradients, trained, strict=True)]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor):
+        return None, None, *(upstream * gradient for gradient in ctx.gradients)
+
+
+def trained_parameters(model: CausalLM) -> list[torch.nn.Parameter]:
+    """What a loss has gradients for; none where gradients are off."""
+    return [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+
+
 @torch.no_grad()
 def mean_loss(objective: Objective, batch_size: int) -> float:
-    """The loss over all examples, computed in batches."""
-    total = 0.0
-    for start in range(0, len(objective), batch_size):
-        rows = list(range(start, min(start + batch_size, len(objective))))
-        total += objective.weight(rows) * objective.loss(rows).item()
-    return total / objective.weight(list(range(len(objective))))
-
-
-def _check(lengths: list[int], model: CausalLM, longest: int, where: str) -> None:
-    check_length(lengths, model.config.max_position_embeddings, where)
-    check_length(lengths, longest, where, LIMIT_OF)
-
-
-def _hidden_cache(model: CausalLM):
-    from lofit.fast.hidden_cache import HiddenCache  # only where no flag asks for plain work
-
-    return HiddenCache(model)
+    """The loss over all examples, with the edits that are attached now."""
+    n, total, weight = len(objective.lengths), 0.0, 0
+    for start in range(0, n, batch_size):
+        batch = objective.batch(list(range(start, min(start + batch_size, n))))
+        total += objective.weight(batch) * objective.loss(batch).item()
+        weight += objective.weight(batch)
+    return total / weight

@@ -57,29 +57,32 @@ RECIPES = {
     ("Gemma-7B", "mquake"): Recipe(5e-3, 5e-4, 8e-3, "16"),
     ("Gemma-7B", "clutrr"): Recipe(5e-4, 5e-3, 1e-2, "16"),
 }
-# For models that nobody tuned: fewer heads take larger steps, up to max_lr, which DPO wants
-# smaller. Chosen on validation for models of 0.1 to 0.3 B (docs/results.md), where the paper's 1e-2
-# suits all heads alone.
-RULE = {"offset_lr": 0.01, "lr_scales_inversely_with_k": True, "heads": "3%"}
-RULE_BY_TASK: dict[str, dict] = {"truthfulqa": {"max_lr": 0.03}}
+# For models that nobody tuned. Below LARGE a rule: fewer heads take larger steps, up to max_lr,
+# which DPO wants smaller. It was chosen on validation for models of 0.1 to 0.3 B (docs/results.md),
+# where the paper's 1e-2 suits all heads alone. From LARGE on the paper's value for its 7B models:
+# the rule would be ten times that, and no model of this size was tried.
+LARGE = 10**9  # parameters
+RULE = {"offset_lr": 0.01, "lr_scales_inversely_with_k": True}
+RULE_BY_TASK = {"truthfulqa": {"max_lr": 0.03}}
 # The four tasks of the paper's final version: 10 % of the heads, its epochs and batch sizes (boolq
 # 4 with Llama-2-7B and 2 with 13B; we take 4). Its learning rates and lambda for them stand in
 # tables that we could not read, so for every model selection takes MQuAKE's values and the offsets
-# our rule. Ours: winogrande as the other choices, gsm8k and listops as svamp.
+# our rule or the 7B value. Ours: winogrande as the other choices, gsm8k and listops as svamp.
 CHOICES = {"heads": "10%", "select_epochs": 3, "offset_epochs": 3, "batch_size": 8}
-RULE_BY_TASK |= {task: CHOICES for task in ("siqa", "arc_challenge", "winogrande")}
-RULE_BY_TASK |= {task: CHOICES | {"batch_size": 4} for task in ("boolq", "boolq_passage")}
 NUMBERS = CHOICES | {"select_epochs": 5, "offset_epochs": 5}
-RULE_BY_TASK |= {task: NUMBERS for task in ("svamp", "gsm8k", "listops")}
-BY_RULE = RULE_BY_TASK.keys() - {"truthfulqa"}  # of these no model has values of its own
+LENGTHS = {
+    **dict.fromkeys(("siqa", "arc_challenge", "winogrande"), CHOICES),
+    **dict.fromkeys(("boolq", "boolq_passage"), CHOICES | {"batch_size": 4}),
+    **dict.fromkeys(("svamp", "gsm8k", "listops"), NUMBERS),
+}
 RECIPES |= {(model, task): MINI[task] for model in ("mini-llama", "mini-gemma") for task in MINI}
 
 
-def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:
-    """(origin, recipe) for a model's shape and a task.
+def find_recipe(config: ModelConfig, task: str, n_parameters: int) -> tuple[str, Recipe]:
+    """(origin, recipe) for a model's shape and size and a task.
 
-    Another task takes the model's values for MQuAKE; another model its family's 7B ones for
-    selection, and RULE for its offsets; so does every model for the tasks in BY_RULE.
+    Another task takes the model's values for MQuAKE; another model its family's 7B ones, and below
+    LARGE the offsets' rate that RULE gives.
     """
     model = known_model(config)
     family = "Gemma-7B" if config.model_type.startswith("gemma") else "Llama-2-7B"
@@ -88,7 +91,10 @@ def find_recipe(config: ModelConfig, task: str) -> tuple[str, Recipe]:
     recipe, origin = RECIPES[name, of], f"recipe of {name}"
     if (name, of) != (model, task):
         origin += f" for {of}"
-    if name == model and task not in BY_RULE:
+    if name == model and task not in LENGTHS:
+        return origin, recipe
+    recipe = replace(recipe, **{"heads": "3%"} | LENGTHS.get(task, {}))
+    if n_parameters >= LARGE:
         return origin, recipe
     return f"{origin}; offsets by rule", replace(recipe, **RULE | RULE_BY_TASK.get(task, {}))
 

@@ -4,9 +4,6 @@ Loud: large weights, sequences longer than the trained length, sizes that no def
 With ordinary tiny weights a model without RoPE scaling passes a comparison of logits.
 """
 
-import contextlib
-import importlib
-import io
 import json
 import os
 import shutil
@@ -24,12 +21,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 SEES_GPU, HAS_GPU = dict(os.environ), torch.cuda.is_available()
 
-from lofit.export import formats  # noqa: E402
+from lofit.run.artefacts import load_offsets, save_offsets  # noqa: E402
+
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
 from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
 from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
-from lofit.run.artefacts import load_offsets, save_offsets  # noqa: E402
 from lofit.studies import runner  # noqa: E402
 
 
@@ -72,7 +69,6 @@ LOUD_LLAMAS = {
         original_max_position_embeddings=16,
     ) | {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "linear": _rope("linear", factor=4.0),
-    "dynamic": _rope("dynamic", factor=4.0) | {"max_position_embeddings": 16},
     "yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
     "yarn-all": _rope(
         "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=1.5, beta_slow=0.5,
@@ -101,8 +97,19 @@ LOUD_GEMMAS = {
         },
     },
 }  # fmt: skip
-LOUD_MODELS = LOUD_LLAMAS | LOUD_GEMMAS
+LOUD_OTHERS = {
+    "mistral": _rope("default") | {"num_key_value_heads": 2, "sliding_window": None},
+    "mistral-window": _rope("default") | {"num_key_value_heads": 2, "sliding_window": 10},
+    "qwen2": _rope("default") | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2-window": _rope("default") | {
+        "use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1,
+    },
+    "qwen3": _rope("default") | {"num_key_value_heads": 2},
+}  # fmt: skip
+LOUD_MODELS = LOUD_LLAMAS | LOUD_GEMMAS | LOUD_OTHERS
 HF_NAMES = {"gemma2": "Gemma2", "gemma3": "Gemma3Text"}
+HF_NAMES |= {"mistral": "Mistral", "mistral-window": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+HF_NAMES |= {"qwen2-window": "Qwen2"}
 
 
 def hf_model(name: str):
@@ -123,7 +130,7 @@ def loud(tmp_path_factory):
         if name not in made:
             torch.manual_seed(0)
             model = hf_model(name)
-            norm = 1.0 if name in LOUD_LLAMAS else 0.0  # Gemma adds the one itself
+            norm = 0.0 if name in LOUD_GEMMAS else 1.0  # Gemma adds the one itself
             with torch.no_grad():
                 for key, p in model.named_parameters():
                     p.normal_(norm if "norm" in key else 0.0, 0.3)
@@ -188,30 +195,12 @@ def small_data(tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
-def in_process(monkeypatch, tmp_path):
-    """A study's scripts called in this process, which spares many starts of torch; their folders
-    lie in tmp_path / "work". Returns the calls: [script, *args]."""
-    calls = []
-
-    def call(self, made):
-        calls.append([made.script, *made.args()])
-        with contextlib.redirect_stdout(io.StringIO()):
-            name = made.script.removesuffix(".py")
-            name = "lofit.studies.text_loss" if name == runner.TEXT_LOSS else name
-            importlib.import_module(name).main(made.args())
-
-    monkeypatch.setattr(runner._Runner, "call", call)
-    monkeypatch.setattr(runner, "WORK", tmp_path / "work")
-    return calls
-
-
 # what torchrun does for scripts, without its own start
 GROUP = """
 import importlib, json, sys
-from lofit.distributed import group
+from lofit import errors
 calls = json.loads(sys.argv[1])
-group.run(lambda: [importlib.import_module(name).main(argv) for name, argv in calls])
+errors.run(lambda: [importlib.import_module(name).main(argv) for name, argv in calls])
 """
 
 
@@ -268,15 +257,18 @@ def make_run(folder, base, scale=1.0, n=5, seed=0):
     heads = [divmod(i, per_layer) for i in order]
     offsets = torch.randn(n, model.config.head_dim, generator=generator) * scale
     source = model.source
-    info = {"model": source.name, "revision": None, "fingerprint": source.fingerprint}
-    info |= {"task": "mquake", "fold": None, "chat": False, "seed": 7, "settings": {"lr": 0.5}}
+    info = {"version": VERSION, "model": source.name, "revision": None}
+    info |= {"fingerprint": source.fingerprint, "task": "mquake", "data": "data/mini"}
+    info |= {"data_hash": "0", "chat": False, "plain": False, "seed": 7, "heads": heads}
+    attach_offsets(model, heads, offsets)
     folder.mkdir(parents=True, exist_ok=True)
-    save_offsets(folder / "offsets.safetensors", heads, offsets, info)
-    load_offsets(folder / "offsets.safetensors", model)
+    save_edits(folder / "offsets.safetensors", model, info | {"settings": {"lr": 0.5}})
     return model
 
 
 def run_export(run, form, out, *extra):
+    from lofit.export import formats
+
     formats.main([str(run), "--format", form, "--out", str(out), *extra])
     return out
 

@@ -8,6 +8,8 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import GOLDEN, difference, golden_prompts, make_run, slow_but
+from lofit.run.adapters import load_tuned, open_adapter
+from lofit.run.artefacts import hash_of_offsets, read_offsets, save_offsets
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
@@ -17,8 +19,6 @@ from lofit.export import formats
 from lofit.files import write_json
 from lofit.heads import attach_offsets, attached_heads, edits_off
 from lofit.llm.generate import generate
-from lofit.run.adapters import load_tuned, open_adapter
-from lofit.run.artefacts import hash_of_offsets, read_offsets, save_offsets
 
 TRAIN = ["--epochs", "2", "--lr", "1", "--heads", "random", "--top", "3"]
 

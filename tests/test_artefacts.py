@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from conftest import make_run, run_export
+from lofit.run.adapters import open_adapter
+from lofit.run.artefacts import hash_of_offsets, read_offsets
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 import train
 from lofit.errors import InputError
-from lofit.run.adapters import open_adapter
-from lofit.run.artefacts import hash_of_offsets, read_offsets
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, MINI, check_batch, difference
+from lofit.llm.context import KVCache
 from safetensors.torch import load_file
 
 from lofit.errors import InputError
@@ -18,7 +19,6 @@ from lofit.llm.batches import (
     pack,
 )
 from lofit.llm.checkpoint import load_model
-from lofit.llm.context import KVCache
 from lofit.llm.scoring import sum_by_text, target_losses
 from lofit.llm.tokenizer import load_tokenizer
 

@@ -3,7 +3,6 @@
 import json
 
 from conftest import MINI, MINI_GEMMA, make_run, run_export
-
 from lofit.run.artefacts import hash_of_offsets, read_offsets
 
 

@@ -5,23 +5,23 @@ import json
 import pytest
 import torch
 from conftest import difference, random_model, slow_but
+from lofit.compare.edits import attach, gather
+from lofit.compare.stored import KINDS
+from lofit.run.artefacts import load_offsets, read_offsets
+from lofit.run.session import Session
 from peers import hf_batch, hf_twin
 
 import eval as evaluate
 import train
 from lofit.compare import bias, iti, lora, post_block, red, repe
 from lofit.compare import methods as baselines
-from lofit.compare.edits import attach, gather
 from lofit.compare.selection import contrast, last_z
-from lofit.compare.stored import KINDS
 from lofit.errors import InputError
 from lofit.heads import attach_offsets, edits_off, init_offsets
 from lofit.llm.batches import IGNORE, collate
 from lofit.llm.checkpoint import load_model
 from lofit.llm.scoring import target_losses
 from lofit.run.arguments import METHODS
-from lofit.run.artefacts import load_offsets, read_offsets
-from lofit.run.session import Session
 from lofit.training import Schedule, optimizer_for, train_step
 
 INIT = {name: baselines.START[name] for name in ("lora", "red", "bias", "post_block")}

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from conftest import MINI, REPO
+from lofit.llm.device import pick_device, pick_dtype, widest
 
 from lofit.errors import InputError
-from lofit.llm.device import pick_device, pick_dtype, widest
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])

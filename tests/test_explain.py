@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from conftest import LOUD_GEMMAS, MINI, difference, make_run
+from lofit.run.adapters import Adapter
 
 from lofit import load_tokenizer
 from lofit.errors import InputError
 from lofit.heads import attach_offsets
 from lofit.inspect import explain
 from lofit.llm.checkpoint import load_model, save_model
-from lofit.run.adapters import Adapter
 
 
 @pytest.fixture

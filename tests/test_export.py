@@ -19,6 +19,7 @@ from conftest import (
     run_export,
     slow_but,
 )
+from lofit.run.artefacts import load_offsets, save_offsets
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +28,6 @@ from lofit.heads import edits_off, gather_offsets
 from lofit.llm.checkpoint import load_model
 from lofit.llm.generate import generate_all
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.run.artefacts import load_offsets, save_offsets
 from lofit.tasks import mquake
 
 IDS = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(0))

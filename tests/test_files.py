@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from lofit.llm.files import open_tensors, read_json
 
 from lofit.errors import InputError
 from lofit.files import (
@@ -15,7 +16,6 @@ from lofit.files import (
     write_tensors,
     write_text,
 )
-from lofit.llm.files import open_tensors, read_json
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

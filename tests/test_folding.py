@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 from conftest import MINI, make_run, random_model, run_export
+from lofit.run.artefacts import read_offsets
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import save_model
 from lofit.llm.config import ModelConfig
-from lofit.run.artefacts import read_offsets
 
 
 def test_weights_stay_as_they_are_and_the_bias_is_rounded_once(tmp_path):

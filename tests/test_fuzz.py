@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import MINI, REPO, make_run
+from lofit.run.artefacts import load_heads, load_offsets, save_heads
 
 import eval as evaluate
 import train
@@ -22,7 +23,6 @@ from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.run.artefacts import load_heads, load_offsets, save_heads
 from lofit.tasks import clutrr, mquake, truthfulqa
 
 DEEP = "[" * 200_000 + "]" * 200_000

@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 from conftest import MINI_GEMMA, make_run, random_model, run_export
+from lofit.run.adapters import Adapter
+from lofit.run.artefacts import read_offsets
 
 from lofit.errors import InputError
 from lofit.export import gguf
 from lofit.export.folding import fold
 from lofit.llm.checkpoint import save_model
-from lofit.run.adapters import Adapter
-from lofit.run.artefacts import read_offsets
 
 NEEDS = 'needs pip install -e ".[gguf]"'
 

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from conftest import LOUD_GEMMAS, TOLERANCE, difference, random_model
+from lofit.fast.folded import folded_offsets
+from lofit.run.artefacts import load_heads, load_offsets, save_heads, save_offsets
 
 from lofit.errors import InputError
-from lofit.fast.folded import folded_offsets
 from lofit.heads import (
     attach_offsets,
     attach_scales,
@@ -21,7 +22,6 @@ from lofit.heads import (
     rank_heads,
 )
 from lofit.llm.checkpoint import load_model
-from lofit.run.artefacts import load_heads, load_offsets, save_heads, save_offsets
 
 HEADS = [(2, 1), (0, 3), (2, 0)]
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from lofit.losses import dpo_loss, l1_norm
 
 

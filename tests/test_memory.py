@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import random_model
+from lofit.llm.context import KVCache
 
 from lofit import errors
 from lofit.files import write_json
@@ -13,7 +14,6 @@ from lofit.heads import attach_scales, init_scales
 from lofit.inspect import memory as plan
 from lofit.llm.batches import collate
 from lofit.llm.config import ModelConfig
-from lofit.llm.context import KVCache
 from lofit.llm.generate import prefill
 from lofit.llm.scoring import target_losses
 from lofit.training import optimizer_for

@@ -22,12 +22,12 @@ from conftest import (
     difference,
     random_model,
 )
+from lofit.llm.context import KVCache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ALWAYS, FULL, ROPE_TYPES, ModelConfig
-from lofit.llm.context import KVCache
 from lofit.llm.model import attend, plain_attention
 
 T = 40  # longer than the 16 positions that the scaled RoPE configs were "trained" on

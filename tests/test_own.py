@@ -4,13 +4,13 @@ import json
 
 import pytest
 from conftest import slow_but
+from lofit.run.evaluation import evaluate
+from lofit.run.session import Session
 
 import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
-from lofit.run.evaluation import evaluate
-from lofit.run.session import Session
 from lofit.tasks import first_option
 from lofit.tasks.own import OwnTask
 

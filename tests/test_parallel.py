@@ -13,12 +13,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import REPO, end_group, start_group
+from lofit.distributed.loss import DistributedObjective
 from safetensors.torch import load_file
 
 import eval as eval_script
 import select_heads
 import train
-from lofit.distributed.loss import DistributedObjective
 from lofit.heads import attach_offsets
 from lofit.llm.checkpoint import load_model
 from lofit.llm.tokenizer import load_tokenizer

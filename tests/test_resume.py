@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MINI, random_model
+from lofit.run.artefacts import save_heads, save_offsets, save_results
 
 import eval as eval_script
 import select_heads
@@ -20,7 +21,6 @@ from lofit.files import as_text
 from lofit.llm import generate, scoring
 from lofit.llm.checkpoint import save_model
 from lofit.run import resume
-from lofit.run.artefacts import save_heads, save_offsets, save_results
 from lofit.training import Schedule, Training, fit
 
 FAST = ["--epochs", "3", "--lr", "0.05", "--batch-size", "2"]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import difference
+from lofit.run.session import Session
 
 import select_heads
 import train
@@ -16,7 +17,6 @@ from lofit.heads import attach_offsets, edits_off, rank_heads
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import CrossEntropy, mean_loss
 from lofit.recipes import Recipe
-from lofit.run.session import Session
 from lofit.tasks import Example
 
 TEXTS = [("Q: What is the capital of Braviland? A:", "Brasaville"), ("Q: Who is Simon? A:", "Ann")]

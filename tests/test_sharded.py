@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import MINI, difference, end_group, random_model, start_group
+from lofit.distributed.sharded import Shards, gathered, in_step
 from test_parallel import alone, assert_same, calls, folder_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import select_heads
 from lofit.compare.selection import head_sigma
-from lofit.distributed.sharded import Shards, gathered, in_step
 from lofit.errors import InputError
 from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, attach_scales, attention_layers, init_scales

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lofit.llm.files import read_json, save_tensors
 
 from lofit import errors
 from lofit.errors import InputError
 from lofit.files import write_json, write_text
 from lofit.llm.checkpoint import HF_METADATA, SINGLE
-from lofit.llm.files import read_json, save_tensors
 
 HERE = Path(__file__).parent
 GGUF = "model.gguf"

@@ -10,9 +10,8 @@ import sys
 import torch
 
 from lofit.fast.graphs import captured
-from lofit.llm.context import KVCache
-from lofit.llm.generate import Decoding, decode_step
-from lofit.llm.model import CausalLM
+from lofit.llm.generate import DecodeStep, Decoding, decode_step
+from lofit.llm.model import CausalLM, KVCache
 
 ROWS, LENGTH = 8, 64  # sizes are rounded up to a multiple of these; a single row stays one
 
@@ -20,10 +19,25 @@ ROWS, LENGTH = 8, 64  # sizes are rounded up to a multiple of these; a single ro
 class StaticCache(KVCache):
     """A cache that stays where it is in memory."""
 
-    def select_rows(self, rows: list[int]) -> None:
+    def keep_rows(self, rows: list[int]) -> None:
         """Move these rows to the front."""
         for tensor in (self.k, self.v):
             tensor[:, : len(rows)] = tensor[:, rows]
+
+
+def compiled_step() -> DecodeStep:
+    """`decode_step`, compiled. On a GPU it is a CUDA graph: launching its many small kernels one by
+    one takes longer than running them. Each shape of the cache is compiled separately."""
+    compiled = torch.compile(decode_step, mode="reduce-overhead")
+
+    def step(
+        model: CausalLM, token: torch.Tensor, position: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
+        for tensor in (cache.k, cache.v):  # written in place, which a graph else refuses
+            torch._dynamo.mark_static_address(tensor)
+        return compiled(model, token, position, cache)
+
+    return step
 
 
 class GraphedDecoding(Decoding):
@@ -44,9 +58,8 @@ class GraphedDecoding(Decoding):
             self.cache = self.graph = None  # frees the memory of the smaller ones first
             rows = rows if rows == 1 else -(-rows // ROWS) * ROWS
             length = -(-length // LENGTH) * LENGTH
-            like = model.lm_head.weight
-            self.cache = StaticCache(model.config, rows, length, like)
-            self.token, self.position = torch.zeros(2, rows, dtype=torch.long, device=like.device)
+            self.cache, device = StaticCache(model, rows, length), model.lm_head.weight.device
+            self.token, self.position = torch.zeros(2, rows, dtype=torch.long, device=device)
         return self.cache
 
     def step(
@@ -55,7 +68,6 @@ class GraphedDecoding(Decoding):
         """As `decode_step`; the logits hold until the next step."""
         n = len(token)
         self.token[:n], self.position[:n] = token, position
-        self.position[n:] = 0  # dynamic RoPE looks at the largest
         if self.capture and self.graph is None:
             try:
                 self._capture(model)

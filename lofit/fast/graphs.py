@@ -6,19 +6,14 @@ has fixed shapes: a batch is padded to a multiple of 16 positions and of 16 targ
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from lofit.llm.batches import Batch
-from lofit.llm.context import Tree
-from lofit.llm.model import CausalLM
-from lofit.llm.scoring import sum_by_text, target_losses
-from lofit.losses import KnownGradients, dpo_loss
-from lofit.objectives import BETA, Objective, Preference
+from lofit.objectives import KnownGradients, Objective, trained_parameters
 
 MULTIPLE = 16  # of positions and of targets
 WARM_UP = 3  # steps before a capture, as torch's documentation wants
@@ -30,71 +25,59 @@ class Graph:
     """A captured step: what it reads, and what a replay leaves."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: dict[str, torch.Tensor]
+    batch: Batch
     loss: torch.Tensor
-    gradients: tuple[torch.Tensor, ...]
+    gradients: list[torch.Tensor]
 
 
 class GraphedObjective:
-    """An objective (see objectives.py) around another one. Its loss has the gradients of the edits
-    already, so `backward` only hands them out. Without gradients it is the other's loss.
+    """An objective whose loss has the gradients of the edits already, so `backward` only hands them
+    out. Without gradients it is the other's loss. capture: False runs the same padded steps without
+    graphs, on any device."""
 
-    capture: False runs the same padded steps without graphs, on any device. compile: the layers are
-    compiled, each shape before its capture, which takes seconds: for long runs.
-    """
-
-    def __init__(self, objective: Objective, capture: bool = True, compile: bool = False):
-        self.objective, self.capture = objective, capture
-        self.layers = compiled_layers if compile else nullcontext
+    def __init__(self, objective: Objective, capture: bool = True):
+        self.objective, self.model, self.capture = objective, objective.model, capture
+        self.lengths, self.texts = objective.lengths, objective.texts
         self.graphs: dict[tuple, Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if capture else None
 
-    def __getattr__(self, name: str):
-        return getattr(self.objective, name)
+    def batch(self, rows: list[int]) -> Batch:
+        return padded(self.objective.batch(rows))
 
-    def __len__(self) -> int:
-        return len(self.objective)
+    def weight(self, batch: Batch) -> int:
+        return self.objective.weight(batch)
 
-    def loss(self, rows: list[int]) -> torch.Tensor:
-        """The other's loss of these examples."""
-        trained = [p for p in self.objective.model.parameters() if p.requires_grad]
-        if not trained or not torch.is_grad_enabled():
-            return self.objective.loss(rows)
-        first, tensors = padded_inputs(self.objective, rows)
+    def loss(self, batch: Batch) -> torch.Tensor:
+        trained = trained_parameters(self.model)
+        if not trained:
+            return self.objective.loss(batch)
         if not self.capture:
-            loss, gradients = self._eager(first, tensors, trained)
-            return KnownGradients.apply(loss, gradients, *trained)
-        key = (first, *(tuple(t.shape) for t in tensors.values()), *(p.data_ptr() for p in trained))
-        try:
-            if key not in self.graphs:
-                self.graphs[key] = self._captured(first, tensors, trained)
-        except RuntimeError as error:  # torch.AcceleratorError too
-            print(
-                f"no CUDA graphs, steps run eagerly: {str(error).splitlines()[0]}", file=sys.stderr
-            )
-            self.loss = self.objective.loss
-            return self.objective.loss(rows)
+            loss, *gradients = self._step(batch, trained)
+            return KnownGradients.apply(loss, tuple(gradients), *trained)
+        tensors = tensors_of(batch)
+        key = (batch.layer, *(tuple(t.shape) for t in tensors), *(p.data_ptr() for p in trained))
+        if key not in self.graphs:
+            try:
+                self.graphs[key] = self._captured(batch, trained)
+            except RuntimeError as error:  # torch.AcceleratorError too
+                reason = str(error).splitlines()[0]
+                print(f"no CUDA graphs, steps run eagerly: {reason}", file=sys.stderr)
+                self.capture = False
+                return self.loss(batch)
         graph = self.graphs[key]
-        for name, tensor in tensors.items():
-            graph.inputs[name].copy_(tensor)
+        for ours, new in zip(tensors_of(graph.batch), tensors, strict=True):
+            ours.copy_(new)
         graph.graph.replay()
         gradients = tuple(gradient.clone() for gradient in graph.gradients)
         return KnownGradients.apply(graph.loss.clone(), gradients, *trained)
 
-    def _eager(self, first: int, tensors: dict, trained: list) -> tuple:
-        with self.layers(self.objective.model):
-            loss = padded_loss(self.objective, first, tensors)
-            return loss.detach(), torch.autograd.grad(loss, trained)
+    def _step(self, batch: Batch, trained: list) -> list[torch.Tensor]:
+        loss = self.objective.loss(batch)
+        return [loss.detach(), *torch.autograd.grad(loss, trained)]
 
-    def _captured(self, first: int, tensors: dict, trained: list) -> Graph:
-        inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-
-        def step() -> list[torch.Tensor]:
-            loss, gradients = self._eager(first, inputs, trained)
-            return [loss, *gradients]
-
-        graph, (loss, *gradients) = captured(step, self.pool)
-        return Graph(graph, inputs, loss, tuple(gradients))
+    def _captured(self, batch: Batch, trained: list) -> Graph:
+        graph, (loss, *gradients) = captured(lambda: self._step(batch, trained), self.pool)
+        return Graph(graph, batch, loss, gradients)
 
 
 def captured(
@@ -119,46 +102,30 @@ def captured(
     return graph, filled
 
 
-@contextmanager
-def compiled_layers(model: CausalLM) -> Iterator[None]:
-    """Inside, the model's layers are compiled; layers of a kind share what was compiled."""
-    for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=False)
-    try:
-        yield
-    finally:
-        for layer in model.model.layers:
-            del layer.forward  # the class's own comes back
+def padded(batch: Batch) -> Batch:
+    """The same with more padding, of weight 0."""
+    T, N = (-n % MULTIPLE for n in (batch.ids.shape[1], len(batch.target)))
+
+    def wide(t: torch.Tensor) -> torch.Tensor:  # [B, T, ...]
+        return F.pad(t, (0, 0) * (t.dim() - 2) + (0, T))
+
+    tree, hidden = batch.tree, batch.hidden
+    return replace(
+        batch,
+        ids=wide(batch.ids),
+        source=tuple(F.pad(index, (0, N)) for index in batch.source),
+        target=F.pad(batch.target, (0, N)),
+        text=F.pad(batch.text, (0, N)),
+        weight=F.pad(torch.ones(len(batch.target), device=batch.ids.device), (0, N)),
+        tree=tree and replace(tree, positions=wide(tree.positions), branch=wide(tree.branch)),
+        hidden=hidden if hidden is None else wide(hidden),
+    )
 
 
-def padded_inputs(objective: Objective, rows: list[int]) -> tuple[int, dict[str, torch.Tensor]]:
-    """(first layer to compute, tensors by name) of these examples, padded. weight: [N], 0 for
-    targets that are padding."""
-    batch, *known = objective.inputs(rows)
-    first, hidden = known or (0, None)
-    T, N = (-(-n // MULTIPLE) * MULTIPLE for n in (batch.ids.shape[1], len(batch.target)))
-    targets = {"row": batch.source[0], "column": batch.source[1]}
-    targets |= {"target": batch.target, "text": batch.text}
-    targets["weight"] = torch.ones(len(batch.target), device=batch.ids.device)
-    places = {"ids": batch.ids}
-    if batch.tree is not None:
-        places |= {"positions": batch.tree.positions, "branch": batch.tree.branch}
-    tensors = {name: F.pad(t, (0, N - len(t))) for name, t in targets.items()}
-    tensors |= {name: F.pad(t, (0, T - t.shape[1])) for name, t in places.items()}
-    if hidden is not None:
-        tensors["hidden"] = F.pad(hidden, (0, 0, 0, T - hidden.shape[1]))
-    if isinstance(objective, Preference):
-        tensors["reference"] = objective.reference[:, rows]
-    return first, tensors
-
-
-def padded_loss(objective: Objective, first: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The objective's loss of what `padded_inputs` made."""
-    tree = Tree(tensors["positions"], tensors["branch"]) if "branch" in tensors else None
-    ids, source = tensors["ids"], (tensors["row"], tensors["column"])
-    n_texts = len(ids) * (2 if isinstance(objective, Preference) else 1)
-    batch = Batch(ids, [], source, tensors["target"], tensors["text"], n_texts, tree)
-    losses = target_losses(objective.model, batch, first, tensors.get("hidden")) * tensors["weight"]
-    if isinstance(objective, Preference):
-        return dpo_loss(sum_by_text(losses, batch).view(-1, 2).T, tensors["reference"], BETA)
-    return losses.sum() / tensors["weight"].sum()
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """All tensors in a batch, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if is_dataclass(value):
+        value = tuple(getattr(value, field.name) for field in fields(value))
+    return [t for part in value for t in tensors_of(part)] if isinstance(value, tuple) else []

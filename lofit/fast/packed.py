@@ -42,7 +42,8 @@ def _product(packed: torch.Tensor, bias: nn.Parameter | None, x: torch.Tensor) -
 
 def _applies(linears: list[nn.Linear]) -> bool:
     first = linears[0].weight
-    if first.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    sharded = any(hasattr(linear.weight, "full_tensor") for linear in linears)
+    if first.device.type != "cpu" or sharded or not torch.backends.mkldnn.is_available():
         return False
     in_dtype = first.dtype == torch.float32 or (
         first.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -7,49 +7,44 @@ assigned to its place, strictly: a missing or an unknown tensor is an error.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from lofit.errors import InputError
+from lofit.files import open_tensors, save_weights
 from lofit.llm.config import PLAIN_CURE, ModelConfig
-from lofit.llm.files import open_tensors, save_tensors
-from lofit.llm.folder import SINGLE, find_folder, weight_files
+from lofit.llm.hub import SINGLE, commit_of, find_folder, weight_files, what_it_is
 from lofit.llm.model import CausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HF_METADATA = {"format": "pt"}  # without it transformers refuses a file
-# Names in multimodal Gemma 3 checkpoints as transformers 4 and 5 write them.
-VISION = tuple(
-    f"{outer}{part}."
-    for outer in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector")
+FLOATS = (torch.float64, *DTYPES.values())
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What a text model has no use for: RoPE tables of old Llama files, the image half of a Gemma 3; and
+# A and v in the paper's released checkpoints, which run/released.py reads.
+LEFT_OUT = re.compile(
+    r".*rotary_emb\.inv_freq$|(model\.)?(vision_tower|multi_modal_projector)\."
+    r"|model\.layers\.\d+\.self_attn\.attn_[Av]\.\d+$"
 )
-ROPE_TABLE = "rotary_emb.inv_freq"
+# How multimodal Gemma 3 checkpoints (of transformers 4 and 5), and bodies saved alone, say "model."
 TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "language_model.": "model.",
     "model.language_model.": "model.",
-    # a body that was saved alone
     **{f"{part}.": f"model.{part}." for part in ("embed_tokens", "layers", "norm")},
 }
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
-# In the names of what quantised checkpoints store beside a weight or instead of it
-PACKED = re.compile("qweight|qzeros|g_idx|scale|zero_point|packed|SCB|absmax|quant|codebook")
+CHUNK = 512  # words of 8 bytes that are summed for a fingerprint
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from; every artefact of a run carries it.
-
-    fingerprint: 16 hex digits over config.json and names, shapes and sampled values of all tensors
-    as stored.
-    """
+    """Where a model came from; every file of a run carries it. name: as it was given; revision: the
+    commit of a hub id; fingerprint: see `fingerprint`."""
 
     name: str
     revision: str | None
@@ -57,88 +52,70 @@ class Source:
 
 
 def load_model(
-    name: str | Path,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    name: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu", shards=None
 ) -> CausalLM:
     """Load a frozen model in eval mode; `.source` says where from.
 
-    name: a folder with config.json and safetensors, or a hub id such as meta-llama/Llama-2-7b-hf.
-    Raises InputError for anything missing, damaged, unsupported or left over.
+    name: a folder with config.json and safetensors, or a hub id like meta-llama/Llama-2-7b-hf, of a
+    revision after an @. dtype: torch's or its name. shards: a distributed.Shards, for a process
+    that keeps its part of each tensor. InputError for anything missing, damaged, unsupported or
+    left over.
     """
-    folder = find_folder(name, revision)
+    folder, dtype = find_folder(name), DTYPES.get(dtype, dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if not (folder / "config.json").exists() and (kind := what_it_is(folder)):
+        raise InputError(kind)
     config = ModelConfig.from_file(folder / "config.json")
-    return assemble(str(name), revision, folder, config, text_name, dtype, device)
-
-
-def assemble(
-    name: str,
-    revision: str | None,
-    folder: Path,
-    config: ModelConfig,
-    name_of: Callable[[str], str | None],
-    dtype: torch.dtype,
-    device: str,
-    shards=None,
-) -> CausalLM:
-    """Build the model that `config` describes, with a folder's weights.
-
-    name_of: maps a stored tensor's name to its name in the model, or to None to leave it out.
-    shards: a distributed.sharded.Shards; this process then reads and keeps its own part only.
-    InputError unless each tensor has its place and is finite."""
-    files, rows = weight_files(folder), shards.rows if shards else None
-    weights: dict[str, torch.Tensor] = {}
-    samples: dict[str, list[float]] = {}
     with torch.device("meta"):
         model = CausalLM(config)
-    stored = checked_shapes(files, name_of, folder)
-    shapes = share_ends(stored, config)
-    check_tensors(shapes, model, folder)
-    for key, tensor in stored_tensors(files, name_of, rows):
-        check_values(tensor, f"{folder}: tensor {key}", dtype)
-        samples[name_of(key)] = sample(tensor, stored[name_of(key)], rows)
+    expected, weights, digests = model.state_dict(), {}, {}
+    for key, tensor in stored_tensors(folder):
+        _check_tensor(folder, key, tensor, expected, weights, dtype)
+        digests[key] = digest(tensor)
+        tensor = shards.own_rows(key, tensor) if shards else tensor
         tensor = tensor.to(dtype) if tensor.dtype == torch.float64 else tensor  # not every GPU's
-        weights[name_of(key)] = tensor.to(device=device, dtype=dtype)
-    samples = shards.merge(samples) if shards else samples
-    digests = {name: hash_of_tensor(stored[name], values) for name, values in samples.items()}
+        weights[key] = tensor.to(device=device, dtype=dtype)
     weights = share_ends(weights, config)
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise InputError(
+            f"{folder}: the checkpoint lacks tensors {', '.join(missing[:3])}, {len(missing)} in"
+            " all; do config.json and the weights belong together?"
+        )
     if config.tie_word_embeddings and not torch.equal(weights[HEAD], weights[EMBEDDING]):
         raise InputError(
             f"{folder}: {HEAD} is not the embedding, but config.json ties them; if it was trained"
             ' apart, write "tie_word_embeddings": false into config.json'
         )
     model.requires_grad_(False)
-    if shards:
-        weights = shards.split(model, weights)
+    weights = shards.split(model, weights) if shards else weights
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
-    if shards:
-        shards.begin(model)
-    commit = folder.name if folder.parent.name == "snapshots" else revision
-    model.source = Source(name, commit, fingerprint(digests, config))
+    model.source = Source(str(name), commit_of(folder), fingerprint(digests, config))
     return model.requires_grad_(False).eval()
 
 
-def checked_shapes(
-    paths: list[Path], name_of: Callable[[str], str | None], folder: Path
-) -> dict[str, torch.Size]:
-    """The shapes of all tensors in checkpoint files that have a name in the model, by that name.
-    InputError for a tensor that is stored twice or holds no plain floating-point numbers."""
-    shapes: dict[str, torch.Size] = {}
-    for path in paths:
+def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the model, tensor) for each tensor of a checkpoint that a text model needs, read
+    when it is yielded."""
+    stored = []
+    for path in weight_files(folder):
         with open_tensors(path) as file:
-            for key in filter(name_of, file.keys()):
-                part, name = file.get_slice(key), name_of(key)
-                if part.get_dtype() not in FLOATS:
-                    raise InputError(
-                        f"{folder}: tensor {key} is {part.get_dtype()}; expected float32, bfloat16"
-                        f" or float16. If the checkpoint is quantised, {PLAIN_CURE}"
-                    )
-                if name in shapes:
-                    raise InputError(f"{folder}: tensor {name} is stored twice, as {key} too")
-                shapes[name] = torch.Size(part.get_shape())
-    return shapes
+            stored += [(path, key) for key in file.keys() if text_name(key)]  # noqa: SIM118
+    for path, key in tqdm(stored, "reading", unit="tensor", disable=None, leave=False):
+        # opened again for each tensor: what was read of an open file stays in memory
+        with open_tensors(path) as file:
+            yield text_name(key), file.get_tensor(key)
+
+
+def text_name(key: str) -> str | None:
+    """The name of a stored tensor in a text model; None for what is left out."""
+    if LEFT_OUT.match(key):
+        return None
+    for prefix, ours in TEXT_PREFIXES.items():
+        if key.startswith(prefix):
+            return ours + key.removeprefix(prefix)
+    return key
 
 
 def share_ends(found: dict, config: ModelConfig) -> dict:
@@ -149,109 +126,60 @@ def share_ends(found: dict, config: ModelConfig) -> dict:
     return {EMBEDDING: ends[0], HEAD: ends[-1]} | found
 
 
-def stored_tensors(
-    paths: list[Path],
-    wanted: Callable[[str], object],
-    rows: Callable[[int], slice] | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) for each tensor whose name is wanted; each is read when it is yielded.
-    rows: maps a tensor's number of rows to the slice of rows to read."""
-    stored = []
-    for path in paths:
-        with open_tensors(path) as file:
-            stored += [(path, key) for key in file.keys() if wanted(key)]  # noqa: SIM118
-    for path, key in tqdm(stored, desc="reading", unit="tensor", disable=None, leave=False):
-        # opened again for each tensor: what was read of an open file stays in memory
-        with open_tensors(path) as file:
-            if rows is None:
-                tensor = file.get_tensor(key)
-            else:
-                part = file.get_slice(key)
-                tensor = part[rows(part.get_shape()[0])]
-        yield key, tensor
-
-
-def text_name(key: str) -> str | None:
-    """The name of a stored tensor in a text model; None for what a text model has no use for: the
-    RoPE tables of old Llama files, the image half of a multimodal Gemma 3."""
-    if key.endswith(ROPE_TABLE) or key.startswith(VISION):
-        return None
-    for prefix, ours in TEXT_PREFIXES.items():
-        if key.startswith(prefix):
-            return ours + key.removeprefix(prefix)
-    return key
-
-
-def check_values(tensor: torch.Tensor, what: str, dtype: torch.dtype) -> None:
-    """InputError unless all numbers of a tensor are finite, as stored and in a dtype."""
-    bounds = tensor.aminmax() if tensor.numel() else ()
-    if not all(bound.isfinite() for bound in bounds):
-        raise InputError(f"{what} has values that are not finite; fetch the checkpoint again")
+def _check_tensor(folder: Path, key: str, tensor, expected: dict, weights: dict, dtype) -> None:
+    """InputError unless a stored tensor has its place in the model and is finite in the dtype."""
+    cure = f"If the checkpoint is quantised, {PLAIN_CURE}"
+    if tensor.dtype not in FLOATS:
+        raise InputError(f"{folder}: tensor {key} is {tensor.dtype}, no plain number. {cure}")
+    if key not in expected:
+        raise InputError(
+            f"{folder}: the checkpoint has an unknown tensor {key}; do config.json and the weights"
+            f" belong together? {cure}"
+        )
+    if key in weights:
+        raise InputError(f"{folder}: tensor {key} is stored twice")
+    if tensor.shape != expected[key].shape:
+        shapes = f"{list(tensor.shape)}, config.json says {list(expected[key].shape)}"
+        raise InputError(f"{folder}: tensor {key} is {shapes}")
+    bounds = tensor.aminmax()
     if not all(bound.to(dtype).isfinite() for bound in bounds):
-        name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-        cure = "take --dtype bfloat16" if largest < 1e5 else "no dtype here holds them"
-        raise InputError(f"{what} has values above {largest:.3g}, too large for {name}; {cure}")
+        whole = all(bound.isfinite() for bound in bounds)
+        why = (
+            f"not finite in {dtype}; take another --dtype"
+            if whole
+            else "not finite; fetch it again"
+        )
+        raise InputError(f"{folder}: tensor {key} has values that are {why}")
 
 
-def sample(
-    tensor: torch.Tensor, shape: torch.Size, rows: Callable[[int], slice] | None = None
-) -> list[float]:
-    """Up to 64 evenly spread values of a tensor of that shape; with `rows`, those in the rows that
-    this process has."""
-    n, step = shape.numel(), max(1, shape.numel() // 64)
-    first = 0 if rows is None else rows(shape[0]).start * (n // shape[0])
-    number = -(-first // step)  # of the first one here
-    part = tensor.flatten()[number * step - first :: step][: max(0, 64 - number)]
-    return part.to("cpu", torch.float64).tolist()
+def digest(tensor: torch.Tensor) -> str:
+    """Of a tensor's dtype, shape and bytes. The bytes are summed as whole numbers in chunks of 4 KB
+    and the sums are hashed: a value that changes changes its sum, and a sum costs a quarter of a
+    second a GB, where sha256 of all takes one or two. It is no signature."""
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    data = F.pad(data, (0, -len(data) % (8 * CHUNK)))
+    sums = data.view(torch.int64).view(-1, CHUNK).sum(1)
+    hashed = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    hashed.update(sums.numpy().tobytes())
+    return hashed.hexdigest()
 
 
-def hash_of_tensor(shape: torch.Size, values: list[float]) -> bytes:
-    """Hash of a tensor's shape and of its `sample`."""
-    return hashlib.sha256(f"{tuple(shape)} {values}".encode()).digest()
-
-
-def fingerprint(digests: dict[str, bytes], config: ModelConfig) -> str:
-    """16 hex digits over the `hash_of_tensor` of each tensor by its `text_name`, and over what
-    config.json makes of them (rope_theta, caps, ...; not which ids begin and end a text)."""
-    hashed = hashlib.sha256(b"".join(key.encode() + digests[key] for key in sorted(digests)))
-    made = asdict(config)
-    for key in ("vocab_size", "bos_token_id", "eos_token_id"):  # the first is in the shapes
-        del made[key]
-    hashed.update(json.dumps(made, sort_keys=True).encode())
-    return hashed.hexdigest()[:16]
-
-
-def check_tensors(shapes: dict[str, torch.Size], model: CausalLM, folder: Path) -> None:
-    """Raise InputError unless a checkpoint has just the tensors that the model needs."""
-    expected = model.state_dict()
-    for what, names in (
-        ("lacks", sorted(expected.keys() - shapes.keys())),
-        ("has unknown", sorted(shapes.keys() - expected.keys())),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            cure = "do config.json and the weights belong together?"
-            if any(map(PACKED.search, shapes.keys() - expected.keys())):
-                cure = f"it looks quantised; {PLAIN_CURE}"
-            raise InputError(
-                f"{folder}: the checkpoint {what} tensors {', '.join(names[:3])}{more}; {cure}"
-            )
-    for key, shape in shapes.items():
-        if shape != expected[key].shape:
-            raise InputError(
-                f"{folder}: tensor {key} is {list(shape)}, config.json says"
-                f" {list(expected[key].shape)}"
-            )
+def fingerprint(digests: dict[str, str], config: ModelConfig) -> str:
+    """16 hex digits that name the base model, wherever its folder lies: over all of its tensors as
+    stored, and what config.json makes of them (not which ids begin and end a text). What was
+    learned for one base is noise on another."""
+    made = {k: v for k, v in asdict(config).items() if k not in ("bos_token_id", "eos_token_id")}
+    text = json.dumps([made, digests], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save_model(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors in HF's format (tied weights once)."""
-
     weights = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
+        del weights[HEAD]
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / SINGLE, weights, HF_METADATA)
+    save_weights(folder / SINGLE, weights)
     name = str(dtype).removeprefix("torch.")
     config = model.config.to_hf() | {"dtype": name, "torch_dtype": name}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -3,41 +3,38 @@
 Data only: every difference between the supported models is a field here, never a branch on the
 model's name. Files written by transformers 4 (`rope_theta` + `rope_scaling`) and by transformers 5
 (`rope_parameters`) give the same config; so does the text part of a multimodal Gemma 3.
+
+A new family is a row in DEFAULTS, ALWAYS and ARCHITECTURES, and a row in tests/conftest.py, which
+compares its logits with stock transformers'.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from lofit.errors import InputError
-from lofit.llm.files import read_json, what_it_is
+from lofit.files import read_json, reading
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names of layer types
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-# RoPE type -> the keys it needs beside rope_theta (the others have defaults, see rope.py)
+# RoPE type -> the keys it needs beside rope_theta (the others have defaults, see rope.py). Not
+# "dynamic": its angles follow the longest text of a batch, so texts would depend on one another.
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
-    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-# What a family always does, whatever its files say: Gemma 1's say "gelu" and mean its tanh form.
-GEMMA = {"hidden_act": "gelu_pytorch_tanh", "norm_adds_one": True, "scale_embeddings": True}
-ALWAYS = {
-    "llama": {},
-    "gemma": GEMMA,
-    "gemma2": GEMMA | {"sandwich_norms": True},
-    "gemma3_text": GEMMA | {"sandwich_norms": True, "qk_norms": True},
-}
-# HF's defaults of keys that files leave out: Gemma 3 4B's names five sizes and no more.
+# What files may leave out, by family: HF's defaults. Gemma 3 4B's names five sizes and no more.
 _LLAMA = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-_GEMMA = {
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "head_dim": 256,
-    "tie_word_embeddings": True,
+_GEMMA = _LLAMA | {
+    "max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True,
 }  # fmt: skip
 _GEMMA_2 = _GEMMA | {
     "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 2,
+}  # fmt: skip
+_QWEN = _LLAMA | {
+    "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
 }  # fmt: skip
 DEFAULTS = {
     "llama": _LLAMA,
@@ -47,9 +44,26 @@ DEFAULTS = {
         "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4,
         "max_position_embeddings": 131072, "sliding_window_pattern": 6, "rope_theta": 1e6,
     },
+    "mistral": _LLAMA | {"max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
 }  # fmt: skip
-_OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings")  # of a multimodal file
-SUPPORTED = (*DEFAULTS, "gemma3")  # values of `model_type`; the last wraps a gemma3_text
+# What a family always does, whatever its files say: Gemma 1's say "gelu" and mean its tanh form.
+_TANH = {"hidden_act": "gelu_pytorch_tanh", "norm_adds_one": True, "scale_embeddings": True}
+ALWAYS = {
+    "llama": {},
+    "gemma": _TANH,
+    "gemma2": _TANH | {"sandwich_norms": True},
+    "gemma3_text": _TANH | {"sandwich_norms": True, "qk_norms": True},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norms": True},
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM", "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
 # Keys by which files say that their weights are no plain numbers, even where they are stored as
 # floats: BitNet's are rounded as the model runs.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
@@ -72,6 +86,8 @@ class ModelConfig:
     head_dim: int  # times query heads need not be hidden_size: 16 x 256 and 3072 in Gemma 7B
     max_position_embeddings: int
     rms_norm_eps: float
+    # layer type -> rope_type, rope_theta and what the type needs; Gemma 3 has two bases
+    rope_parameters: dict[str, dict]
     model_type: str = "llama"
     hidden_act: str = "silu"
     attention_bias: bool = False  # biases on q, k, v and o
@@ -82,10 +98,6 @@ class ModelConfig:
     final_logit_softcapping: float | None = None  # and so do the logits
     sliding_window: int | None = None  # positions that a sliding layer sees, its own included
     layer_types: tuple[str, ...] = ()  # FULL or SLIDING, one a layer; () = all FULL
-    # layer type -> rope_type, rope_theta and what the type needs; Gemma 3 has two bases
-    rope_parameters: dict[str, dict] = field(
-        default_factory=lambda: {FULL: {"rope_type": "default", "rope_theta": 1e4}}
-    )
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()  # Llama 3 and Gemma 3 have several
     # what no file says, only the family:
@@ -93,76 +105,68 @@ class ModelConfig:
     scale_embeddings: bool = False  # by the root of hidden_size
     sandwich_norms: bool = False  # also the outputs of attention and MLP are normed
     qk_norms: bool = False  # queries and keys are normed, per head, before RoPE
+    qkv_bias: bool = False  # biases on q, k and v, none on o
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Read `config.json`. Raises InputError if it is missing, malformed or not supported."""
-        path = Path(path)
-        if not path.exists() and (kind := what_it_is(path.parent)):
-            raise InputError(kind)
-        return cls.from_hf(read_json(path), str(path))
+        """Read `config.json`. InputError if it is missing, malformed or not supported."""
+        return cls.from_hf(read_json(Path(path)), str(path))
 
     @classmethod
     def from_hf(cls, raw: dict, source: str = "config.json") -> "ModelConfig":
         """Build from the parsed JSON; `source` names the file in errors."""
-        if raw.get("model_type") not in SUPPORTED:
-            raise InputError(
-                f"{source}: model_type {raw.get('model_type')!r} is not supported; "
-                f"supported: {', '.join(SUPPORTED)}"
-            )
-        for part in (raw, raw.get("text_config")):
+        with reading(source):
+            if raw.get("model_type") == "gemma3":  # text and vision: some keys may stand outside
+                outer = ("bos_token_id", "eos_token_id", "tie_word_embeddings", *QUANTISED)
+                outside = {key: raw[key] for key in outer if raw.get(key) is not None}
+                raw = {"model_type": "gemma3_text"} | raw["text_config"] | outside
+            family = raw.get("model_type")
+            if family not in DEFAULTS:
+                names = ", ".join((*DEFAULTS, "gemma3"))
+                raise InputError(
+                    f"{source}: model_type {family!r} is not supported; supported: {names}"
+                )
             for key in QUANTISED:
-                if isinstance(part, dict) and part.get(key) is not None:
-                    raise InputError(
-                        f"{source}: the model is quantised ({key}), which is not supported;"
-                        f" {PLAIN_CURE}"
-                    )
-        try:
-            config = cls(**_fields(raw, source))
-            config._check(source)
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise InputError(f"{source}: missing or malformed key: {error!r}") from None
+                if raw.get(key) is not None:
+                    raise InputError(f"{source}: the model is quantised ({key}); {PLAIN_CURE}")
+            if raw.get("use_bidirectional_attention"):
+                raise ValueError("use_bidirectional_attention: only causal models are supported")
+            values = _complete(DEFAULTS[family] | raw)
+            own = {field.name for field in fields(cls)}
+            config = cls(**{k: v for k, v in values.items() if k in own} | ALWAYS[family])
+            config._check()
         return config
 
-    def _check(self, source: str) -> None:
-        for name, fits in FITS.items():
-            fits(f"{source}: {name}", getattr(self, name))
-        for i in (*self.eos_token_id, *([] if self.bos_token_id is None else [self.bos_token_id])):
-            _whole(0, self.vocab_size - 1)(f"{source}: a token id of bos or eos", i)
-        for rope in self.rope_parameters.values():
-            for name, value in rope.items():
-                if name in ROPE_FITS and (value is not None or name == "rope_theta"):
-                    ROPE_FITS[name](f"{source}: RoPE's {name}", value)
-            if rope["rope_type"] not in ROPE_TYPES:
-                raise InputError(
-                    f"{source}: RoPE type {rope['rope_type']!r} is not supported; "
-                    f"supported: {', '.join(ROPE_TYPES)}"
-                )
-            missing = [key for key in ROPE_TYPES[rope["rope_type"]] if rope.get(key) is None]
-            if missing:
-                raise InputError(f"{source}: RoPE type {rope['rope_type']!r} needs {missing}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"{source}: hidden_act {self.hidden_act!r} is not supported; "
-                f"supported: {', '.join(ACTIVATIONS)}"
-            )
+    def _check(self) -> None:
+        """Raise ValueError for what would be another model without a word, or no model at all."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (type(value) is int and 0 < value < 2**31):
+                raise ValueError(f"{field.name} is {value!r}, expected a whole number above 0")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} is {value!r}, expected true or false")
+            if field.type in (float, float | None) and value is not None and not _is_number(value):
+                raise ValueError(f"{field.name} is {value!r}, expected a number above 0")
+        if self.num_hidden_layers > 1000:  # no model; building it would take minutes
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise InputError(
-                f"{source}: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads}), head_dim ({self.head_dim}) even"
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
+                f" num_key_value_heads ({self.num_key_value_heads}), and head_dim"
+                f" ({self.head_dim}) even"
             )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}")
         types = self.layer_types
-        if not set(types) <= {FULL, SLIDING} or len(types) not in (0, self.num_hidden_layers):
-            raise InputError(
-                f"{source}: layer_types must name {FULL} or {SLIDING} for each of the"
-                f" {self.num_hidden_layers} layers, found {list(types)}"
-            )
-        if SLIDING in types and not self.sliding_window:
-            raise InputError(
-                f"{source}: {SLIDING} layers need sliding_window, a count of positions"
-            )
+        if not {*types} <= {FULL, SLIDING} or len(types) not in (0, self.num_hidden_layers):
+            raise ValueError(f"layer_types: expected {FULL} or {SLIDING} for each layer")
+        if SLIDING in types and not (type(self.sliding_window) is int and self.sliding_window > 0):
+            raise ValueError(f"{SLIDING} layers need sliding_window, a count of positions")
+        ids = [*self.eos_token_id, *([] if self.bos_token_id is None else [self.bos_token_id])]
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"bos_token_id, eos_token_id {ids}: not all in the vocabulary")
+        for rope in self.rope_parameters.values():
+            _check_rope(rope)
 
     def layer_type(self, layer: int) -> str:
         """FULL or SLIDING."""
@@ -171,14 +175,19 @@ class ModelConfig:
     def to_hf(self) -> dict:
         """`config.json` as a dict, with RoPE in both the transformers-4 and -5 spelling."""
         raw = asdict(self) | {"architectures": [ARCHITECTURES[self.model_type]]}
-        for key in ONLY_OURS:
+        for key in _ONLY_OURS:
             del raw[key]
-        if self.model_type in ("llama", "gemma"):  # their files have none of these
-            for key in ("sliding_window", "layer_types", *ATTENTION_EXTRAS):
+        if not self.model_type.startswith(("gemma2", "gemma3")):  # their files have none of these
+            for key in _GEMMA_EXTRAS:
                 del raw[key]
-        raw["eos_token_id"] = (
-            self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id) or None
-        )
+            if not self.model_type.startswith("qwen") or not self.layer_types:
+                del raw["layer_types"]  # transformers refuses an empty list
+            if self.model_type in ("llama", "gemma"):
+                del raw["sliding_window"]
+            elif self.model_type != "mistral":
+                raw["use_sliding_window"] = SLIDING in self.layer_types
+        eos = list(self.eos_token_id) or None
+        raw["eos_token_id"] = eos[0] if eos and len(eos) == 1 else eos
         rope = self.rope_parameters[FULL]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         raw["rope_theta"] = rope["rope_theta"]
@@ -190,125 +199,76 @@ class ModelConfig:
         return raw
 
 
-def _fail(what: str, value: object, expected: str) -> None:
-    raise InputError(f"{what} is {str(value)[:60]!r}; expected {expected}")
+_ONLY_OURS = ("norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms", "qkv_bias")
+_GEMMA_EXTRAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 
 
-def _whole(low: int, high: int) -> Callable[[str, object], None]:
-    def fits(what: str, value: object) -> None:
-        if type(value) is not int or not low <= value <= high:
-            _fail(what, value, f"a whole number from {low} to {high}")
-
-    return fits
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and 0 < value < 1e12
 
 
-def _real(low: float, high: float, none: bool = False) -> Callable[[str, object], None]:
-    def fits(what: str, value: object) -> None:
-        if value is None and none:
-            return
-        if type(value) not in (int, float) or not low <= value <= high:
-            _fail(what, value, f"a number from {low:g} to {high:g}")
-
-    return fits
-
-
-def _truth(what: str, value: object) -> None:
-    if type(value) is not bool:
-        _fail(what, value, "true or false")
-
-
-# What each field may be. The bounds are far beyond any model: they keep a damaged file from being
-# built for minutes.
-MOST_LAYERS, MOST = 1000, 10**7
-FITS: dict[str, Callable[[str, object], None]] = {
-    **dict.fromkeys(("vocab_size", "max_position_embeddings"), _whole(1, 10 * MOST)),
-    **dict.fromkeys(("hidden_size", "intermediate_size"), _whole(1, 2**20)),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), _whole(1, 2**14)),
-    "num_hidden_layers": _whole(1, MOST_LAYERS),
-    "rms_norm_eps": _real(0, 1),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), _truth),
-    **dict.fromkeys(
-        ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-        _real(1e-6, 1e9, none=True),
-    ),
-    "sliding_window": lambda what, value: value is None or _whole(1, 10 * MOST)(what, value),
-}
-ROPE_FITS: dict[str, Callable[[str, object], None]] = {
-    "rope_theta": _real(1.001, 1e12),
-    **dict.fromkeys(
-        ("factor", "attention_factor", "low_freq_factor", "high_freq_factor"), _real(1e-6, 1e6)
-    ),
-    # 0 stands for the default
-    **dict.fromkeys(("mscale", "mscale_all_dim", "beta_fast", "beta_slow"), _real(0, 1e6)),
-    "original_max_position_embeddings": _whole(1, 10 * MOST),
-    "truncate": _truth,
-}
-ONLY_OURS = ("norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms")
-ATTENTION_EXTRAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}  # fmt: skip
+def _check_rope(rope: dict) -> None:
+    kind = rope["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    for key in ("rope_theta", *ROPE_TYPES[kind]):
+        if not _is_number(rope.get(key)):
+            raise ValueError(f"RoPE's {key} is {rope.get(key)!r}; {kind!r} needs a number above 0")
+    for key, value in rope.items():  # the optional ones: 0 stands for the default
+        if key not in ("rope_type", "truncate") and value and not _is_number(value):
+            raise ValueError(f"RoPE's {key} is {value!r}, expected a number")
+    if not rope["rope_theta"] > 1:
+        raise ValueError("RoPE's rope_theta: expected a number above 1")
 
 
-def _fields(raw: dict, source: str) -> dict:
-    """The values of ModelConfig's fields. Raises KeyError and the like for a malformed `raw`."""
-    if raw["model_type"] == "gemma3":  # text and vision: the token ids may stand outside
-        outer = {k: raw[k] for k in _OUTER if raw.get(k) is not None}
-        raw = {"model_type": "gemma3_text"} | raw["text_config"] | outer
-    if raw.get("use_bidirectional_attention"):
-        raise ValueError("use_bidirectional_attention: only causal models are supported")
-    kind = raw["model_type"]
-    raw = DEFAULTS[kind] | raw
-    n_heads, n_layers = raw["num_attention_heads"], raw["num_hidden_layers"]
-    _whole(1, MOST_LAYERS)(f"{source}: num_hidden_layers", n_layers)
-    types = _layer_types(raw, n_layers)
-    values = dict(
-        model_type=kind,
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=n_layers,
-        num_attention_heads=n_heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or n_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // n_heads,
-        max_position_embeddings=raw["max_position_embeddings"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        hidden_act=raw.get("hidden_act", "silu"),
-        attention_bias=raw.get("attention_bias", False),
-        mlp_bias=raw.get("mlp_bias", False),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        sliding_window=raw.get("sliding_window") if SLIDING in types else None,
-        layer_types=types,
-        rope_parameters={t: _rope(raw, t) for t in sorted({FULL, *types})},
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=_as_tuple(raw.get("eos_token_id")),
-    )
-    return values | {key: raw.get(key) for key in ATTENTION_EXTRAS} | ALWAYS[kind]
+def _complete(raw: dict) -> dict:
+    """The values that a file may leave to its reader, in our form."""
+    n_heads, types, eos = raw["num_attention_heads"], _layer_types(raw), raw.get("eos_token_id")
+    some = {k: v for k, v in raw.items() if v is not None}  # null means: as if it was not there
+    keep_null = {key: raw.get(key) for key in _GEMMA_EXTRAS}  # but for Gemma 2's caps: none
+    return some | keep_null | {
+        "num_key_value_heads": raw.get("num_key_value_heads") or n_heads,
+        "head_dim": raw.get("head_dim") or raw["hidden_size"] // n_heads,
+        "sliding_window": raw.get("sliding_window") if SLIDING in types else None,
+        "layer_types": types,
+        "rope_parameters": {kind: _rope(raw, kind) for kind in sorted({FULL, *types})},
+        "eos_token_id": () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+    }  # fmt: skip
 
 
-def _layer_types(raw: dict, n_layers: int) -> tuple[str, ...]:
-    """Given, or every n-th layer FULL and the others SLIDING, or () = all FULL."""
-    pattern = raw.get("sliding_window_pattern")
-    if raw.get("layer_types") or not pattern:
-        return tuple(raw.get("layer_types") or ())
-    return tuple(SLIDING if (layer + 1) % pattern else FULL for layer in range(n_layers))
+def _layer_types(raw: dict) -> tuple[str, ...]:
+    """FULL or SLIDING of each layer; () = all FULL."""
+    family, n, given = raw["model_type"], raw["num_hidden_layers"], raw.get("layer_types")
+    if type(n) is not int or not 0 < n <= 1000:
+        raise ValueError(f"num_hidden_layers is {n!r}, expected a whole number up to 1000")
+    if family == "mistral":  # one window for all layers, or none
+        return (SLIDING,) * n if raw.get("sliding_window") else ()
+    if family.startswith("qwen"):
+        if not raw.get("use_sliding_window"):  # a window may be named, and not be used
+            return ()
+        first = raw["max_window_layers"]  # the layers below see everything
+        return tuple(given or (FULL if i < first else SLIDING for i in range(n)))
+    every = raw.get("sliding_window_pattern")
+    if given or not every:
+        return tuple(given or ())
+    return tuple(SLIDING if (i + 1) % every else FULL for i in range(n))
 
 
-def _rope(raw: dict, layer_type: str) -> dict:
+def _rope(raw: dict, kind: str) -> dict:
     """Any spelling -> one flat dict of a layer type, with at least rope_type and rope_theta.
 
     As in transformers, rope_scaling goes before rope_parameters; in a Gemma 3 it changes the
     rope_parameters of the full layers.
     """
-    by_type, sliding = raw["model_type"] == "gemma3_text", layer_type == SLIDING
-    theta = raw.get("rope_local_base_freq" if by_type and sliding else "rope_theta", 1e4)
+    by_type = raw["model_type"] == "gemma3_text"
+    local = by_type and kind == SLIDING
+    theta = raw.get("rope_local_base_freq" if local else "rope_theta", 1e4)
     scaling, rope = raw.get("rope_scaling"), raw.get("rope_parameters") or {}
     if {FULL, SLIDING} & rope.keys():
-        rope = rope.get(layer_type) or {}
+        rope = rope.get(kind) or {}
     elif by_type and rope:
         raise ValueError(f"rope_parameters: a Gemma 3 has one for {FULL}, one for {SLIDING}")
-    if scaling and not (by_type and sliding):
+    if scaling and not local:
         rope = rope | scaling if by_type else scaling
     rope = dict(rope)
     rope["rope_type"] = rope.pop("rope_type", None) or rope.get("type") or "default"
@@ -318,7 +278,3 @@ def _rope(raw: dict, layer_type: str) -> dict:
         key = "original_max_position_embeddings"  # beside RoPE's own keys it goes first
         rope[key] = raw.get(key) or rope.get(key) or raw["max_position_embeddings"]
     return rope
-
-
-def _as_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)

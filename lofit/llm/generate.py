@@ -6,17 +6,9 @@ import torch
 from tqdm import tqdm
 
 from lofit.errors import InputError
-from lofit.llm.context import KVCache
-from lofit.llm.model import CausalLM
+from lofit.llm.model import CausalLM, KVCache, make_context
 
-DecodeFn = Callable[[CausalLM, torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
-Compute = Callable[[list[int]], list]  # indices of a batch -> what is found for each
-Memo = Callable[[Compute, list[int]], list]  # calls it, or returns what it found before
-
-
-def no_memo(compute: Compute, rows: list[int]) -> list:
-    """A Memo that remembers nothing."""
-    return compute(rows)
+DecodeStep = Callable[[CausalLM, torch.Tensor, torch.Tensor, KVCache], torch.Tensor]
 
 
 @torch.no_grad()
@@ -28,7 +20,8 @@ def prefill(
     Returns the logits after each prompt's last token: [B, V].
     """
     last = (torch.arange(len(ids), device=ids.device), lengths - 1)
-    return model.logits(model.model(ids, cache=cache, at=last))
+    context = make_context(model.config, ids, cache=cache)
+    return model.logits(model.model(ids, context, at=last))
 
 
 @torch.no_grad()
@@ -40,34 +33,21 @@ def decode_step(
     A row's position starts at its own prompt length, so the step overwrites the padding's keys, and
     no row ever looks past its own position.
     """
-    return model.logits(model.model(token[:, None], position[:, None], cache))[:, 0]
-
-
-def compiled_step() -> DecodeFn:
-    """`decode_step`, compiled. On a GPU it is a CUDA graph: launching its many small kernels one by
-    one takes longer than running them. Each shape of the cache is compiled separately."""
-    compiled = torch.compile(decode_step, mode="reduce-overhead")
-
-    def step(
-        model: CausalLM, token: torch.Tensor, position: torch.Tensor, cache: KVCache
-    ) -> torch.Tensor:
-        for tensor in (cache.k, cache.v):  # written in place, which a graph else refuses
-            torch._dynamo.mark_static_address(tensor)
-        return compiled(model, token, position, cache)
-
-    return step
+    context = make_context(model.config, token[:, None], position[:, None], cache)
+    return model.logits(model.model(token[:, None], context))[:, 0]
 
 
 class Decoding:
-    """How a batch is decoded token by token: its cache, and its step."""
+    """How a batch is decoded token by token: its cache, and its step. fast/decoding.py has another
+    one for GPUs."""
 
-    def __init__(self, step: DecodeFn = decode_step):
+    def __init__(self, step: DecodeStep = decode_step):
         """step: `decode_step`, or what a compiler made of it."""
         self.step = step
 
     def new_cache(self, model: CausalLM, rows: int, length: int) -> KVCache:
         """An empty cache for a batch. length: prompt plus new tokens."""
-        return KVCache(model.config, rows, length, model.lm_head.weight)
+        return KVCache(model, rows, length)
 
 
 def check_finite(values: torch.Tensor) -> None:
@@ -82,13 +62,9 @@ def check_finite(values: torch.Tensor) -> None:
 
 @torch.no_grad()
 def generate(
-    model: CausalLM,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    stop_ids: frozenset[int] = frozenset(),
-    decoding: Decoding | None = None,
-) -> list[list[int]]:
+    model: CausalLM, prompts: list[list[int]], max_new_tokens: int, eos_ids: tuple[int, ...],
+    stop_ids: frozenset[int] = frozenset(), decoding: Decoding | None = None,
+) -> list[list[int]]:  # fmt: skip
     """Greedy continuation of one batch of prompts, each up to and without eos, or up to and with
     one of stop_ids."""
     decoding = decoding or Decoding()
@@ -120,43 +96,25 @@ def generate(
             stay = [j for j, row in enumerate(rows) if row in going]
             rows = [rows[j] for j in stay]
             token, lengths = token[stay], lengths[stay]
-            cache.select_rows(stay)
+            cache.keep_rows(stay)
         token = decoding.step(model, token, lengths + i, cache).argmax(-1)
     return new
 
 
 def generate_all(
-    model: CausalLM,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    batch_size: int,
-    description: str,
-    stop_ids: frozenset[int] = frozenset(),
+    model: CausalLM, prompts: list[list[int]], max_new_tokens: int, eos_ids: tuple[int, ...],
+    batch_size: int, description: str, stop_ids: frozenset[int] = frozenset(),
     decoding: Decoding | None = None,
-    memo: Memo = no_memo,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """`generate` for any number of prompts, in batches of like length; results in their order.
-
-    Raises InputError if a prompt and its continuation exceed the model's positions.
-    """
-    limit = model.config.max_position_embeddings
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) + max_new_tokens > limit:
-        raise InputError(
-            f"prompt {longest} has {len(prompts[longest])} tokens; with {max_new_tokens} new ones"
-            f" that is more than the model's {limit} positions (max_position_embeddings)"
-        )
-
-    def new_tokens(rows: list[int]) -> list[list[int]]:
-        part = [prompts[i] for i in rows]
-        return generate(model, part, max_new_tokens, eos_ids, stop_ids, decoding)
-
+    Prompts and their continuations must fit the model's positions."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
     batches = range(0, len(order), batch_size)
-    for start in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
+    for start in tqdm(batches, description, unit="batch", disable=None, leave=False):
         rows = order[start : start + batch_size]
-        for i, tokens in zip(rows, memo(new_tokens, rows), strict=True):
+        part = [prompts[i] for i in rows]
+        found = generate(model, part, max_new_tokens, eos_ids, stop_ids, decoding)
+        for i, tokens in zip(rows, found, strict=True):
             results[i] = tokens
     return results

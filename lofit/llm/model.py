@@ -6,23 +6,93 @@ Shapes:  B batch · T position · D hidden_size · V vocab_size
 Module attributes carry HF's parameter names, so `CausalLM.state_dict()` *is* an HF checkpoint.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lofit.llm import rope
-from lofit.llm.config import ModelConfig
-from lofit.llm.context import Context, KVCache, Tree, make_context
+from lofit.llm.config import SLIDING, ModelConfig
 
 TokenIndex = tuple[torch.Tensor, torch.Tensor]  # rows, columns of N tokens, [N] each
-ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATION = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once and written at given positions."""
+
+    def __init__(self, model: "CausalLM", batch: int, length: int):
+        """length: prompt plus new tokens."""
+        config, like = model.config, model.model.norm.weight
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length)
+        self.k = torch.zeros(*shape, config.head_dim, dtype=like.dtype, device=like.device)
+        self.v = torch.zeros_like(self.k)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Go on with these rows only."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+    def before(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Keys and values of a cache of one row, put in front of those of any number of rows."""
+        rows = (k.shape[0], -1, -1, -1)
+        one = (self.k[layer].expand(rows), self.v[layer].expand(rows))
+        return torch.cat((one[0], k), dim=2), torch.cat((one[1], v), dim=2)
+
+    def write(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Store k, v: [B, n_kv_heads, T, head_dim] at positions: [B, T]; return all of the layer's
+        keys and values: [B, n_kv_heads, length, head_dim]."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        # advanced indices around a slice put [B, T] in front: hence the transposes
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer], self.v[layer]
+
+
+@dataclass
+class Context:
+    """What every layer needs beside the hidden states, computed once per forward pass."""
+
+    positions: torch.Tensor  # [B or 1, T]
+    cos_sin: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer type
+    # by layer type: bool [B or 1, 1, T, S], True where a query may look; None = causal
+    mask: dict[str, torch.Tensor | None]
+    cache: KVCache | None = None
+    decoding: bool = False  # True: attend to the whole cache; False: to the T positions of the pass
+    prefix: KVCache | None = None  # of one row, in front of every row of the pass (tree.py)
+
+
+def make_context(
+    config: ModelConfig,
+    ids: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    cache: KVCache | None = None,
+) -> Context:
+    """Without `positions`, rows start at position 0 and attention is causal within them: training
+    and the prompt. Right padding needs no mask, for no real token looks to its right. With
+    `positions` [B, T] and a cache, each token attends to every cached position up to its own."""
+    decoding = positions is not None
+    reach = torch.arange(cache.k.shape[3] if decoding else ids.shape[1], device=ids.device)
+    positions = positions if decoding else reach[None]
+    kinds = config.rope_parameters
+    cos_sin = {kind: rope.cos_sin(config, kind, positions) for kind in kinds}
+    mask = {kind: _mask(config, kind, positions, reach, decoding) for kind in kinds}
+    return Context(positions, cos_sin, mask, cache, decoding)
+
+
+def _mask(config, kind, positions, reach, decoding: bool) -> torch.Tensor | None:
+    """None where causality is all of it: that keeps the fused kernels."""
+    window = config.sliding_window if kind == SLIDING else None
+    narrow = window is not None and len(reach) > window
+    if not (decoding or narrow):
+        return None
+    distance = positions[:, None, :, None] - reach
+    return (distance >= 0) & (distance < window) if narrow else distance >= 0
 
 
 class RMSNorm(nn.Module):
@@ -50,55 +120,24 @@ def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    cap: float | None = None,
-) -> torch.Tensor:
-    """Attention over q: [B, n_heads, T, head_dim] and k, v: [B, n_kv_heads, S, head_dim].
-
-    mask: bool [B or 1, 1, T, S], True where a query may look; None = causal (S = T), which keeps
-    the fused kernels. cap: see `soft_cap`; no fused kernel has it. Returns
-    [B, n_heads, T, head_dim].
-    """
-    grouped = k.shape[1] != q.shape[1]  # each key/value head serves a group of queries
-    if grouped and (cap is not None or not _takes_groups(q, k, v)):
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        grouped = False
-    if cap is not None:
-        return plain_attention(q, k, v, mask, scale, cap)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
-
-
-def _takes_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the fused kernel takes fewer key/value heads than queries as well as repeated ones.
-
-    On a CPU it does, with the same bits and 3 to 12 times as fast when it decodes; but its
-    gradients of k and v have up to twice the rounding error in bfloat16, and are no faster. On a
-    GPU the kernels for masks and for fp32 do not take them.
-    """
-    with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return q.device.type == "cpu" and not with_gradient
-
-
-def plain_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    cap: float | None = None,
-) -> torch.Tensor:
-    """The formula that the fused kernels compute, with as many key/value heads as queries have;
-    arguments as in `attend`.
-
-    Soft caps take this one; tests/measure/attention.py compares the two.
-    """
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    mask: torch.Tensor | None, scale: float, cap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention over q: [B, n_heads, T, head_dim] and k, v: [B, n_kv_heads, S, head_dim]. mask: as
+    in Context. Returns [B, n_heads, T, head_dim]."""
+    if k.shape[1] != q.shape[1]:  # each key/value head serves a group of queries
+        # On a CPU the fused kernel takes groups as they are, up to 12 times as fast when it
+        # decodes; but its gradients of k and v are less exact in bfloat16. GPU kernels for masks
+        # and fp32 do not take groups at all.
+        learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        if cap is None and q.device.type == "cpu" and not learning:
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    # Gemma 2 bounds its scores, which no fused kernel does: the formula itself
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = soft_cap((q * scale) @ k.transpose(-1, -2), cap)
@@ -115,11 +154,11 @@ class Attention(nn.Module):
         self.cap = config.attn_logit_softcapping
         q_dim = config.num_attention_heads * config.head_dim
         kv_dim = config.num_key_value_heads * config.head_dim
-        bias = config.attention_bias
+        bias = config.attention_bias or config.qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=bias)
-        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norms else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norms else nn.Identity()
         self.head_out = nn.Identity()  # the slot: heads.py puts a HeadScale or HeadOffset here
@@ -128,22 +167,23 @@ class Attention(nn.Module):
         self, x: torch.Tensor, context: Context, at: TokenIndex | None = None
     ) -> torch.Tensor:
         """x: [B, T, D] -> [B, T, D], or [N, D] of the tokens `at`."""
-
-        def split(y: torch.Tensor) -> torch.Tensor:  # [B, T, heads*head_dim] -> [B, heads, T, ..]
-            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        # [B, T, heads * head_dim] -> [B, heads, T, head_dim]
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         cos_sin, mask = context.cos_sin[self.layer_type], context.mask[self.layer_type]
+        # after the norm, as in HF: Gemma 3 norms each head before it turns
         q, k = rope.rotate(self.q_norm(q), *cos_sin), rope.rotate(self.k_norm(k), *cos_sin)
         if context.cache is not None:
             whole = context.cache.write(self.layer, context.positions, k, v)
             k, v = whole if context.decoding else (k, v)
-        if context.prefix is not None:
+        if context.prefix is not None:  # what all rows begin with, computed once for one row
             k, v = context.prefix.before(self.layer, k, v)
         z = attend(q, k, v, mask, self.scale, self.cap)
         z = z.transpose(1, 2)  # [B, T, n_heads, head_dim]
         z = self.head_out(z)  # LoFiT acts here and nowhere else (paper, section 3)
-        z = z if at is None else z[at]
+        z = z if at is None else z[at]  # in the last layer most positions are done with here
         return self.o_proj(z.flatten(-2))
 
 
@@ -198,45 +238,28 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        tree: Tree | None = None,
-        at: TokenIndex | None = None,
+        self, ids: torch.Tensor, context: Context | None = None, at: TokenIndex | None = None
     ) -> torch.Tensor:
-        """input_ids: [B, T] int64 -> final hidden states [B, T, D].
+        """ids: [B, T] -> final hidden states [B, T, D], or [N, D] of the tokens `at`."""
+        context = context or make_context(self.config, ids)
+        return self.upper(0, self.lower(0, ids, context), context, at)
 
-        Without `positions`, rows start at position 0 and attention is causal within them: training
-        and the prompt. Right padding needs no mask, for no real token looks to its right. With
-        `positions` [B, T] (and a cache), each token attends to every cached position up to its own.
-        With a `tree`, each token attends to its own text. With `at`, rows and columns of N tokens,
-        the result is [N, D].
-        """
-        context = make_context(self.config, input_ids, positions, cache, tree)
-        return self.run(self.embed(input_ids), context, at=at)
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, T] -> the hidden states that enter layer 0."""
-        x = self.embed_tokens(input_ids)
+    def lower(self, n: int, ids: torch.Tensor, context: Context) -> torch.Tensor:
+        """Embedding and the first n layers: [B, T] -> [B, T, D]."""
+        x = self.embed_tokens(ids)
         if self.config.scale_embeddings:  # the factor is rounded to the weights' dtype, as in HF
             x = x * x.new_full((), self.config.hidden_size**0.5)
+        for layer in self.layers[:n]:
+            x = layer(x, context)
         return x
 
-    def run(
-        self, x: torch.Tensor, context: Context, first: int = 0, at: TokenIndex | None = None
+    def upper(
+        self, n: int, x: torch.Tensor, context: Context, at: TokenIndex | None = None
     ) -> torch.Tensor:
-        """Hidden states that enter layer `first` -> final ones, of the tokens `at` or of all."""
-        for layer in self.layers[first:-1]:
+        """The layers from the n-th on and the last norm; `at`: see `forward`."""
+        for layer in self.layers[n:-1]:
             x = layer(x, context)
         return self.norm(self.layers[-1](x, context, at))
-
-    def before(self, layer: int, input_ids: torch.Tensor, context: Context) -> torch.Tensor:
-        """The hidden states that enter a layer."""
-        x = self.embed(input_ids)
-        for block in self.layers[:layer]:
-            x = block(x, context)
-        return x
 
 
 class CausalLM(nn.Module):
@@ -259,11 +282,6 @@ class CausalLM(nn.Module):
         """Final hidden states [..., D] -> logits [..., V]."""
         return soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """input_ids: [B, T] -> logits [B, T, V]. See `Transformer.forward`."""
-        return self.logits(self.model(input_ids, positions, cache))
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: [B, T] -> logits [B, T, V]."""
+        return self.logits(self.model(ids))

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the five RoPE types that Llama and Gemma checkpoints come with.
+"""Rotary position embeddings: the RoPE types that Llama and Gemma checkpoints come with.
 
 Angles are computed in fp32 from the positions at every forward pass. There is no table that a
 `.to(bfloat16)` could round or that loading could leave stale.
@@ -26,8 +26,6 @@ def cos_sin(
     scale = 1.0
     if rope["rope_type"] == "linear":
         inv_freq = inv_freq / rope["factor"]
-    elif rope["rope_type"] == "dynamic":
-        inv_freq = _dynamic(rope, config, exponents, positions)
     elif rope["rope_type"] == "llama3":
         inv_freq = _llama3(rope, inv_freq)
     elif rope["rope_type"] == "yarn":
@@ -41,16 +39,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate each pair (i, i + head_dim/2) of x: [batch, heads, position, head_dim], in fp32."""
     first, second = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
-def _dynamic(
-    rope: dict, config: ModelConfig, exponents: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """NTK-aware: past the trained length the base grows with the longest sequence of the call."""
-    dim, trained = config.head_dim, config.max_position_embeddings
-    length = (positions.max() + 1).clamp(min=trained)
-    stretch = rope["factor"] * length / trained - (rope["factor"] - 1)
-    return 1.0 / (rope["rope_theta"] * stretch ** (dim / (dim - 2))) ** exponents
 
 
 def _llama3(rope: dict, inv_freq: torch.Tensor) -> torch.Tensor:

@@ -1,161 +1,90 @@
-"""The arguments that the scripts have in common: model, task, folders; and how they are read."""
+"""The arguments that the scripts have in common. What is left out gets its value later, from the
+recipe, and is printed with its origin."""
 
 import argparse
-import math
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
-from lofit.errors import InputError
 from lofit.llm.checkpoint import DTYPES
-from lofit.llm.folder import local_folder
-from lofit.run.artefacts import OFFSETS
-from lofit.tasks import clutrr, mquake, truthfulqa
-from lofit.tasks.own import NAMED, OwnTask
+from lofit.llm.hub import local_folder
 
-TASKS = {"clutrr": clutrr, "mquake": mquake, "truthfulqa": truthfulqa}
-Task = ModuleType | OwnTask
-MAX_FLOAT = 1e6  # of a learning rate, a penalty or a strength; float32 overflows far beyond
-CONTROLS = ("random", "all")  # choices of --heads that have a run folder of their own
-METHODS = ("lofit", "lora", "red", "bias", "post_block", "iti", "repe")  # of train.py
+# of train.py: compare/baselines.py has all but the first
+METHODS = ("lofit", "lora", "red", "bias", "post_block", "iti", "repe")
 
 
 def common_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every script has. Defaults are resolved later and printed
-    with their origin."""
+    """A parser with what every script takes; `doc` is the script's own docstring."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arg = parser.add_argument
-    arg("--model", default="weights/mini-llama", help="a folder or a hub id (default: %(default)s)")
-    arg("--revision", help="branch, tag or commit of a hub id")
-    arg(
-        "--task",
-        default="mquake",
-        help=f"{', '.join((*TASKS, *NAMED))}, or a folder with train.jsonl, val.jsonl, test.jsonl",
-    )
-    arg(
-        "--data",
-        type=Path,
-        default=Path("data/mini"),
-        help="folder that holds MQuAKE/, clutrr/, truthfulqa/, boolq/, ... (default: %(default)s)",
-    )
-    arg(
-        "--fold",
-        default="both",
-        choices=("0", "1", "both"),
-        help="of a task with two folds (truthfulqa), each in a folder of its own",
-    )
-    arg("--chat", action="store_true", help="ask in the checkpoint's own chat template")
-    arg("--seed", type=int_at_least(0, 2**63 - 1), default=42)
+    arg("--model", default="weights/mini-llama", help="a folder, or a hub id, ID@REVISION"
+        " (default: %(default)s)")  # fmt: skip
+    arg("--task", default="mquake", help="mquake, clutrr, truthfulqa (its two folds), truthfulqa-0,"
+        " truthfulqa-1, siqa, ..., or a folder with train.jsonl, val.jsonl and test.jsonl"
+        " (default: %(default)s)")  # fmt: skip
+    arg("--data", type=Path, default=local_folder("data/mini") or Path("data/mini"), help="folder"
+        " that holds MQuAKE/, clutrr/, truthfulqa/, boolq/, ... (default: data/mini)")  # fmt: skip
     arg("--run", type=Path, help="run folder (default: runs/<model>/<task>)")
-    arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    arg("--dtype", default="auto", choices=["auto", *DTYPES], help="of the base model's weights")
+    arg("--seed", type=whole, default=42, help="of every draw (default: %(default)s)")
+    arg("--chat", action="store_true", help="ask in the checkpoint's own chat template")
+    arg("--plain", action="store_true", help="no shortcuts: the paper's batches, one text a row,"
+        " every layer at every step")  # fmt: skip
+    arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU"
+        " where there is one)")  # fmt: skip
+    arg("--dtype", default="auto", choices=["auto", *DTYPES],
+        help="of the base model's weights (default: auto, bfloat16 where it is fast)")  # fmt: skip
     arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
-    arg("--max-length", type=int_at_least(2), help="tokens of an example to train on (default: the"
-        " paper's 400, 512 with DPO, for its tasks; else the model's positions)")  # fmt: skip
-    arg("--fresh", action="store_true", help="start again where a stopped run could continue")
-    arg(
-        "--plain",
-        action="store_true",
-        help="no shortcuts: one text a row, every layer, the paper's batches",
-    )
-    parser.set_defaults(data=local_folder("data/mini") or Path("data/mini"))
     return parser
 
 
-def int_at_least(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """For argparse: an integer from `low` to `high`."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or len(text) > 19 or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"expected an integer from {low} to {high}, found {text[:30]!r}"
-            )
-        return int(text)
-
-    return read
+def training_parser(doc: str) -> argparse.ArgumentParser:
+    """What both steps take as well; None: as the recipe says."""
+    parser = common_parser(doc)
+    arg = parser.add_argument
+    arg("--n-train", type=natural, help="examples to train on, drawn by the seed (default: all)")
+    arg("--lr", type=positive, help="peak learning rate (default: the recipe's)")
+    arg("--epochs", type=natural, help="passes over the examples (default: the recipe's)")
+    arg("--batch-size", type=natural, help="examples of a step (default: the recipe's)")
+    return parser
 
 
-def positive_float(text: str) -> float:
-    """For argparse: a number above 0, up to MAX_FLOAT."""
-    if nonnegative_float(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return float(text)
+def whole(text: str) -> int:
+    """For argparse: a whole number, of 63 bits, as torch's generators take it."""
+    if not text.isdecimal() or not int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text[:30]!r}")
+    return int(text)
 
 
-def nonnegative_float(text: str) -> float:
-    """For argparse: a number from 0 to MAX_FLOAT."""
+def natural(text: str) -> int:
+    """For argparse: a whole number above 0."""
+    if not 1 <= whole(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text[:30]!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """For argparse: a number above 0; float32 overflows far beyond the largest allowed."""
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
-    if not 0 <= value <= MAX_FLOAT:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1e6, found {text[:30]!r}")
+        value = 0.0
+    if not 0 < value <= 1e6:  # nan is not
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text[:30]!r}")
     return value
 
 
-def find_task(name: str) -> tuple[str, Task]:
-    """(name for folders and files, task) of --task. InputError if it is neither."""
-    if name in TASKS or name in NAMED:
-        return name, (TASKS | NAMED)[name]
-    if not Path(name).is_dir():
-        names = ", ".join((*TASKS, *NAMED))
-        raise InputError(f"--task {name}: neither one of {names} nor a folder with train.jsonl")
-    return Path(name).resolve().name, OwnTask(Path(name))
+def not_negative(text: str) -> float:
+    """For argparse: 0 or a `positive` number."""
+    return 0.0 if text in ("0", "0.0") else positive(text)
 
 
-def folds_of(args: argparse.Namespace) -> list[int | None]:
-    """The folds to run one after the other; [None] for a task without folds."""
-    folds = find_task(args.task)[1].FOLDS
-    if folds is None and args.fold != "both":
-        raise InputError(f"--fold: the task {args.task} has no folds; leave it out")
-    if folds is None:
-        return [None]
-    return list(folds) if args.fold == "both" else [int(args.fold)]
-
-
-def run_folder(args: argparse.Namespace, suffix: str = "") -> Path:
-    """--run, or runs/<model>/<task>."""
-    if args.run:
-        return args.run
-    return Path("runs") / model_name(args).replace("/", "--") / (find_task(args.task)[0] + suffix)
-
-
-def train_suffix(args: argparse.Namespace) -> str:
-    """What train.py adds to the name of the run folder: a control or another method has its own."""
-    if args.method != "lofit":
-        return f"-{args.method}"
-    return f"-{args.heads}" if args.heads in CONTROLS else ""
-
-
-def eval_command(args: argparse.Namespace) -> str:
-    """The command that evaluates what train.py with these arguments has just trained."""
-    words, defaults = ["python", "eval.py"], common_parser("").parse_args([])
-    for name in ("model", "revision", "task", "data", "fold", "dtype", "device"):
-        value = getattr(args, name)
-        words += [] if value == getattr(defaults, name) else [f"--{name}", str(value)]
-    words += [f"--{name}" for name in ("chat", "plain") if getattr(args, name)]
-    if args.run or train_suffix(args):
-        words += ["--run", str(run_folder(args, train_suffix(args)))]
+def shared_flags(args: argparse.Namespace, task: str) -> str:
+    """The flags that a next script must have too, of one task of --task."""
+    words, defaults = [], common_parser("").parse_args([])
+    values = vars(args) | {"task": args.task if Path(args.task).is_dir() else task}
+    for name in ("model", "task", "data", "dtype", "device"):
+        if values[name] != getattr(defaults, name):
+            words += [f"--{name}", str(values[name])]
+    words += [f"--{name}" for name in ("chat", "plain") if values[name]]
     return shlex.join(words)
-
-
-def trained_folders(args: argparse.Namespace) -> list[Path]:
-    """The run folders of this model and task that hold offsets, the one trained last first. Only
-    --run, if it is given."""
-    folder = run_folder(args)
-    names = [""] if args.run else ["", *(f"-{name}" for name in (*CONTROLS, *METHODS[1:]))]
-    times = {}
-    for candidate in (folder.with_name(folder.name + name) for name in names):
-        files = [*candidate.glob(OFFSETS), *candidate.glob(f"fold*/{OFFSETS}")]
-        if files:
-            times[candidate] = max(file.stat().st_mtime_ns for file in files)
-    return sorted(times, key=times.get, reverse=True)
-
-
-def model_name(args: argparse.Namespace) -> str:
-    """The last part of a folder's path, or the hub id."""
-    folder = local_folder(args.model)
-    return folder.resolve().name if folder else args.model

@@ -1,13 +1,15 @@
 """What a person looks at: the map of heads, results with confidence intervals, their table."""
 
+import io
 import re
 from collections import Counter
+from pathlib import Path
 
 import torch
 
-from lofit.files import Write
+from lofit.files import write
 from lofit.heads import Head
-from lofit.tasks import Example, first_option, last_number
+from lofit.tasks import Example, Task, first_option, last_number
 
 SHADES = " .:-=+*"
 FEW = 20  # a task with at most so many different answers can be met by always saying one
@@ -27,13 +29,14 @@ def head_map(scores: torch.Tensor, heads: list[Head]) -> str:
     return "\n".join([*lines, f"          head 0 .. {scores.shape[1] - 1}    # = chosen"])
 
 
-def head_picture(scores: torch.Tensor, heads: list[Head], title: str, label: str) -> Write | None:
-    """The same as a PNG, `label` beside its colours, for `write_atomic`; None where matplotlib is
-    not installed."""
+def save_picture(path: Path, scores: torch.Tensor, heads: list[Head], title: str) -> str:
+    """The same as a PNG; returns what to print of it. Where matplotlib is not installed nothing is
+    left, so that no old picture stands beside new heads."""
     try:
         import matplotlib
     except ImportError:
-        return None
+        path.unlink(missing_ok=True)
+        return ""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -44,9 +47,12 @@ def head_picture(scores: torch.Tensor, heads: list[Head], title: str, label: str
     layers, columns = zip(*heads, strict=True)
     axes.scatter(columns, layers, marker="s", s=60, facecolors="none", edgecolors="crimson")
     axes.set(xlabel="head", ylabel="layer", title=title)
-    figure.colorbar(image, label=label)
+    figure.colorbar(image, label="score")
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120, format="png")
     plt.close(figure)
-    return lambda path: figure.savefig(path, dpi=120, format="png")
+    write(path, data.getvalue())
+    return f", {path.name}"
 
 
 def paired_bootstrap(
@@ -67,51 +73,50 @@ def paired_bootstrap(
 
 
 def mean(values: list[float]) -> float:
-    """Arithmetic mean."""
     return sum(values) / len(values)
 
 
-def results_table(results: dict) -> str:
-    """The `metrics` of results.json as a table, in percent."""
-    lines = [f"{'':14}{'base':>9}{'tuned':>9}   difference [95 % interval]"]
-    for metric, base in results["base"].items():
-        if "tuned" not in results:
-            lines.append(f"{metric:14}{base:9.1%}")
-            continue
-        change = results["difference"][metric]
-        low, high = (100 * bound for bound in change["ci95"])
-        lines.append(
-            f"{metric:14}{base:9.1%}{results['tuned'][metric]:9.1%}"
-            f"   {100 * change['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
-        )
-    return "\n".join(lines)
-
-
-def summarize(
-    about: dict, metadata: dict[str, dict], scored: dict[str, list[dict]], metrics: tuple[str, ...]
-) -> dict:
-    """results.json: `about` and the means of the base model; per adapter its
-    metadata, means, differences and intervals. Several adapters are under "adapters", by label."""
+def summarize(scored: dict[str, list[dict]], metrics: tuple[str, ...]) -> dict:
+    """scored: the rows of "base" and of each set of offsets by its label -> {"scores": the means of
+    each, "differences": of each from the base, with their intervals}."""
     columns = {
         who: {metric: [row[metric] for row in rows] for metric in metrics}
         for who, rows in scored.items()
     }
-    means = {who: {metric: mean(c[metric]) for metric in metrics} for who, c in columns.items()}
-    adapters = {}
-    for who in metadata:
-        difference = {
+    scores = {who: {metric: mean(c[metric]) for metric in metrics} for who, c in columns.items()}
+    differences = {
+        who: {
             metric: {
-                "value": means[who][metric] - means["base"][metric],
+                "value": scores[who][metric] - scores["base"][metric],
                 "ci95": paired_bootstrap(columns["base"][metric], columns[who][metric]),
             }
             for metric in metrics
         }
-        adapters[who] = metadata[who] | {"tuned": means[who], "difference": difference}
-    found = about | {"base": means["base"]}
-    return found | (adapters.get("tuned") or ({"adapters": adapters} if adapters else {}))
+        for who in scored
+        if who != "base"
+    }
+    return {"scores": scores, "differences": differences}
 
 
-def by_answer(examples: list[Example], scored: dict[str, list[dict]]) -> dict:
+def results_table(results: dict) -> str:
+    """What `summarize` gives, as a table in percent: a column for each model, and how far each set
+    of offsets is from the base."""
+    whos = list(results["scores"])
+    width = max(9, *(len(who) + 2 for who in whos))
+    lines = [f"{'':14}" + "".join(f"{who:>{width}}" for who in whos)]
+    lines[0] += "   difference [95 % interval]" if len(whos) > 1 else ""
+    for metric in results["scores"]["base"]:
+        line = f"{metric:14}"
+        line += "".join(f"{results['scores'][who][metric]:{width}.1%}" for who in whos)
+        for who in whos[1:]:
+            change = results["differences"][who][metric]
+            low, high = (100 * bound for bound in change["ci95"])
+            line += f"   {100 * change['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def by_answer(task: Task, examples: list[Example], scored: dict[str, list[dict]]) -> dict:
     """How often each answer was given, and what always the most frequent right one would score:
     {"always": {"answer", "share"}, "given": {who: {answer: n}}}; n of other texts as "other". Empty
     where the answers and options are more than FEW."""
@@ -122,7 +127,7 @@ def by_answer(examples: list[Example], scored: dict[str, list[dict]]) -> dict:
     folded = {answer.lower(): answer for answer in answers}
     given = {}
     for who, rows in scored.items():
-        texts = [_given(e, row) for e, row in zip(examples, rows, strict=True)]
+        texts = [_given(task, e, row) for e, row in zip(examples, rows, strict=True)]
         counts = Counter(t if t in answers else folded.get(t.lower(), "other") for t in texts)
         given[who] = {answer: counts[answer] for answer in (*answers, "other")}
     ((answer, n),) = right.most_common(1)
@@ -133,7 +138,7 @@ def _right(example: Example) -> str:
     return example.answer.strip() if example.value is None else f"{example.value:.15g}"
 
 
-def _given(example: Example, row: dict) -> str:
+def _given(task: Task, example: Example, row: dict) -> str:
     """What one item was answered with: the option, number or text generated, or the most probable
     option."""
     options = (*example.right, *example.wrong)
@@ -141,7 +146,7 @@ def _given(example: Example, row: dict) -> str:
         log_probs = [*row["log_probs"]["right"], *row["log_probs"]["wrong"]]
         return options[log_probs.index(max(log_probs))].strip()
     if options:
-        return first_option(row["prediction"], options) or ""
+        return first_option(row["prediction"], options, task.whole_words) or ""
     if example.value is None:
         return row["prediction"].strip()
     number = last_number(row["prediction"])
@@ -188,15 +193,3 @@ def print_details(results: dict) -> None:
             if who != "n"
         )
         print(f"  {group} ({means['n']} items): {scores}")
-
-
-def print_results(title: str, results: dict) -> None:
-    """The table of each set of offsets, or of the base model alone."""
-    for label, own in (results.get("adapters") or {"": {}}).items():
-        part = results | own
-        what = part.get("method") or f"{len(part['heads'])} heads"
-        print(
-            f"\n{title}, {f'{label}, ' if label else ''}{what},"
-            f" {part['trained_values']:,} trained values ({part['share_of_base']:.4%} of the base"
-            f" model), seed {part['seed']}\n{results_table(part)}"
-        )

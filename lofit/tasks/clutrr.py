@@ -7,15 +7,9 @@ import re
 from pathlib import Path
 
 from lofit.errors import InputError
-from lofit.files import read_json_list
-from lofit.tasks import Example, check_texts
+from lofit.files import read_json_list, reading
+from lofit.tasks import Example, Task, check_texts, folded
 
-FOLDER = "clutrr"
-FOLDS = None
-MAX_NEW_TOKENS = 16
-STOP = "."  # the prediction ends there, see `extract`
-METRICS = ("em",)
-MAIN_METRIC = "em"
 N_TRAIN = 300  # stories to train on, sampled by the seed (paper, section 4)
 
 
@@ -42,33 +36,43 @@ def ask(text: str) -> str:
     return prompt(story, a, b)
 
 
-def path(data: Path, split: str, fold: int | None = None) -> Path:
-    """The file of a split."""
-    return data / FOLDER / f"{split}.json"
-
-
-def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
-    """The examples of a split; of `train` a sample. Raises InputError that names file and item."""
+def read(path: Path, split: str, seed: int) -> list[Example]:
+    """The examples of a split's file; of `train` a sample. InputError that names file and item."""
     examples = []
-    for where, item in read_json_list(path(data, split)):
-        try:
+    for where, item in read_json_list(path):
+        with reading(f"{where}: not a CLUTRR story"):
             story = item["clean_story"].replace("[", "").replace("]", "")
-            a, b = ast.literal_eval(item["query"])
+            try:
+                a, b = ast.literal_eval(item["query"])
+            except SyntaxError:
+                raise ValueError(f"'query' is {item['query']!r}") from None
             relation = item["target_text"]
             check_texts(story, a, b, relation)
-        except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
-            raise InputError(f"{where}: not a CLUTRR story, missing or wrong: {error!r}") from None
-        examples.append(Example(prompt(story, a, b), relation, references=(relation,)))
+        asked = prompt(story, a, b)
+        examples.append(Example(asked, relation, references=(relation,), where=where))
     if split == "train" and len(examples) > N_TRAIN:
         examples = random.Random(seed).sample(examples, N_TRAIN)
     return examples
 
 
-def extract(prompt: str, continuation: str) -> str:
+def extract(example: Example, continuation: str) -> str:
     """The prediction: what follows the prompt, up to a period, without outer white space."""
     return continuation.partition(".")[0].strip()
 
 
 def score(prediction: str, example: Example) -> dict[str, float]:
     """em: equals the relation, lower case."""
-    return {"em": float(prediction.lower() == example.references[0].lower())}
+    return {"em": float(folded(prediction) == folded(example.references[0]))}
+
+
+TASK = Task(
+    "clutrr",
+    lambda data, split: data / "clutrr" / f"{split}.json",
+    read,
+    ("em",),
+    max_length=400,
+    stop=".",
+    extract=extract,
+    score=score,
+    ask=ask,
+)

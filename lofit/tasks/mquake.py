@@ -3,16 +3,8 @@ would then be true. Reads DATA/MQuAKE/{train,val,test}.jsonl."""
 
 from pathlib import Path
 
-from lofit.errors import InputError
-from lofit.files import read_jsonl
-from lofit.tasks import Example, check_texts
-
-FOLDER = "MQuAKE"
-FOLDS = None
-MAX_NEW_TOKENS = 16
-STOP = None  # a later `A:` would count, see `extract`
-METRICS = ("em", "em_stripped", "old_answer")
-MAIN_METRIC = "em_stripped"
+from lofit.files import read_jsonl, reading
+from lofit.tasks import Example, Task, check_texts, folded
 
 
 def prompt(edit: str, question: str) -> str:
@@ -25,41 +17,46 @@ def ask(text: str) -> str:
     return f"Q: {text} A:"
 
 
-def path(data: Path, split: str, fold: int | None = None) -> Path:
-    """The file of a split."""
-    return data / FOLDER / f"{split}.jsonl"
-
-
-def read(data: Path, split: str, seed: int = 42, fold: int | None = None) -> list[Example]:
-    """The examples of a split. Raises InputError that names file, line and key."""
+def read(path: Path, split: str, seed: int) -> list[Example]:
+    """The examples of a split's file. Raises InputError that names file, line and key."""
     examples = []
-    for where, case in read_jsonl(path(data, split)):
-        try:
+    for where, case in read_jsonl(path):
+        with reading(f"{where}: not a MQuAKE case"):
             rewrite, question = case["requested_rewrite"][0], case["questions"][0]  # 1st of three
             target = rewrite["target_new"]["str"]
             new = [case["new_answer"]] + case["new_answer_alias"]
             old = [case["answer"]] + case["answer_alias"]
             check_texts(rewrite["prompt"], rewrite["subject"], target, question, *new, *old)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise InputError(f"{where}: not a MQuAKE case, missing or wrong: {error!r}") from None
         statement = rewrite["prompt"].replace("{}", rewrite["subject"])
-        asked = prompt(f"{statement} {target}", question)
-        examples.append(Example(asked, new[0], references=tuple(new), outdated=tuple(old)))
+        asked, new, old = prompt(f"{statement} {target}", question), tuple(new), tuple(old)
+        examples.append(Example(asked, new[0], references=new, outdated=old, where=where))
     return examples
 
 
-def extract(prompt: str, continuation: str) -> str:
+def extract(example: Example, continuation: str) -> str:
     """The prediction: what follows the last `A:` of the whole text, up to a line break."""
-    return (prompt + continuation).rpartition("A:")[2].partition("\n")[0]
+    return (example.prompt + continuation).rpartition("A:")[2].partition("\n")[0]
 
 
 def score(prediction: str, example: Example) -> dict[str, float]:
     """em: equals the new answer or an alias, lower case, as the public code compares (a leading
     space counts as wrong); em_stripped: without outer white space; old_answer: stripped, equals
     what was true before the edit."""
-    said, right = prediction.lower(), [r.lower() for r in example.references]
+    given, right = folded(prediction), [folded(r) for r in example.references]
     return {
-        "em": float(said in right),
-        "em_stripped": float(said.strip() in right),
-        "old_answer": float(said.strip() in [r.lower() for r in example.outdated]),
+        "em_stripped": float(given.strip() in right),
+        "em": float(given in right),
+        "old_answer": float(given.strip() in [folded(r) for r in example.outdated]),
     }
+
+
+TASK = Task(
+    "mquake",
+    lambda data, split: data / "MQuAKE" / f"{split}.jsonl",
+    read,
+    ("em_stripped", "em", "old_answer"),
+    max_length=400,
+    extract=extract,  # no `stop`: a later `A:` would count
+    score=score,
+    ask=ask,
+)

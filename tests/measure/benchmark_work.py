@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from lofit.fast.folded import folded_offsets
 from peers import (
     hf_batch,
     hf_generate,
@@ -21,7 +22,6 @@ from shapes import SHAPES, Ids, random_model, text
 
 from lofit import load_model, load_tokenizer
 from lofit.fast.decoding import GraphedDecoding
-from lofit.fast.folded import folded_offsets
 from lofit.fast.graphs import GraphedObjective
 from lofit.fast.packed import packed_weights
 from lofit.heads import (

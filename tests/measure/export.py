@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from loading import memory, write_checkpoint
+from lofit.llm.files import read_json
+from lofit.run.artefacts import save_offsets
 
 from lofit.export import formats
 from lofit.llm.checkpoint import load_model
-from lofit.llm.files import read_json
-from lofit.run.artefacts import save_offsets
 
 
 def in_a_process(work, *args):

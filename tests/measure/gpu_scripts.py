@@ -18,12 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import MINI, REPO, end_group, start_group
+from lofit.llm.files import read_json
 from safetensors.torch import load_file
 from shapes import SHAPES, random_model
 from timed_script import BEGAN, LIMIT, PARTS
 
 from lofit.llm.checkpoint import DTYPES, save_model
-from lofit.llm.files import read_json
 from lofit.run.arguments import TASKS
 
 CHILD = Path(__file__).with_name("timed_script.py")

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import torch
 from benchmark_limits import big_copies, matrix_products, seconds, training_flops
+from lofit.fast.folded import folded_offsets
 from shapes import SHAPES, Ids, random_model, text
 
 from lofit.fast.decoding import GraphedDecoding
-from lofit.fast.folded import folded_offsets
 from lofit.fast.graphs import GraphedObjective
 from lofit.heads import attach_offsets, attach_scales, init_offsets, init_scales
 from lofit.llm.checkpoint import DTYPES

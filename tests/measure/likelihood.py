@@ -18,9 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for eval.py
 
+from lofit.llm.files import read_json
+
 import eval as evaluate
 from lofit.files import read_jsonl
-from lofit.llm.files import read_json
 
 
 def arc_item(item: dict) -> dict:

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lofit.llm.folder import INDEX
 from safetensors.torch import save_file
 
 from lofit.files import write_json
 from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
-from lofit.llm.folder import INDEX
 from lofit.llm.model import CausalLM
 
 CONFIG = ModelConfig(

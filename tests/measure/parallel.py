@@ -32,15 +32,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import end_group, random_model, start_group
 from loading import memory, write_checkpoint
+from lofit.distributed.sharded import Shards, gathered
+from lofit.llm.files import read_json
 from safetensors.torch import load_file
 
-from lofit.distributed.sharded import Shards, gathered
 from lofit.heads import attach_scales, init_scales
 from lofit.inspect.memory import training_bytes
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import assemble, text_name
 from lofit.llm.config import ModelConfig
-from lofit.llm.files import read_json
 from lofit.llm.model import CausalLM
 from lofit.llm.scoring import target_losses
 from lofit.run.arguments import TASKS

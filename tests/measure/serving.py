@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, for conftest
 from conftest import MINI_GEMMA, REPO, make_run, random_model
+from lofit.llm.files import read_json
 from servers import PROGRAMS, Server, environment, must
 
 from lofit import errors
@@ -30,7 +31,6 @@ from lofit.errors import InputError
 from lofit.files import read_jsonl, write_json
 from lofit.llm.checkpoint import save_model
 from lofit.llm.config import ARCHITECTURES, ModelConfig
-from lofit.llm.files import read_json
 from lofit.run.arguments import find_task
 
 N_BYTES = 262  # of mini-gemma's tokenizer: control tokens, then the bytes

@@ -85,10 +85,10 @@ def main(argv: list[str]) -> None:
     clock = Clock(float(os.environ[BEGAN]))
     module = importlib.import_module(script)
     import torch
+    from lofit.run.session import Session
 
     from lofit.fast.decoding import GraphedDecoding
     from lofit.fast.graphs import GraphedObjective
-    from lofit.run.session import Session
 
     clock.around(Session, "__init__", "open")
     clock.around(Session, "read", "texts")

@@ -1,1 +1,0 @@
-"""Several processes under torchrun: one loss computed by all, weights split over them."""
