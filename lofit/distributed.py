@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lofit import errors, files
 from lofit.errors import InputError
 from lofit.llm.batches import Batch
+from lofit.llm.checkpoint import Whole
 from lofit.llm.model import CausalLM
 from lofit.objectives import KnownGradients, Objective, trained_parameters
 
@@ -95,33 +96,28 @@ class SharedObjective:
         return KnownGradients.apply(loss[0], tuple(gradients), *trained)
 
 
-class Shards:
-    """This process's part of every layer's tensors: the rows that FSDP2 gives it. Embedding, last
-    norm and lm_head stay whole in each process."""
+class Sharded(Whole):
+    """Each process keeps its rows of every layer's tensors, as FSDP2 gives them. Embedding, last
+    norm and lm_head stay whole."""
 
-    def __init__(self, device: str):
-        self.device, self.rank, self.n = device, dist.get_rank(), dist.get_world_size()
+    def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.startswith("model.layers."):
+            size = -(-len(tensor) // dist.get_world_size())  # less for the last processes
+            tensor = tensor[dist.get_rank() * size :][:size].clone()
+        return super().keep(name, tensor)
 
-    def own_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Parts of equal size, less for the last processes."""
-        if not name.startswith("model.layers."):
-            return tensor
-        size = -(-len(tensor) // self.n)
-        return tensor[self.rank * size : (self.rank + 1) * size].clone()
-
-    def split(self, model: CausalLM, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Split a model on the meta device; returns the weights that it takes, made of this
-        process's rows. A layer is gathered when it runs, and freed after it."""
+    def prepare(self, model: CausalLM, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Split the model; a layer is gathered when it runs, and freed after it."""
         # imported here: they take a second
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import DTensor
 
-        mesh = init_device_mesh(torch.device(self.device).type, (self.n,))
+        mesh = init_device_mesh(torch.device(self.device).type, (dist.get_world_size(),))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         for name, p in model.state_dict().items():
             if isinstance(p, DTensor):
                 whole = {"shape": p.shape, "stride": p.stride()}
-                own[name] = DTensor.from_local(own[name], mesh, p.placements, **whole)
-        return own
+                kept[name] = DTensor.from_local(kept[name], mesh, p.placements, **whole)
+        return kept

@@ -51,15 +51,32 @@ class Source:
     fingerprint: str
 
 
+class Whole:
+    """How a process keeps the weights: whole, in a dtype, on a device. distributed.py has another
+    way (a part of each), and quantize.py (in 4 bits)."""
+
+    def __init__(self, dtype: torch.dtype, device: str):
+        self.dtype, self.device = dtype, device
+
+    def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What stays of a stored tensor."""
+        tensor = tensor.to(self.dtype) if tensor.dtype == torch.float64 else tensor  # not every
+        return tensor.to(device=self.device, dtype=self.dtype)  # GPU has float64
+
+    def prepare(self, model: CausalLM, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights that a model on the meta device takes."""
+        return kept
+
+
 def load_model(
-    name: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu", shards=None
-) -> CausalLM:
+    name: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu",
+    way: type[Whole] = Whole,
+) -> CausalLM:  # fmt: skip
     """Load a frozen model in eval mode; `.source` says where from.
 
     name: a folder with config.json and safetensors, or a hub id like meta-llama/Llama-2-7b-hf, of a
-    revision after an @. dtype: torch's or its name. shards: a distributed.Shards, for a process
-    that keeps its part of each tensor. InputError for anything missing, damaged, unsupported or
-    left over.
+    revision after an @. dtype: torch's or its name. way: how the weights are kept. InputError for
+    anything missing, damaged, unsupported or left over.
     """
     folder, dtype = find_folder(name), DTYPES.get(dtype, dtype)
     if not isinstance(dtype, torch.dtype):
@@ -69,13 +86,11 @@ def load_model(
     config = ModelConfig.from_file(folder / "config.json")
     with torch.device("meta"):
         model = CausalLM(config)
-    expected, weights, digests = model.state_dict(), {}, {}
+    expected, weights, digests, way = model.state_dict(), {}, {}, way(dtype, device)
     for key, tensor in stored_tensors(folder):
         _check_tensor(folder, key, tensor, expected, weights, dtype)
         digests[key] = digest(tensor)
-        tensor = shards.own_rows(key, tensor) if shards else tensor
-        tensor = tensor.to(dtype) if tensor.dtype == torch.float64 else tensor  # not every GPU's
-        weights[key] = tensor.to(device=device, dtype=dtype)
+        weights[key] = way.keep(key, tensor)
     weights = share_ends(weights, config)
     if missing := sorted(expected.keys() - weights.keys()):
         raise InputError(
@@ -88,8 +103,7 @@ def load_model(
             ' apart, write "tie_word_embeddings": false into config.json'
         )
     model.requires_grad_(False)
-    weights = shards.split(model, weights) if shards else weights
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict(way.prepare(model, weights), strict=True, assign=True)
     model.tie_weights()
     model.source = Source(str(name), commit_of(folder), fingerprint(digests, config))
     return model.requires_grad_(False).eval()

@@ -146,6 +146,8 @@ def attend(
 
 
 class Attention(nn.Module):
+    """Attention of one layer, with the slot `head_out` between its heads and o_proj."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -167,19 +169,22 @@ class Attention(nn.Module):
         self, x: torch.Tensor, context: Context, at: TokenIndex | None = None
     ) -> torch.Tensor:
         """x: [B, T, D] -> [B, T, D], or [N, D] of the tokens `at`."""
-        # [B, T, heads * head_dim] -> [B, heads, T, head_dim]
+        # each head works on its own head_dim numbers: [B, T, heads * head_dim] -> [B, heads, T, ..]
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos_sin, mask = context.cos_sin[self.layer_type], context.mask[self.layer_type]
-        # after the norm, as in HF: Gemma 3 norms each head before it turns
+        # RoPE turns q and k by their positions, so that q . k depends on how far apart they are;
+        # Gemma 3 norms each head before
         q, k = rope.rotate(self.q_norm(q), *cos_sin), rope.rotate(self.k_norm(k), *cos_sin)
         if context.cache is not None:
             whole = context.cache.write(self.layer, context.positions, k, v)
             k, v = whole if context.decoding else (k, v)
         if context.prefix is not None:  # what all rows begin with, computed once for one row
             k, v = context.prefix.before(self.layer, k, v)
+        # A head's output is a mean of values, weighted by where it looks. This is the last place
+        # where heads are apart: o_proj is one matrix over all of them, and sums what each one adds.
         z = attend(q, k, v, mask, self.scale, self.cap)
         z = z.transpose(1, 2)  # [B, T, n_heads, head_dim]
         z = self.head_out(z)  # LoFiT acts here and nowhere else (paper, section 3)
@@ -188,6 +193,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """down(act(gate x) * up x): one half decides how much of the other half passes."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -201,6 +208,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer: x + attention(norm x), then x + mlp(norm x); Gemma 2 and 3 norm both results too."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         D = config.hidden_size
@@ -218,6 +227,8 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x: [B, T, D] -> [B, T, D], or [N, D] of the tokens `at`: the others are looked at by
         attention and need no more."""
+        # Pre-norm: x itself, the residual stream, is only ever added to. So what an offset adds in
+        # this layer reaches every later layer, and the logits, directly as well.
         attended = self.self_attn(self.input_layernorm(x), context, at)
         x = x if at is None else x[at]
         # HF's names say where a norm stands, not what it norms
@@ -228,10 +239,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Embedding, layers and last norm. `lower` and `upper` split it where a layer begins: what lies
+    below the lowest edit gives the same for a text in every epoch (fast/hidden_cache.py)."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # on meta without initial values: drawing them there would import torch's compiler, slowly
+        # no initial values on meta: drawing them there would import torch's compiler, slowly
         empty = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(*empty.shape, _weight=empty if empty.is_meta else None)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))

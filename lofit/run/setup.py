@@ -17,7 +17,7 @@ from lofit import files
 from lofit.errors import InputError
 from lofit.files import append, hash_of
 from lofit.heads import head_grid, remove_edits
-from lofit.llm.checkpoint import DTYPES, load_model
+from lofit.llm.checkpoint import DTYPES, Whole, load_model
 from lofit.llm.hub import find_folder, local_folder, weight_files
 from lofit.llm.model import CausalLM
 from lofit.llm.tokenizer import Tokenizer, load_tokenizer
@@ -92,17 +92,17 @@ class Run:
 def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterator[Iterator[Run]]:
     """A run of each task that --task names (TruthfulQA: two folds), all of one model; their folders
     are locked while they last. What can be checked is checked here, before work begins."""
-    tasks, processes, shards, device = find_tasks(args.task), "", None, args.device
+    tasks, processes, way, device = find_tasks(args.task), "", Whole, args.device
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
-        from lofit.distributed import Shards, join
+        from lofit.distributed import Sharded, join
 
         device, processes = join(device), "sharded" if args.shard else "shared"
-        shards = Shards(pick_device(device)) if args.shard else None
+        way = Sharded if args.shard else Whole
     elif args.shard:
         raise InputError("--shard: one process has nothing to split; start by torchrun")
     device = pick_device(device)
     n_bytes = sum(path.stat().st_size for path in weight_files(find_folder(args.model)))
-    model = load_model(args.model, pick_dtype(args.dtype, device, n_bytes), device, shards)
+    model = load_model(args.model, pick_dtype(args.dtype, device, n_bytes), device, way)
     wrap, end_of_turn = str, None
     if args.chat:
         from lofit.llm.chat import load_chat_template
