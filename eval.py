@@ -145,10 +145,10 @@ def attach(args: argparse.Namespace, run: Run, name: str) -> dict:
     if tasks == {"truthfulqa-0", "truthfulqa-1"}:
         raise InputError(f"{path}: {found['task']} trains on questions that {mine['task']} tests")
     for flag, theirs, ours in (
-        ("dtype", found["settings"].get("dtype"), mine["settings"]["dtype"]),
+        *((f, found["settings"].get(f), mine["settings"][f]) for f in ("dtype", "quantize")),
         ("chat", found.get("chat"), mine["chat"]),
     ):
-        if theirs is not None and theirs != ours:
+        if found["settings"] and theirs != ours:
             print(
                 f"warning: {path}: trained with {flag} {theirs}, evaluated with {flag} {ours}",
                 file=sys.stderr,

@@ -7,8 +7,8 @@ An objective has
     loss(batch)    what is minimised, a mean over them
     weight(batch)  of how many things it is a mean
 Work that need not be done is left out by wrapping one objective in another (fast/hidden_cache.py;
-on a GPU fast/graphs.py; under torchrun distributed.py). A wrapper changes what a batch knows, or
-who computes it, and never what the loss is.
+on a GPU fast/graphs.py), and shared out so as well (`Accumulated`; under torchrun distributed.py).
+A wrapper changes what a batch knows, or who computes it when, and never what the loss is.
 """
 
 from dataclasses import replace
@@ -147,6 +147,35 @@ class KnownGradients(torch.autograd.Function):
 def trained_parameters(model: CausalLM) -> list[torch.nn.Parameter]:
     """What a loss has gradients for; none where gradients are off."""
     return [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+
+
+class Accumulated:
+    """An objective whose batches are computed in parts, one after the other: as little memory as a
+    smaller batch takes, and the gradient of the whole batch, so the recipe stays."""
+
+    def __init__(self, objective: Objective, parts: int):
+        self.objective, self.model, self.parts = objective, objective.model, parts
+        self.lengths, self.texts = objective.lengths, objective.texts
+
+    def batch(self, rows: list[int]) -> list[Batch]:
+        size = -(-len(rows) // self.parts)
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [self.objective.batch(part) for part in parts]
+
+    def weight(self, batch: list[Batch]) -> int:
+        return sum(map(self.objective.weight, batch))
+
+    def loss(self, batch: list[Batch]) -> torch.Tensor:
+        trained, whole, losses, sums = trained_parameters(self.model), self.weight(batch), [], []
+        for part in batch:
+            # a mean over all of the batch is not the mean of its parts' means: they are weighted by
+            # how many tokens (or pairs) they have
+            loss = self.objective.loss(part) * (self.objective.weight(part) / whole)
+            # the gradient of a part is taken at once, which frees what its pass had kept
+            gradients = torch.autograd.grad(loss, trained) if trained else ()
+            sums = [a + b for a, b in zip(sums, gradients, strict=True)] if sums else gradients
+            losses.append(loss.detach())
+        return KnownGradients.apply(torch.stack(losses).sum(), tuple(sums), *trained)
 
 
 @torch.no_grad()

@@ -58,6 +58,12 @@ class Whole:
     def __init__(self, dtype: torch.dtype, device: str):
         self.dtype, self.device = dtype, device
 
+    stored: dict = {}  # weights that come in parts, see `takes`
+
+    def takes(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a stored tensor is a part of a weight, and kept with the other parts of it."""
+        return False
+
     def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What stays of a stored tensor."""
         tensor = tensor.to(self.dtype) if tensor.dtype == torch.float64 else tensor  # not every
@@ -84,15 +90,18 @@ def load_model(
     if not (folder / "config.json").exists() and (kind := what_it_is(folder)):
         raise InputError(kind)
     config = ModelConfig.from_file(folder / "config.json")
+    if config.stored_in_4_bits:
+        from lofit.quantize import Quantized as way  # noqa: N813
     with torch.device("meta"):
         model = CausalLM(config)
     expected, weights, digests, way = model.state_dict(), {}, {}, way(dtype, device)
     for key, tensor in stored_tensors(folder):
-        _check_tensor(folder, key, tensor, expected, weights, dtype)
         digests[key] = digest(tensor)
-        weights[key] = way.keep(key, tensor)
+        if not way.takes(key, tensor):
+            _check_tensor(folder, key, tensor, expected, weights, dtype)
+            weights[key] = way.keep(key, tensor)
     weights = share_ends(weights, config)
-    if missing := sorted(expected.keys() - weights.keys()):
+    if missing := sorted(expected.keys() - weights.keys() - way.stored.keys()):
         raise InputError(
             f"{folder}: the checkpoint lacks tensors {', '.join(missing[:3])}, {len(missing)} in"
             " all; do config.json and the weights belong together?"

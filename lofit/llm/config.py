@@ -106,6 +106,7 @@ class ModelConfig:
     sandwich_norms: bool = False  # also the outputs of attention and MLP are normed
     qk_norms: bool = False  # queries and keys are normed, per head, before RoPE
     qkv_bias: bool = False  # biases on q, k and v, none on o
+    stored_in_4_bits: bool = False  # by bitsandbytes; quantize.py reads it
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
@@ -126,14 +127,16 @@ class ModelConfig:
                 raise InputError(
                     f"{source}: model_type {family!r} is not supported; supported: {names}"
                 )
+            in_4_bits = _in_4_bits(raw.get("quantization_config"))
             for key in QUANTISED:
-                if raw.get(key) is not None:
+                if raw.get(key) is not None and not in_4_bits:
                     raise InputError(f"{source}: the model is quantised ({key}); {PLAIN_CURE}")
             if raw.get("use_bidirectional_attention"):
                 raise ValueError("use_bidirectional_attention: only causal models are supported")
             values = _complete(DEFAULTS[family] | raw)
             own = {field.name for field in fields(cls)}
-            config = cls(**{k: v for k, v in values.items() if k in own} | ALWAYS[family])
+            values = {k: v for k, v in values.items() if k in own} | ALWAYS[family]
+            config = cls(**values | {"stored_in_4_bits": in_4_bits})
             config._check()
         return config
 
@@ -199,12 +202,21 @@ class ModelConfig:
         return raw
 
 
-_ONLY_OURS = ("norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms", "qkv_bias")
+_ONLY_OURS = (
+    "norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms", "qkv_bias",
+    "stored_in_4_bits",
+)  # fmt: skip
 _GEMMA_EXTRAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 < value < 1e12
+
+
+def _in_4_bits(how: object) -> bool:
+    """Whether a `quantization_config` is one that quantize.py reads."""
+    kind = how.get("quant_method") if isinstance(how, dict) else None
+    return kind == "bitsandbytes" and how.get("load_in_4bit") is True
 
 
 def _check_rope(rope: dict) -> None:

@@ -34,6 +34,7 @@ def common_parser(doc: str) -> argparse.ArgumentParser:
         " where there is one)")  # fmt: skip
     arg("--dtype", default="auto", choices=["auto", *DTYPES],
         help="of the base model's weights (default: auto, bfloat16 where it is fast)")  # fmt: skip
+    arg("--quantize", choices=["nf4"], help="the base model's weights in 4 bits")
     arg("--shard", action="store_true", help="split the weights over the processes of torchrun")
     return parser
 
@@ -46,6 +47,8 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
     arg("--lr", type=positive, help="peak learning rate (default: the recipe's)")
     arg("--epochs", type=natural, help="passes over the examples (default: the recipe's)")
     arg("--batch-size", type=natural, help="examples of a step (default: the recipe's)")
+    arg("--accumulate", type=natural, default=1, help="parts of a batch, computed one after the"
+        " other in less memory: the same gradient (default: %(default)s)")  # fmt: skip
     return parser
 
 
@@ -86,5 +89,6 @@ def shared_flags(args: argparse.Namespace, task: str) -> str:
     for name in ("model", "task", "data", "dtype", "device"):
         if values[name] != getattr(defaults, name):
             words += [f"--{name}", str(values[name])]
+    words += ["--quantize", args.quantize] if args.quantize else []
     words += [f"--{name}" for name in ("chat", "plain") if values[name]]
     return shlex.join(words)

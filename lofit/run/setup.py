@@ -21,7 +21,7 @@ from lofit.llm.checkpoint import DTYPES, Whole, load_model
 from lofit.llm.hub import find_folder, local_folder, weight_files
 from lofit.llm.model import CausalLM
 from lofit.llm.tokenizer import Tokenizer, load_tokenizer
-from lofit.objectives import CrossEntropy, Objective, Preference
+from lofit.objectives import Accumulated, CrossEntropy, Objective, Preference
 from lofit.recipes import Recipe, find_recipe
 from lofit.run.files import VERSION
 from lofit.tasks import Example, Task, find_tasks
@@ -48,6 +48,7 @@ class Run:
     wrap: Callable[[str], str]  # a prompt as the chat template asks it; without --chat as it is
     info: dict  # what every file of the run carries: what it was made for, and with what settings
     n_base: int  # parameters of the base model
+    parts: int = 1  # of a batch, see `Accumulated`
     processes: str = ""  # "shared" under torchrun, "sharded" if the weights are split over them
 
     @property
@@ -100,6 +101,10 @@ def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterat
         way = Sharded if args.shard else Whole
     elif args.shard:
         raise InputError("--shard: one process has nothing to split; start by torchrun")
+    if args.quantize:
+        if args.shard:
+            raise InputError("--quantize: not with --shard; a process keeps all of the 4 bits")
+        from lofit.quantize import Quantized as way  # noqa: N813
     device = pick_device(device)
     n_bytes = sum(path.stat().st_size for path in weight_files(find_folder(args.model)))
     model = load_model(args.model, pick_dtype(args.dtype, device, n_bytes), device, way)
@@ -111,7 +116,7 @@ def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterat
     tokenizer = load_tokenizer(args.model, end_of_turn)
     first = Run(
         script, Path(), model, tokenizer, tasks[0], args.data, None, "", args.seed, args.plain,
-        wrap, {}, sum(parameter.numel() for parameter in model.parameters()), processes,
+        wrap, {}, _count(model), getattr(args, "accumulate", 1), processes,
     )  # fmt: skip
     runs = _runs(args, first, tasks, suffix)
     try:
@@ -122,6 +127,7 @@ def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterat
 
 def _runs(args: argparse.Namespace, first: Run, tasks: list[Task], suffix: str) -> Iterator[Run]:
     source, dtype = first.model.source, first.model.lm_head.weight.dtype
+    quantized = args.quantize or ("stored" if first.model.config.stored_in_4_bits else None)
     for task in tasks:
         remove_edits(first.model)
         origin, recipe = find_recipe(first.model.config, task.name.partition("-")[0], first.n_base)
@@ -130,7 +136,7 @@ def _runs(args: argparse.Namespace, first: Run, tasks: list[Task], suffix: str) 
             "fingerprint": source.fingerprint, "task": task.name, "data": str(args.data),
             "data_hash": hash_of(task.file(args.data, "train")), "chat": args.chat,
             "plain": args.plain, "seed": args.seed,
-            "settings": {"dtype": str(dtype).removeprefix("torch.")},
+            "settings": {"dtype": str(dtype).removeprefix("torch."), "quantize": quantized},
         }  # fmt: skip
         folder = run_folder(args, task, suffix, alone=len(tasks) == 1)
         run = replace(first, folder=folder, task=task, recipe=recipe, origin=origin, info=info)
@@ -141,6 +147,13 @@ def _runs(args: argparse.Namespace, first: Run, tasks: list[Task], suffix: str) 
                 f" {info['settings']['dtype']} on {run.model.lm_head.weight.device} -> {folder}/"
             )
             yield run
+
+
+def _count(model: CausalLM) -> int:
+    """Parameters; those in 4 bits are counted as the numbers they stand for."""
+    n = sum(p.numel() for p in model.parameters())
+    linears = [m for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+    return n + sum(m.in_features * m.out_features - m.weight.numel() for m in linears)
 
 
 def run_folder(args: argparse.Namespace, task: Task, suffix: str, alone: bool) -> Path:
@@ -200,6 +213,8 @@ def make_objective(run: Run, examples: list[Example], split: str) -> Objective:
     # Each process caches the states of its own rows; split weights need all of them to do the same
     if not run.plain and run.processes != "sharded":
         objective = faster(objective)
+    if run.parts > 1:
+        objective = Accumulated(objective, run.parts)
     if run.processes:
         from lofit.distributed import SharedObjective
 
