@@ -27,7 +27,7 @@ from lofit.run.files import (
     save_results,
 )
 from lofit.run.setup import Run, open_runs, run_folder
-from lofit.run.summary import by_answer, by_group, print_details, results_table, summarize
+from lofit.run.summary import by_answer, by_group, by_rule, print_details, results_table, summarize
 from lofit.tasks import find_tasks
 
 
@@ -108,8 +108,9 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
 
     metrics = run.task.metrics
     results = run.info | {"split": args.split, "n": len(examples), "adapters": adapters}
-    results |= summarize(scored, metrics)
-    results |= by_answer(run.task, examples, scored) | by_group(examples, scored, metrics)
+    units = [e.unit for e in examples] if examples[0].unit else None
+    results |= summarize(scored, metrics, units) | by_answer(run.task, examples, scored)
+    results |= by_rule(run.task, examples) | by_group(examples, scored, metrics)
     print(f"\n{run.title}, {args.split} split ({len(examples)} items)")
     for label, about in adapters.items():
         n, what = about["trained_values"], about.get("method") or f"{len(about['heads'])} heads"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -191,7 +191,11 @@ def fingerprint(digests: dict[str, str], config: ModelConfig) -> str:
     """16 hex digits that name the base model, wherever its folder lies: over all of its tensors as
     stored, and what config.json makes of them (not which ids begin and end a text). What was
     learned for one base is noise on another."""
-    made = {k: v for k, v in asdict(config).items() if k not in ("bos_token_id", "eos_token_id")}
+    made = asdict(config)
+    for field in fields(config):
+        # a field that a later version adds, with a default that changes nothing, is not in it
+        if field.name in ("bos_token_id", "eos_token_id") or made[field.name] == field.default:
+            del made[field.name]
     text = json.dumps([made, digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -174,7 +174,7 @@ def save_results(folder: Path, suffix: str, results: dict, lines: list[dict]) ->
 
 def as_line(example: Example, rows: dict[str, dict]) -> dict:
     """An item of predictions.jsonl: what was asked, and each model's answer and scores."""
-    asked = {k: v for k, v in asdict(example).items() if v and k != "where"}
+    asked = {k: v for k, v in asdict(example).items() if v and k not in ("where", "unit", "rules")}
     return asked | rows
 
 

@@ -56,17 +56,26 @@ def save_picture(path: Path, scores: torch.Tensor, heads: list[Head], title: str
 
 
 def paired_bootstrap(
-    base: list[float], tuned: list[float], seed: int = 0, draws: int = 10_000
-) -> tuple[float, float]:
-    """95 % percentile interval of mean(tuned - base), resampling the items in pairs."""
+    base: list[float], tuned: list[float], units: list[str] | None = None, seed: int = 0,
+    draws: int = 10_000,
+) -> tuple[float, float]:  # fmt: skip
+    """95 % percentile interval of mean(tuned - base), resampling the items in pairs. units: what
+    items share; they are then drawn by unit, for answers about the same edit rise and fall
+    together."""
     difference = torch.tensor(tuned, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    names = {unit: i for i, unit in enumerate(dict.fromkeys(units or range(len(difference))))}
+    unit = torch.tensor([names[u] for u in units or range(len(difference))])
+    sums, sizes = (
+        torch.zeros(len(names), dtype=torch.float64).index_add(0, unit, values)
+        for values in (difference, torch.ones_like(difference))
+    )
     generator = torch.Generator().manual_seed(seed)
-    n = len(difference)
+    n = len(sums)
     at_once = max(1, 10**6 // n)  # resamples, so that they take little memory
-    means = [
-        difference[torch.randint(n, (min(at_once, draws - done), n), generator=generator)].mean(1)
-        for done in range(0, draws, at_once)
-    ]
+    means = []
+    for done in range(0, draws, at_once):
+        drawn = torch.randint(n, (min(at_once, draws - done), n), generator=generator)
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = torch.cat(means).quantile(bounds).tolist()
     return low, high
@@ -76,7 +85,9 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def summarize(scored: dict[str, list[dict]], metrics: tuple[str, ...]) -> dict:
+def summarize(
+    scored: dict[str, list[dict]], metrics: tuple[str, ...], units: list[str] | None = None
+) -> dict:
     """scored: the rows of "base" and of each set of offsets by its label -> {"scores": the means of
     each, "differences": of each from the base, with their intervals}."""
     columns = {
@@ -88,7 +99,7 @@ def summarize(scored: dict[str, list[dict]], metrics: tuple[str, ...]) -> dict:
         who: {
             metric: {
                 "value": scores[who][metric] - scores["base"][metric],
-                "ci95": paired_bootstrap(columns["base"][metric], columns[who][metric]),
+                "ci95": paired_bootstrap(columns["base"][metric], columns[who][metric], units),
             }
             for metric in metrics
         }
@@ -153,6 +164,15 @@ def _given(task: Task, example: Example, row: dict) -> str:
     return "" if number is None else f"{number:.15g}"
 
 
+def by_rule(task: Task, examples: list[Example]) -> dict:
+    """What the task's cheap rules would score: {"rules": {name: mean}}; empty without rules."""
+    found: dict[str, list[float]] = {}
+    for example in examples:
+        for name, answer in example.rules:
+            found.setdefault(name, []).append(task.score(answer, example)[task.metrics[0]])
+    return {"rules": {name: mean(scores) for name, scores in found.items()}} if found else {}
+
+
 def by_group(
     examples: list[Example], scored: dict[str, list[dict]], metrics: tuple[str, ...]
 ) -> dict:
@@ -180,12 +200,14 @@ def _natural(text: str) -> list:
 
 
 def print_details(results: dict) -> None:
-    """The lines of `by_answer` and `by_group`, where there are any."""
+    """The lines of `by_answer`, `by_rule` and `by_group`, where there are any."""
     if "always" in results:
         always = results["always"]
         print(f"always {always['answer']!r} would score {always['share']:.1%}; answers given:")
         for who, counts in results["given"].items():
             print(f"  {who}: {', '.join(f'{a} {n}' for a, n in counts.items() if n)}")
+    for name, share in results.get("rules", {}).items():
+        print(f"{name} would score {share:.1%}")
     for group, means in results.get("groups", {}).items():
         scores = ", ".join(
             f"{who} {', '.join(f'{m} {v:.1%}' for m, v in values.items())}"

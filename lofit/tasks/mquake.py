@@ -28,8 +28,16 @@ def read(path: Path, split: str, seed: int) -> list[Example]:
             old = [case["answer"]] + case["answer_alias"]
             check_texts(rewrite["prompt"], rewrite["subject"], target, question, *new, *old)
         statement = rewrite["prompt"].replace("{}", rewrite["subject"])
-        asked, new, old = prompt(f"{statement} {target}", question), tuple(new), tuple(old)
-        examples.append(Example(asked, new[0], references=new, outdated=old, where=where))
+        edit = f"{statement} {target}"
+        # a third of the answers is the edit's own object, which a model that copies it gets right
+        copied = folded(target) in map(folded, new)
+        examples.append(
+            Example(
+                prompt(edit, question), new[0], references=tuple(new), outdated=tuple(old),
+                group="copied" if copied else "second hop", unit=edit,
+                rules=(("copying the edit", target),), where=where,
+            )
+        )  # fmt: skip
     return examples
 
 
