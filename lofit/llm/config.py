@@ -9,7 +9,7 @@ compares its logits with stock transformers'.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from lofit.errors import InputError
@@ -86,8 +86,6 @@ class ModelConfig:
     head_dim: int  # times query heads need not be hidden_size: 16 x 256 and 3072 in Gemma 7B
     max_position_embeddings: int
     rms_norm_eps: float
-    # layer type -> rope_type, rope_theta and what the type needs; Gemma 3 has two bases
-    rope_parameters: dict[str, dict]
     model_type: str = "llama"
     hidden_act: str = "silu"
     attention_bias: bool = False  # biases on q, k, v and o
@@ -98,6 +96,10 @@ class ModelConfig:
     final_logit_softcapping: float | None = None  # and so do the logits
     sliding_window: int | None = None  # positions that a sliding layer sees, its own included
     layer_types: tuple[str, ...] = ()  # FULL or SLIDING, one a layer; () = all FULL
+    # layer type -> rope_type, rope_theta and what the type needs; Gemma 3 has two bases
+    rope_parameters: dict[str, dict] = field(
+        default_factory=lambda: {FULL: {"rope_type": "default", "rope_theta": 1e4}}
+    )
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()  # Llama 3 and Gemma 3 have several
     # what no file says, only the family:
@@ -134,7 +136,7 @@ class ModelConfig:
             if raw.get("use_bidirectional_attention"):
                 raise ValueError("use_bidirectional_attention: only causal models are supported")
             values = _complete(DEFAULTS[family] | raw)
-            own = {field.name for field in fields(cls)}
+            own = {each.name for each in fields(cls)}
             values = {k: v for k, v in values.items() if k in own} | ALWAYS[family]
             config = cls(**values | {"stored_in_4_bits": in_4_bits})
             config._check()
@@ -142,14 +144,14 @@ class ModelConfig:
 
     def _check(self) -> None:
         """Raise ValueError for what would be another model without a word, or no model at all."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and 0 < value < 2**31):
-                raise ValueError(f"{field.name} is {value!r}, expected a whole number above 0")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} is {value!r}, expected true or false")
-            if field.type in (float, float | None) and value is not None and not _is_number(value):
-                raise ValueError(f"{field.name} is {value!r}, expected a number above 0")
+        for name, kind in ((each.name, each.type) for each in fields(self)):
+            value = getattr(self, name)
+            if kind is int and not (type(value) is int and 0 < value < 2**31):
+                raise ValueError(f"{name} is {value!r}, expected a whole number above 0")
+            if kind is bool and type(value) is not bool:
+                raise ValueError(f"{name} is {value!r}, expected true or false")
+            if kind in (float, float | None) and value is not None and not _is_number(value):
+                raise ValueError(f"{name} is {value!r}, expected a number above 0")
         if self.num_hidden_layers > 1000:  # no model; building it would take minutes
             raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:

@@ -1,0 +1,154 @@
+"""Weights in 4 bits: those of transformers, with gradients, from either kind of checkpoint."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MINI, REPO, difference
+
+import eval as evaluate
+import train
+from lofit.errors import InputError
+from lofit.heads import attach_offsets, edits_off
+from lofit.llm.checkpoint import load_model
+from lofit.llm.config import ModelConfig
+
+bnb = pytest.importorskip("bitsandbytes", reason='needs pip install -e ".[test]"')
+from lofit.quantize import Quantized, dequantized  # noqa: E402
+
+IDS = torch.randint(3, 800, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def plain_twin(quantized):
+    """A model in fp32 with the weights that the 4 bits stand for."""
+    twin = load_model(MINI)
+    for name, module in quantized.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            twin.get_submodule(name).weight.data.copy_(dequantized(module))
+    return twin
+
+
+def test_a_pass_and_gradients_are_those_of_the_dequantised_weights():
+    """Twice: a pass without gradients may not change what a training step then computes."""
+    ours = load_model(MINI, way=Quantized)
+    twin, heads = plain_twin(ours), [(3, 1), (5, 2)]
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in ours.modules()) == 8 * 7
+    for _ in range(2):
+        with torch.no_grad():
+            assert difference(ours(IDS), twin(IDS)) < 1e-4
+        found = []
+        for model in (ours, twin):
+            parameters = attach_offsets(model, heads, torch.full((2, 16), 0.1))
+            model(IDS).log_softmax(-1)[:, :, 5].mean().backward()
+            found.append(torch.cat([p.grad for p in parameters]))
+        assert found[0].abs().max() > 0
+        assert difference(*found) < 1e-5
+        for model in (ours, twin):
+            attach_offsets(model, heads, torch.zeros(2, 16))
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A checkpoint that transformers quantised, and its model."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        MINI, dtype=torch.float32, quantization_config=how
+    )
+    theirs.save_pretrained(tmp_path / "stored")
+    return theirs, tmp_path / "stored"
+
+
+def test_the_bits_are_those_of_transformers_and_its_checkpoints_are_read(stored):
+    theirs, folder = stored
+    ours, read = load_model(MINI, way=Quantized), load_model(folder)
+    for name, module in ours.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            other = theirs.get_submodule(name).weight
+            want = bnb.functional.dequantize_4bit(other.data, other.quant_state)
+            assert torch.equal(dequantized(module), want), name
+            assert torch.equal(dequantized(read.get_submodule(name)), want), name
+    with torch.no_grad():
+        assert difference(read(IDS), ours(IDS)) == 0
+    assert read.source.fingerprint != ours.source.fingerprint
+
+
+def test_a_part_that_is_missing_and_other_kinds_are_refused(stored, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    _, folder = stored
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.3.mlp.up_proj.weight"
+    save_file({k: t for k, t in tensors.items() if k != name}, path, {"format": "pt"})
+    with pytest.raises(InputError, match="up_proj.weight: statistics of 4 bits without"):
+        load_model(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] |= {"load_in_4bit": False, "load_in_8bit": True}
+    with pytest.raises(InputError, match="the model is quantised"):
+        ModelConfig.from_hf(raw)
+
+
+def test_a_run_in_4_bits_says_so_everywhere(tmp_path, small_data, capsys):
+    run, same = tmp_path / "run", ["--data", str(small_data), "--dtype", "float32"]
+    short = ["--heads", "random", "--top", "2", "--epochs", "1"]
+    train.main([*short, *same, "--quantize", "nf4", "--run", str(run)])
+    assert "5,703,424 parameters" in capsys.readouterr().out  # not half as many, packed
+    evaluate.main([*same, "--quantize", "nf4", "--run", str(run)])
+    assert "warning" not in capsys.readouterr().err
+    assert json.loads((run / "results.json").read_text())["settings"]["quantize"] == "nf4"
+    evaluate.main([*same, "--run", str(run)])
+    assert "trained with quantize nf4, evaluated with quantize None" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_model_has_edits_of_its_own():
+    model = load_model(MINI, way=Quantized)
+    attach_offsets(model, [(2, 3)], torch.ones(1, 16))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        want = model(IDS)
+        with edits_off(model):
+            assert difference(other(IDS), want) == 0
+
+
+PEAK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import lofit.quantize
+from lofit.llm.checkpoint import Whole, load_model
+way = {"nf4": lofit.quantize.Quantized, "plain": Whole}[sys.argv[3]]
+peak = lambda: next(int(l.split()[1]) / 1024 for l in open("/proc/self/status") if "VmHWM" in l)
+before = peak()
+model = load_model(sys.argv[2], "bfloat16", way=way)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_loading_never_holds_the_whole_model(tmp_path, tiny_config):
+    """64 layers whose weights are most of the model: 4 bits are read with far less than bf16."""
+    import dataclasses
+
+    from conftest import random_model
+
+    from lofit.llm.checkpoint import save_model
+
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 24}
+    sizes |= {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64}
+    save_model(
+        random_model(dataclasses.replace(tiny_config, **sizes)), tmp_path / "big", torch.bfloat16
+    )
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed memory goes back at once
+    peak = {}
+    for way in ("nf4", "plain"):
+        command = [sys.executable, "-c", PEAK, str(REPO), str(tmp_path / "big"), way]
+        peak[way] = float(subprocess.run(command, env=env, capture_output=True, text=True).stdout)
+    assert peak["nf4"] < 0.7 * peak["plain"], peak
