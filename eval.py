@@ -165,5 +165,10 @@ def attach(args: argparse.Namespace, run: Run, name: str) -> dict:
     return about | {key: found[key] for key in keys if key in found}
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """As a program: errors are one line."""
     errors.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -91,5 +91,10 @@ def learn_scales(args: argparse.Namespace, run: Run) -> torch.Tensor:
     return head_scores(run.model)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """As a program: errors are one line."""
     errors.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -164,5 +164,10 @@ def learn(
     return best["metrics"]
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """As a program: errors are one line."""
     errors.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -8,8 +8,8 @@ from huggingface_hub import snapshot_download
 from lofit.errors import InputError
 from lofit.files import read_json, reading
 
-REPOSITORY = Path(__file__).parents[2]
 SHIPPED = ("weights", "data")  # folders of this repository, found from any working directory
+ROOTS = (Path(__file__).parents[2], Path(__file__).parents[1] / "shipped")  # the latter: installed
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 DOWNLOADS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", *LICENCES)
@@ -39,7 +39,7 @@ OTHER_KINDS = {
 def local_folder(name: str | Path) -> Path | None:
     """A folder here; or one of SHIPPED, from any working directory. None if there is none."""
     path = Path(name)
-    shipped = [REPOSITORY / path] if path.parts[:1] and path.parts[0] in SHIPPED else []
+    shipped = [root / path for root in ROOTS] if path.parts[:1] and path.parts[0] in SHIPPED else []
     try:
         return next((folder for folder in [path, *shipped] if folder.is_dir()), None)
     except (OSError, ValueError):  # too long a name, or one with a null character
