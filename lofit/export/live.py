@@ -1,0 +1,50 @@
+"""A run's offsets on a live transformers model, without an export.
+
+from transformers import AutoModelForCausalLM
+from lofit.export.live import add_offsets
+
+model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.1-8B-Instruct")
+hooks = add_offsets(model, "runs/Llama-3.1-8B-Instruct/mydata")   # hook.remove() takes one off
+"""
+
+from pathlib import Path
+
+import torch
+
+from lofit.errors import InputError
+from lofit.files import read_tensors, reading
+from lofit.run.files import find_edits
+
+
+def add_offsets(model, name: str | Path) -> list:
+    """Add the offsets of a run folder, an adapter or a hub id in front of o_proj; returns the hooks,
+    one a layer. InputError if the model has other heads, or the file is a baseline's.
+
+    The model must be the base that the offsets were trained on: stock classes have no fingerprint
+    to compare.
+    """
+    path = find_edits(name)
+    tensors, info = read_tensors(path)
+    layers, hooks = model.get_decoder().layers, []
+    with reading(path):
+        if "method" in info:
+            raise InputError(f"{path}: made by --method {info['method']}; expected LoFiT's offsets")
+        heads, offsets = tensors["heads"].tolist(), tensors["offsets"]
+        n_heads = model.config.get_text_config().num_attention_heads
+        if max(layer for layer, _ in heads) >= len(layers) or max(h for _, h in heads) >= n_heads:
+            raise InputError(f"{path}: of a model with other heads than {type(model).__name__}")
+        for layer in sorted({layer for layer, _ in heads}):
+            o_proj = layers[layer].self_attn.o_proj
+            v = torch.zeros(n_heads, offsets.shape[1])
+            for (at, head), offset in zip(heads, offsets, strict=True):
+                if at == layer:
+                    v[head] = offset
+            v = v.flatten().to(o_proj.weight.device)
+            if len(v) != o_proj.in_features:
+                raise InputError(f"{path}: offsets of another size than {type(model).__name__}'s")
+            hooks.append(
+                o_proj.register_forward_pre_hook(
+                    lambda _, args, v=v: ((args[0] + v).to(args[0].dtype), *args[1:])
+                )
+            )
+    return hooks
