@@ -17,8 +17,8 @@ from lofit.run.files import find_edits
 
 
 def add_offsets(model, name: str | Path) -> list:
-    """Add the offsets of a run folder, an adapter or a hub id in front of o_proj; returns the hooks,
-    one a layer. InputError if the model has other heads, or the file is a baseline's.
+    """Add the offsets of a run folder, an adapter or a hub id in front of o_proj; returns the
+    hooks, one a layer. InputError if the model has other heads, or the file is a baseline's.
 
     The model must be the base that the offsets were trained on: stock classes have no fingerprint
     to compare.
