@@ -1,0 +1,22 @@
+"""Own data for docs/own-model.md: dates in words, to be written as numbers.
+
+python examples/dates.py DIR       # -> DIR/train.jsonl (200 lines), val.jsonl (50), test.jsonl (100)
+"""
+
+import json
+import random
+import sys
+from datetime import date, timedelta
+from pathlib import Path
+
+if __name__ == "__main__":
+    folder, draw = Path(sys.argv[1]), random.Random(0)
+    days = draw.sample(range(365 * 120), 350)  # from 1920 on, none of them twice
+    lines = []
+    for day in (date(1920, 1, 1) + timedelta(days=n) for n in days):
+        words = f"{day:%A}, {day:%B} {day.day}, {day.year}"
+        lines.append({"prompt": f"Write as numbers: {words}", "answer": f"{day:%Y-%m-%d}"})
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, part in (("train", lines[:200]), ("val", lines[200:250]), ("test", lines[250:])):
+        text = "".join(json.dumps(line) + "\n" for line in part)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
