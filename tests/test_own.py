@@ -11,6 +11,10 @@ import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
+from lofit.evaluation import score_given
+from lofit.llm.batches import collate, encode_example
+from lofit.llm.scoring import target_losses
+from lofit.run.setup import open_runs
 from lofit.tasks import first_option
 from lofit.tasks.own import NAMED, own_task
 
@@ -168,7 +172,8 @@ BAD = [
     ("answer", {"answer": None}, "key 'answer' is missing"),
     ("answer", {"group": 3}, "key 'group': expected a text, found 3"),
     ("answer", {"group": ""}, "key 'group': expected a text, found ''"),
-    ("answer", {"value": 4}, "has the keys prompt, answer, value; expected prompt, answer, as in"),
+    ("number", {"value": None}, "key 'value' is missing"),
+    ("number", {"choices": ["1 + 1 = 2", "3"]}, "expected the keys of one form"),
     ("option", {"answer": "town"}, "key 'answer': expected one of the choices, found"),
     ("option", {"choices": ["city"] * 2}, "key 'choices': expected different texts"),
     ("option", {"aliases": ["city"]}, "key 'aliases' stands only beside prompt, answer"),
@@ -193,6 +198,14 @@ def test_a_bad_line_is_named(task, form, line, message):
     with pytest.raises(InputError, match=f"test.jsonl, line 2: .*({message})") as caught:
         task(FORMS[form], FORMS[form] | line)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+def test_lines_of_two_forms_do_not_go_together(task):
+    """A test split of numbers would be scored by exact match."""
+    lines = [{"prompt": "Q:", "answer": " 2 + 2 = 4"}, {"prompt": "Q:", "answer": " 4", "value": 4}]
+    keys = "line 2: has the keys prompt, answer, value; expected prompt, answer, as in"
+    with pytest.raises(InputError, match=keys):
+        task(*lines)
 
 
 @pytest.mark.parametrize(
@@ -233,16 +246,24 @@ def test_every_form_runs_the_whole_way_through(flags, tmp_path, form, capsys):
 
 
 @pytest.mark.parametrize("form", ["choice", "preference"])
-def test_of_two_answers_one_of_which_begins_the_other_either_can_be_right(flags, tmp_path, form):
-    """Without the end of the text the longer one, a product of more factors, could never win."""
+def test_of_two_answers_one_of_which_begins_the_other_either_can_win(flags, tmp_path, form):
+    """The end of the text counts, as in training: without it the longer one, a product of more
+    factors, is never the more probable. Other answers are scored as before, without it."""
     short, long = " the capital", " the capital of the country"
-    own = {"choices": [short, long], "label": 1}
-    own = own if form == "choice" else {"chosen": long, "rejected": short}
-    write(tmp_path / "mine", [{"prompt": "Q: Is it? A:"} | own])
-    train.main([*flags, "--heads", "all", "--epochs", "40", "--lr", "0.3"])
-    eval_script.main(flags)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["scores"]["tuned"]["accuracy"] == 1
+    for other, counts in ((long, 1), (" of the country", 0)):
+        own = {"choices": [short, other], "label": 1}
+        own = own if form == "choice" else {"chosen": other, "rejected": short}
+        write(tmp_path / "mine", [{"prompt": "Q: Is it? A:"} | own])
+        with open_runs(train.parse_args(flags), "train") as runs:
+            run = next(runs)
+            (example,) = examples = run.read("test")
+            assert example.ambiguous == bool(counts)
+            (found,) = score_given(run, examples, 64, "")
+            prompt, tokenizer = example.prompt, run.tokenizer
+            n = len(tokenizer.encode(prompt + other)) - len(tokenizer.encode(prompt))
+            text = encode_example(tokenizer, prompt, other)
+            losses = target_losses(run.model, collate([text], "cpu"))[: n + counts]
+            assert found["right"] == [pytest.approx(-losses.sum().item(), rel=1e-5)]
 
 
 def test_groups_and_answers_are_reported(flags, tmp_path, capsys):

@@ -50,7 +50,7 @@ def test_an_item_is_read_as_the_paper_reads_it(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1: lacks the columns Question, Best Answer"),
+        ("", "line 1: lacks the columns Best Answer, Correct Answers"),
         ("Question,Best Answer\n", "line 1: lacks the columns Correct Answers, Incorrect Answers"),
         (HEADER + ROW + "A,B,Why?\n", "line 3: too few cells"),
         (HEADER + "A,B, ,Yes,Yes,No,x\n", "line 2: not a TruthfulQA question: .*expected a text"),
