@@ -115,13 +115,9 @@ def test_files_of_another_model_are_not_taken(flags, tiny_folder):
     weights = load_file(path)
     weights["model.embed_tokens.weight"][700, 3] += 1
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(
-        InputError, match="offsets.safetensors: made for model .* but this run"
-    ):
+    with pytest.raises(InputError, match="offsets.safetensors: made for model .* but this run"):
         eval_script.main(flags)
-    with pytest.raises(
-        InputError, match="heads.json: made for model .*; run select_heads.py"
-    ):
+    with pytest.raises(InputError, match="heads.json: made for model .*; run select_heads.py"):
         train.main([*flags, *FAST])
     with pytest.raises(InputError, match="offsets.safetensors: made for model"):
         eval_script.main([*flags, "--offsets", "runs/tiny/mquake"])
@@ -140,7 +136,7 @@ def test_another_dtype_or_no_template_is_evaluated_with_a_warning(flags, tiny_fo
     own = ["--run", "runs/chat", "--chat"]
     train.main([*flags, *FAST, "--heads", "random", *own])
     assert "--chat" in capsys.readouterr().out.splitlines()[-1]  # the command that evaluates it
-    with pytest.raises(InputError, match="made for chat True, but this run is for chat False"):
+    with pytest.raises(InputError, match="made for chat True, but this run is for False"):
         eval_script.main([*flags, *own[:2]])
     eval_script.main([*flags, "--offsets", "runs/chat"])
     assert "trained with chat True, evaluated with chat False" in capsys.readouterr().err
