@@ -74,11 +74,14 @@ def save_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Inside, what a malformed file makes Python raise becomes an InputError that names it."""
+    """Inside, what a malformed file makes Python raise becomes an InputError that names it; one
+    that does not name it yet does so too."""
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = f"key {error} is missing" if isinstance(error, KeyError) else error
         raise InputError(f"{path}: missing or malformed: {what}") from None

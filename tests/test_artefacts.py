@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import make_run, run_export
-from lofit.run.adapters import open_adapter
-from lofit.run.artefacts import hash_of_offsets, read_offsets
+from conftest import make_run
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 import train
 from lofit.errors import InputError
+from lofit.heads import attached_offsets
+from lofit.llm.checkpoint import load_model
+from lofit.run.files import load_offsets, read_results, save_heads
 
 
 @pytest.fixture
@@ -20,81 +22,60 @@ def run(tiny_folder, tmp_path):
     return tmp_path / "run"
 
 
-def rewrite(run, **changed):
-    """The run's offsets.safetensors with other tensors under its old header."""
-    path = run / "offsets.safetensors"
-    from safetensors import safe_open
+BAD = {
+    "halves of heads": (lambda t: {"heads": t["heads"] + 0.5}, "expected heads in int64"),
+    "nan": (lambda t: {"offsets": t["offsets"] * float("nan")}, "offsets is not finite; train"),
+    "inf": (lambda t: {"offsets": t["offsets"] / 0}, "offsets is not finite; train again"),
+    "other widths": (lambda t: {"offsets": t["offsets"][:, :3].clone()}, "offsets: shape"),
+    "fewer offsets": (lambda t: {"offsets": t["offsets"][1:].clone()}, "offsets: shape"),
+    "other heads": (lambda t: {"heads": t["heads"] + 9}, "there is no head"),
+    "three numbers": (lambda t: {"heads": t["heads"][:, [0, 1, 1]]}, "malformed"),
+}  # fmt: skip
 
+
+@pytest.mark.parametrize("name", BAD)
+def test_offsets_that_cannot_be_right_leave_the_model_alone(run, tiny_folder, name):
+    path, (spoil, message) = run / "offsets.safetensors", BAD[name]
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file(load_file(path) | changed, path, metadata)
-    return path
+        header = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors | spoil(tensors), path, header)
+    model = load_model(tiny_folder)
+    with pytest.raises(InputError, match=message) as caught:
+        load_offsets(run, model)
+    assert str(path) in str(caught.value)
+    assert not attached_offsets(model)[0]
 
 
-def test_heads_that_are_no_integers_are_refused(run):
-    """As floats they attached nothing, and eval.py gave the base scores as the tuned ones."""
-    heads = load_file(run / "offsets.safetensors")["heads"]
-    with pytest.raises(InputError, match="expected heads in int64 and offsets in float32"):
-        read_offsets(rewrite(run, heads=heads + 0.5))
+def test_scores_that_are_not_finite_are_not_written(tmp_path):
+    scores = torch.tensor([[1.0, float("nan")]])
+    with pytest.raises(InputError, match="a head's score is not finite"):
+        save_heads(tmp_path / "heads.json", [(0, 0)], scores, {})
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_offsets_that_are_not_finite_are_refused(run, tmp_path, value):
-    offsets = load_file(run / "offsets.safetensors")["offsets"]
-    offsets[1, 2] = value
-    path = rewrite(run, offsets=offsets)
-    with pytest.raises(InputError, match="an offset is not finite; train again"):
-        read_offsets(path)
-    with pytest.raises(InputError, match="an offset is not finite"):
-        run_export(run, "lofit", tmp_path / "out")
+@pytest.fixture
+def flags(tiny_folder, small_data, tmp_path):
+    return ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(tmp_path / "run")]
 
 
-def test_the_hash_is_of_heads_and_values():
-    heads, offsets = [(0, 1), (2, 3)], torch.randn(2, 8)
-    found = hash_of_offsets(heads, offsets)
-    assert len(found) == 16 and found == hash_of_offsets(heads, offsets.clone())
-    assert found != hash_of_offsets(heads[::-1], offsets) and found != hash_of_offsets(
-        heads, offsets + 1
-    )
-
-
-def test_a_card_shows_scores_of_these_offsets_only(tiny_folder, small_data, tmp_path):
+def test_results_are_shown_of_these_offsets_only(flags, tmp_path):
     """Trained again otherwise, with the same heads: the old results are of other offsets."""
     run = tmp_path / "run"
-    flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(run)]
     train.main([*flags, "--heads", "all", "--epochs", "1", "--lr", "0.3"])
+    assert read_results(run) is None
     eval_script.main(flags)
-    assert open_adapter(str(run)).results() is not None
+    assert read_results(run)["scores"]["tuned"]
     train.main([*flags, "--heads", "all", "--epochs", "1", "--lr", "0.1"])
-    assert open_adapter(str(run)).results() is None
-    card = (run_export(run, "lofit", tmp_path / "out") / "README.md").read_text()
-    assert "Not evaluated" in card
+    assert read_results(run) is None
 
 
-def test_half_a_surrogate_pair_is_written_and_read(tiny_folder, small_data, tmp_path):
+def test_half_a_surrogate_pair_is_written_and_read(flags, small_data, tmp_path):
     """It crashed the evaluation after all of its work."""
     path = small_data / "MQuAKE" / "test.jsonl"
     first, *others = path.read_text().splitlines(keepends=True)
-    case = json.loads(first)
-    case["new_answer"] = "Nor\ud800via"
+    case = json.loads(first) | {"new_answer": "Nor\ud800via"}
     path.write_text(json.dumps(case) + "\n" + "".join(others))
-    run = tmp_path / "run"
-    eval_script.main(
-        ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(run), "--base-only"]
-    )
-    assert (
-        json.loads((run / "predictions-base.jsonl").open().readline())["answer"] == "Nor\ud800via"
-    )
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--epochs", "0"], ["--batch-size", "0"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "inf"],
-        ["--seed", "-1"], ["--epochs", "2.5"],
-    ],
-)  # fmt: skip
-def test_flags_out_of_range_are_refused(flags, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.main(flags)
-    assert stopped.value.code == 2 and f"argument {flags[0]}: expected a" in capsys.readouterr().err
+    eval_script.main([*flags, "--base-only"])
+    line = json.loads((tmp_path / "run" / "predictions-base.jsonl").open().readline())
+    assert line["answer"] == "Nor\ud800via"

@@ -21,6 +21,10 @@ PROMPT = (
 )
 
 
+def read(data, split, seed=42):
+    return clutrr.read(clutrr.TASK.file(data, split), split, seed)
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(items, split="val"):
@@ -33,7 +37,7 @@ def write(tmp_path):
 
 
 def test_the_prompt_byte_for_byte(write):
-    (example,) = clutrr.read(write([STORY]), "val")
+    (example,) = read(write([STORY]), "val")
     assert example.prompt == PROMPT
     assert example.answer == "daughter-in-law" and example.references == ("daughter-in-law",)
 
@@ -51,8 +55,8 @@ def test_the_prompt_byte_for_byte(write):
     ],
 )
 def test_predictions(write, continuation, prediction, em):
-    (example,) = clutrr.read(write([STORY]), "val")
-    found = clutrr.extract(PROMPT, continuation)
+    (example,) = read(write([STORY]), "val")
+    found = clutrr.extract(example, continuation)
     assert found == prediction
     assert clutrr.score(found, example) == {"em": em}
 
@@ -62,35 +66,35 @@ def test_300_stories_are_sampled_by_the_seed(write):
     data = write(stories, "train")
 
     def answers(seed):
-        return [e.answer for e in clutrr.read(data, "train", seed)]
+        return [e.answer for e in read(data, "train", seed)]
 
     assert len(answers(1)) == len(set(answers(1))) == 300
     assert answers(1) == answers(1) != answers(2)
     write(stories)
-    assert len(clutrr.read(data, "val", 1)) == 320
+    assert len(read(data, "val", 1)) == 320
 
 
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([], "expected a JSON list"),
-        ({"a": 1}, "expected a JSON list"),
-        ([STORY, 7], "item 1: expected a JSON object"),
-        ([STORY, {"query": "('a', 'b')"}], "item 1: not a CLUTRR story.*clean_story"),
+        ({"a": 1}, "expected a list"),
+        ([STORY, 7], "item 1: expected an object"),
+        ([STORY, {"query": "('a', 'b')"}], "item 1: not a CLUTRR story.*'clean_story' is missing"),
         ([STORY | {"query": "Ann"}], "item 0: not a CLUTRR story"),
         ([STORY | {"query": "('Ann',)"}], "item 0: not a CLUTRR story"),
+        ([STORY | {"query": "("}], "item 0: not a CLUTRR story: .*'query' is '\\('"),
         ([STORY | {"query": "__import__('os')"}], "item 0: not a CLUTRR story"),
         ([STORY | {"target_text": ""}], "item 0: .*expected a text"),
     ],
 )
 def test_bad_files_are_refused(write, items, message):
     with pytest.raises(InputError, match=f"val.json(, |: ){message}"):
-        clutrr.read(write(items), "val")
+        read(write(items), "val")
 
 
 def test_the_real_splits():
     if not SHARED.is_dir():
         pytest.skip("the real splits are not on this machine")
-    found = {s: clutrr.read(SHARED / "datasets", s) for s in ("train", "val", "test")}
+    found = {s: read(SHARED / "datasets", s) for s in ("train", "val", "test")}
     assert [len(examples) for examples in found.values()] == [300, 450, 450]
     assert not any("[" in e.prompt or "]" in e.prompt for e in found["test"])

@@ -1,27 +1,28 @@
 """The two edits do what the paper's equations say, where they say it, and nothing else."""
 
+import copy
+import io
 import json
 
 import pytest
 import torch
 from conftest import LOUD_GEMMAS, TOLERANCE, difference, random_model
-from lofit.fast.folded import folded_offsets
-from lofit.run.artefacts import load_heads, load_offsets, save_heads, save_offsets
 
+import lofit
+from lofit.compare.baselines import METHODS, attach_edits
 from lofit.errors import InputError
 from lofit.heads import (
     attach_offsets,
     attach_scales,
+    attached_offsets,
     attention_layers,
     edits_off,
-    gather_offsets,
     head_scores,
-    init_offsets,
-    init_scales,
-    lowest_edit,
+    random_init,
     rank_heads,
 )
 from lofit.llm.checkpoint import load_model
+from lofit.run.files import load_heads, load_offsets, save_edits, save_heads, save_offsets
 
 HEADS = [(2, 1), (0, 3), (2, 0)]
 
@@ -77,7 +78,7 @@ def test_editing_a_head_changes_only_its_slice_of_z(tiny, ids, head):
 
 
 def test_only_chosen_heads_get_gradient(tiny, ids):
-    parameters = attach_offsets(tiny, HEADS, init_offsets(tiny, 3, 0))
+    parameters = attach_offsets(tiny, HEADS, random_init(tiny, 3, 0))
     tiny(ids).square().sum().backward()
     assert {name for name, p in tiny.named_parameters() if p.grad is not None} == {
         "model.layers.0.self_attn.head_out.offset",
@@ -125,39 +126,12 @@ def test_an_offset_equals_a_bias_behind_o_proj(tiny, tiny_config, ids):
     """z + v through o_proj is o_proj(z) + W_o v: how a tuned model is exported."""
     attach_offsets(tiny, HEADS, torch.randn(3, 8))
     live = tiny(ids)
-    offsets = gather_offsets(tiny, HEADS)
     folded = random_model(tiny_config)
-    for (layer, head), v in zip(HEADS, offsets, strict=True):
+    for (layer, head), v in zip(*attached_offsets(tiny), strict=True):
         o_proj = folded.model.layers[layer].self_attn.o_proj
         bias = o_proj.weight[:, head * 8 : (head + 1) * 8] @ v
         o_proj.register_forward_hook(lambda _, args, out, bias=bias: out + bias)
     assert difference(folded(ids), live) < TOLERANCE
-
-
-@pytest.mark.parametrize("name", ["gqa", "biases", *LOUD_GEMMAS])
-def test_folded_offsets_equal_live_ones(loud, ids, name):
-    """And the edits come back, even after an error. A bias of o_proj that is there stays in."""
-    model, ids = load_model(loud(name)[1]), ids % 101
-    heads = [(0, 1), (2, 3), (2, 0)]
-    attach_offsets(model, heads, torch.randn(3, model.config.head_dim))
-    live = model(ids)
-    with pytest.raises(ZeroDivisionError), folded_offsets(model):
-        assert lowest_edit(model) == model.config.num_hidden_layers
-        assert difference(model(ids), live) < TOLERANCE
-        with edits_off(model):  # nothing left to switch off: the bias is part of the weights now
-            assert difference(model(ids), live) < TOLERANCE
-        raise ZeroDivisionError
-    assert torch.equal(model(ids), live)
-    with edits_off(model), folded_offsets(model):
-        assert not torch.allclose(model(ids), live)
-
-
-def test_the_lowest_edit(tiny):
-    assert lowest_edit(tiny) == 3
-    attach_offsets(tiny, [(2, 0), (1, 3)], torch.ones(2, 8))
-    assert lowest_edit(tiny) == 1
-    attach_scales(tiny, init_scales(tiny, 0))
-    assert lowest_edit(tiny) == 0
 
 
 def test_edits_off_is_the_base_model_even_after_an_error(tiny, ids):
@@ -171,19 +145,58 @@ def test_edits_off_is_the_base_model_even_after_an_error(tiny, ids):
     assert not torch.equal(base, tuned)
 
 
-def test_edits_stay_fp32_in_a_bfloat16_model(tiny_folder, ids):
-    model = load_model(tiny_folder, dtype=torch.bfloat16)
-    parameters = attach_scales(model, init_scales(model, 0))
+def test_edits_stay_fp32_whatever_the_models_dtype(tiny_folder, ids, tmp_path):
+    """Also when the model is cast after they were attached: what is saved can then be read."""
+    model = load_model(tiny_folder, dtype="bfloat16")
+    parameters = attach_scales(model, random_init(model, 12, 0).view(3, 4, 8))
     assert {p.dtype for p in parameters} == {torch.float32}
     assert model(ids).dtype == torch.bfloat16
+    model = load_model(tiny_folder)
+    offsets = torch.randn(3, 8)
+    attach_offsets(model, HEADS, offsets)
+    model.to(torch.bfloat16)
+    assert model(ids).dtype == torch.bfloat16
+    heads, found = attached_offsets(model)
+    assert torch.equal(found, offsets[[HEADS.index(head) for head in heads]])
+    save_offsets(tmp_path / "run", model)
+    load_offsets(tmp_path / "run", load_model(tiny_folder))
+
+
+def attach(model, name: str) -> None:
+    """Something that changes what the model says: LoFiT's offsets, or a baseline's edits."""
+    if name == "lofit":
+        attach_offsets(model, HEADS, torch.ones(3, 8))
+        return
+    start = METHODS[name].edit.start(model.config, torch.Generator().manual_seed(0))
+    attach_edits(model, name, {f"layers.1.{key}": t + 0.3 for key, t in start.items()})
+
+
+@pytest.mark.parametrize("name", ["lofit", *(name for name in METHODS if METHODS[name].edit)])
+@torch.no_grad()
+def test_a_copy_of_a_model_has_edits_of_its_own(tiny, ids, name):
+    """By deepcopy, and by torch.save and torch.load; switched off apart from the original's."""
+    base = tiny(ids)
+    attach(tiny, name)
+    tuned = tiny(ids)
+    assert difference(tuned, base) > 1e-3
+    data = io.BytesIO()
+    torch.save(tiny, data)
+    data.seek(0)
+    for other in (copy.deepcopy(tiny), torch.load(data, weights_only=False)):
+        assert torch.equal(other(ids), tuned)
+        for off, on in ((tiny, other), (other, tiny)):
+            with edits_off(off):
+                assert torch.equal(off(ids), base) and torch.equal(on(ids), tuned)
+        for parameter in attention_layers(other)[1].head_out.parameters():
+            parameter.add_(1.0)
+        assert torch.equal(tiny(ids), tuned)
 
 
 def test_initial_values_follow_the_seed(tiny):
-    A = init_scales(tiny, 7)
-    assert A.shape == (3, 4, 8)
-    assert torch.equal(A, init_scales(tiny, 7))
-    assert not torch.equal(A, init_scales(tiny, 8))
-    assert init_offsets(tiny, 5000, 7).std().item() == pytest.approx(1e-3, rel=0.05)
+    start = random_init(tiny, 12, 7)
+    assert start.shape == (12, 8) and torch.equal(start, random_init(tiny, 12, 7))
+    assert not torch.equal(start, random_init(tiny, 12, 8))
+    assert random_init(tiny, 5000, 7).std().item() == pytest.approx(1e-3, rel=0.05)
 
 
 def test_ranking(tiny):
@@ -197,40 +210,56 @@ def test_ranking(tiny):
 
 
 def test_files_round_trip(tiny, tiny_folder, ids, tmp_path):
-    info = {"model": "tiny", "fingerprint": tiny.source.fingerprint, "task": "mquake"}
+    """By the public names of the package too; from a file, and from the folder of a run."""
+    info = {"version": 2, "model": "tiny", "fingerprint": tiny.source.fingerprint, "settings": {}}
     scores, offsets = torch.rand(3, 4), torch.randn(3, 8)
     save_heads(tmp_path / "heads.json", HEADS, scores, info)
-    heads, read = load_heads(tmp_path / "heads.json", tiny)
-    assert heads == HEADS and torch.equal(read, scores)
+    heads, read, told = load_heads(tmp_path / "heads.json", tiny)
+    assert heads == HEADS and torch.equal(read, scores) and told["model"] == "tiny"
     attach_offsets(tiny, heads, offsets)
     tuned = tiny(ids)
-    save_offsets(tmp_path / "o.safetensors", heads, gather_offsets(tiny, heads), info)
-    other = load_model(tiny_folder)
-    assert load_offsets(tmp_path / "o.safetensors", other) == (HEADS, info)
-    assert torch.equal(other(ids), tuned)
-    assert torch.equal(gather_offsets(other, HEADS), offsets)
+    save_edits(tmp_path / "a" / "offsets.safetensors", tiny, info)
+    lofit.save_offsets(tmp_path / "b", tiny)
+    lofit.save_offsets(tmp_path / "c.safetensors", tiny)
+    for name in ("a", "a/offsets.safetensors", "b", "c.safetensors"):
+        other = lofit.load_model(tiny_folder)
+        found = lofit.load_offsets(str(tmp_path / name), other)
+        assert found["fingerprint"] == tiny.source.fingerprint and found["trained_values"] == 24
+        assert torch.equal(other(ids), tuned)
 
 
-def test_heads_of_another_model_are_refused(tiny, tiny_config, tmp_path):
-    info = {"model": "another", "fingerprint": "0123"}
-    save_heads(tmp_path / "heads.json", HEADS, torch.rand(3, 4), info)
-    save_offsets(tmp_path / "o.safetensors", HEADS, torch.rand(3, 8), info)
-    for load, name in ((load_heads, "heads.json"), (load_offsets, "o.safetensors")):
-        with pytest.raises(InputError, match="made with another .*0123.* but this is .*tiny"):
-            load(tmp_path / name, tiny)
+def test_files_of_another_model_are_refused(tiny, tmp_path):
+    attach_offsets(tiny, HEADS, torch.ones(3, 8))
+    info = {"version": 2, "model": "another", "fingerprint": "0123", "settings": {}}
+    save_edits(tmp_path / "o.safetensors", tiny, info)
+    with pytest.raises(InputError, match="made for model another .*0123.*, but this run is for .*"):
+        load_offsets(tmp_path / "o.safetensors", tiny)
+    save_edits(tmp_path / "o.safetensors", tiny, info | {"version": 1})
+    with pytest.raises(InputError, match="of another version of this program .*run train.py again"):
+        load_offsets(tmp_path / "o.safetensors", tiny)
+
+
+@pytest.mark.parametrize("form", ["list", "object"])
+def test_a_list_of_ones_own_is_taken_as_it_is(tiny, tmp_path, form):
+    own = [[2, 3], [1, 1]]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(own if form == "list" else {"heads": own}))
+    assert load_heads(path, tiny) == ([(2, 3), (1, 1)], None, {})
 
 
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [([], "no heads"), ([[3, 0]], "no head 0 in layer 3"), ([[0, 1], [0, 1]], "twice"),
-     ("all", "malformed"), ([[1]], "malformed")],
+    [([], "at least one head"), ([[3, 0]], "no head 0 in layer 3"), ([[0, 1], [0, 1]], "twice"),
+     ("all", "malformed"), ([[1]], "malformed"), ([[0, 1.5]], "malformed"), ([[0, -1]], "no head"),
+     (None, "malformed")],
 )  # fmt: skip
 def test_bad_heads_files_are_refused(tiny, tmp_path, heads, message):
     path = tmp_path / "heads.json"
     value = {"fingerprint": tiny.source.fingerprint, "heads": heads, "scores": [[0.0] * 4] * 3}
-    path.write_text(json.dumps(value))
-    with pytest.raises(InputError, match=message):
-        load_heads(path, tiny)
+    for content in (value, {"heads": heads}, *([heads] if isinstance(heads, list) else [])):
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
+            load_heads(path, tiny)
 
 
 def test_offsets_of_a_wrong_shape_leave_the_model_alone(tiny, ids):

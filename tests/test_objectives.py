@@ -10,8 +10,8 @@ from lofit.errors import InputError
 from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, edits_off
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.objectives import CrossEntropy, Preference, mean_loss
-from lofit.training import Schedule, optimizer_for, train_step
+from lofit.objectives import CrossEntropy, Preference, dpo_loss, mean_loss
+from lofit.training import Schedule, make_optimizer, train_step
 
 HEADS = [(2, 1), (0, 3)]
 
@@ -30,49 +30,54 @@ TEXTS = [pair[:2] for pair in PAIRS]
 TEXTS_OF = {CrossEntropy: TEXTS, Preference: PAIRS}
 
 
+def loss_of(objective, rows):
+    return objective.loss(objective.batch(rows))
+
+
+def test_dpo_loss_by_hand():
+    policy = torch.tensor([[-3.0, -1.0], [-5.0, -2.0]])  # chosen, rejected of two pairs
+    reference = torch.tensor([[-4.0, -1.0], [-5.0, -4.0]])
+    by_hand = [math.log(1 + math.exp(-0.5 * margin)) for margin in (1.0, -2.0)]
+    assert dpo_loss(policy, reference, 0.5).item() == pytest.approx(sum(by_hand) / 2)
+
+
 def test_the_mean_loss_weighs_batches_by_what_they_are_a_mean_of(tiny, tokenizer):
     for kind in (CrossEntropy, Preference):
-        objective = kind(tiny, tokenizer, TEXTS_OF[kind], "here")
+        objective = kind(tiny, tokenizer, TEXTS_OF[kind])
         attach_offsets(tiny, HEADS, torch.ones(2, 8))
-        whole = objective.loss([0, 1, 2]).item()
+        whole = loss_of(objective, [0, 1, 2]).item()
         assert mean_loss(objective, 2) == pytest.approx(whole, abs=1e-5)
         assert mean_loss(objective, 64) == pytest.approx(whole, abs=1e-5)
 
 
-def test_without_an_edit_dpo_cannot_tell_policy_from_reference(tiny, tokenizer):
-    assert Preference(tiny, tokenizer, PAIRS, "here").loss([0, 2]).item() == pytest.approx(
-        math.log(2)
-    )
-
-
 def test_the_reference_is_the_base_model_even_if_an_edit_is_there(tiny, tokenizer):
-    base = Preference(tiny, tokenizer, PAIRS, "here").reference
+    """And without an edit DPO cannot tell policy from reference."""
+    base = Preference(tiny, tokenizer, PAIRS).reference
     attach_offsets(tiny, HEADS, torch.ones(2, 8))
-    edited = Preference(tiny, tokenizer, PAIRS, "here")
+    edited = Preference(tiny, tokenizer, PAIRS)
     assert torch.equal(edited.reference, base)
-    assert edited.loss([0, 1, 2]).item() != pytest.approx(math.log(2), abs=1e-3)
+    assert loss_of(edited, [0, 1, 2]).item() != pytest.approx(math.log(2), abs=1e-3)
     with edits_off(tiny):
-        assert edited.loss([0, 1, 2]).item() == pytest.approx(math.log(2))
+        assert loss_of(edited, [0, 1, 2]).item() == pytest.approx(math.log(2))
 
 
 def test_dpo_raises_the_chosen_answer_above_the_rejected(tiny, tokenizer):
-    objective = Preference(tiny, tokenizer, PAIRS, "here")
+    objective = Preference(tiny, tokenizer, PAIRS)
     parameters = attach_offsets(tiny, HEADS, torch.zeros(2, 8))
     schedule = Schedule(lr=0.05, epochs=1)
-    optimizer = optimizer_for(parameters, schedule.lr)
+    optimizer = make_optimizer(parameters, schedule)
     for step in range(20):
-        train_step(optimizer, parameters, objective.loss([0, 1, 2]), schedule, step, 40)
-    policy = objective._log_probs([0, 1, 2])
+        train_step(optimizer, loss_of(objective, [0, 1, 2]), schedule, step, 40)
+    policy = objective._log_probs(objective.batch([0, 1, 2]))
     assert (policy - objective.reference).diff(dim=0).max() < 0  # rejected lost more than chosen
 
 
 def test_too_long_an_example_is_named(tiny, tokenizer):
     long = ("Q: " + "the " * 260 + "A:", "city", "city")
     for kind, n in ((CrossEntropy, 2), (Preference, 3)):
-        with pytest.raises(
-            InputError, match="here: example 1 has 26. tokens; the limit of 256 is the model"
-        ):
-            kind(tiny, tokenizer, [t[:n] for t in (PAIRS[0], long)], "here")
+        texts = [t[:n] for t in (PAIRS[0], long)]
+        with pytest.raises(InputError, match=r"b.jsonl, line 7: 26. tokens, more than .*\(256\)"):
+            kind(tiny, tokenizer, texts, 256, ("a.jsonl, line 1", "b.jsonl, line 7"))
 
 
 def gradients(model, objective, heads, rows):
@@ -82,46 +87,43 @@ def gradients(model, objective, heads, rows):
     for _ in range(2):
         for p in parameters:
             p.grad = None
-        loss = objective.loss(rows)
+        loss = loss_of(objective, rows)
         loss.backward()
-    return loss, gather_grad(parameters)
-
-
-def gather_grad(parameters):
-    return torch.cat([p.grad.flatten() for p in parameters])
+    return loss, torch.cat([p.grad.flatten() for p in parameters])
 
 
 @pytest.mark.parametrize("kind", [CrossEntropy, Preference])
 @pytest.mark.parametrize("heads", [[(2, 1), (0, 3)], [(2, 1), (2, 3)], [(1, 0)]])
 def test_the_fast_way_agrees_with_the_plain_one(tiny, tokenizer, kind, heads):
     """Gradients too; after the first time the layers below the lowest head are not run again."""
-    fast, plain = (kind(tiny, tokenizer, TEXTS_OF[kind], "here", plain) for plain in (False, True))
+    plainly = {"plain": True} if kind is Preference else {}
+    plain = kind(tiny, tokenizer, TEXTS_OF[kind], **plainly)
+    fast = HiddenCache(kind(tiny, tokenizer, TEXTS_OF[kind]))
     want, want_grad = gradients(tiny, plain, heads, [2, 0])
     loss, grad = gradients(tiny, fast, heads, [2, 0])
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     assert difference(grad, want_grad) < 1e-5 * want_grad.abs().max()
     lowest = min(layer for layer, _ in heads)
-    assert set(fast.cache.kept) == ({0, 2} if lowest else set())
+    assert set(fast.kept) == ({0, 2} if lowest else set())
     calls = []
     tiny.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    fast.loss([0, 2])
+    loss_of(fast, [0, 2])
     assert len(calls) == (0 if lowest else 1)
-    fast.loss([0, 1])  # one of these is new
+    loss_of(fast, [0, 1])  # one of these is new
     assert len(calls) == (1 if lowest else 2)
 
 
 def test_kept_states_are_bounded_and_follow_the_heads(tiny, tokenizer):
-    objective = CrossEntropy(tiny, tokenizer, TEXTS, "here")
+    objective = CrossEntropy(tiny, tokenizer, TEXTS)
     attach_offsets(tiny, [(1, 0)], torch.ones(1, 8))
     n_bytes = [4 * 32 * length for length in objective.lengths]
-    objective.cache = HiddenCache(tiny, max_bytes=n_bytes[0] + n_bytes[2])
-    want = objective.loss([0, 1, 2]).item()
-    assert objective.loss([0, 1, 2]).item() == pytest.approx(want, rel=1e-5)
-    assert set(objective.cache.kept) == {0, 2} or objective.cache.left < n_bytes[2]
-    assert sum(x.nbytes for x in objective.cache.kept.values()) <= n_bytes[0] + n_bytes[2]
+    cached = HiddenCache(objective, max_bytes=n_bytes[0] + n_bytes[2])
+    want = loss_of(cached, [0, 1, 2]).item()
+    assert loss_of(cached, [0, 1, 2]).item() == pytest.approx(want, rel=1e-5)
+    assert set(cached.kept) == {0, 2} or cached.left < n_bytes[2]
+    assert sum(x.nbytes for x in cached.kept.values()) <= n_bytes[0] + n_bytes[2]
     # heads of another layer: nothing kept for the first ones may serve
     attach_offsets(tiny, [(2, 0)], torch.ones(1, 8))
-    plain = CrossEntropy(tiny, tokenizer, TEXTS, "here", plain=True)
     for _ in range(2):
-        assert objective.loss([0]).item() == pytest.approx(plain.loss([0]).item(), rel=1e-5)
-    assert objective.cache.layer == 2
+        assert loss_of(cached, [0]).item() == pytest.approx(loss_of(objective, [0]).item(), 1e-5)
+    assert cached.layer == 2

@@ -1,18 +1,22 @@
-"""A task of one's own: its five forms, and bad lines named with file, line and key."""
+"""A task of one's own: its five forms, data as people really have it, and bad lines named with
+file, line and key."""
 
 import json
+import unicodedata
 
 import pytest
 from conftest import slow_but
-from lofit.run.evaluation import evaluate
-from lofit.run.session import Session
 
 import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
+from lofit.evaluation import score_given
+from lofit.llm.batches import collate, encode_example
+from lofit.llm.scoring import target_losses
+from lofit.run.setup import open_runs
 from lofit.tasks import first_option
-from lofit.tasks.own import OwnTask
+from lofit.tasks.own import NAMED, own_task
 
 FORMS = {
     "answer": {"prompt": "Q: What is the capital of it? A:", "answer": "city", "aliases": ["the"]},
@@ -21,49 +25,99 @@ FORMS = {
     "preference": {"prompt": "Q: Who is it? A:", "chosen": "capital", "rejected": "city"},
     "choice": {"prompt": "Q: Is it? A:", "choices": ["city", "country", "the sport"], "label": 1},
 }
+SPLITS = ("train", "val", "test")
 
 
-def write(folder, lines, splits=("train", "val", "test")):
+def write(folder, lines, splits=SPLITS, end="\n", start=b""):
     folder.mkdir(exist_ok=True)
     for split in splits:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{split}.jsonl").write_text(text)
+        text = "".join(json.dumps(line) + end for line in lines)
+        (folder / f"{split}.jsonl").write_bytes(start + text.encode())
     return folder
 
 
-def test_an_answer(tmp_path):
-    task = OwnTask(write(tmp_path / "mine", [FORMS["answer"]]))
-    (example,) = task.read(None, "val")
+@pytest.fixture
+def task(tmp_path):
+    """task(lines...): the task and its examples."""
+
+    def make(*lines, **how):
+        found = own_task(write(tmp_path / "mine", lines, **how))
+        return found, found.read(found.file(None, "test"), "test", 42)
+
+    return make
+
+
+@pytest.fixture
+def flags(tiny_folder, tmp_path):
+    return ["--model", str(tiny_folder), "--task", str(tmp_path / "mine"), "--run",
+            str(tmp_path / "run"), "--dtype", "float32"]  # fmt: skip
+
+
+def em(found, example, continuation):
+    return next(iter(found.score(found.extract(example, continuation), example).values()))
+
+
+def test_an_answer(task):
+    found, (example,) = task(FORMS["answer"])
     assert (example.prompt, example.answer) == (FORMS["answer"]["prompt"], "city")
-    assert example.rejected is None and not example.right
-    for continuation, em in (
+    assert example.rejected is None and not example.right and found.metrics == ("em",)
+    for continuation, right in (
         ("city", 1), (" City \nand more", 1), ("\n the", 1), ("cities", 0), ("", 0), ("A: city", 0),
     ):  # fmt: skip
-        assert task.score(task.extract(example.prompt, continuation), example) == {"em": em}
+        assert em(found, example, continuation) == right
 
 
-def test_an_option_is_the_first_that_occurs_in_what_is_generated(tmp_path):
+def test_an_answer_of_several_lines_can_be_met(task):
+    """Only the first line counted, so that the answer itself scored 0."""
+    for answer in ("one\ntwo", "\none\n\ntwo\n"):
+        found, (example,) = task(FORMS["answer"] | {"answer": answer})
+        assert em(found, example, answer) == em(found, example, answer + "\nand more") == 1
+        assert em(found, example, "one") == em(found, example, "one\nthree") == 0
+        assert em(found, example, "the\nthen more") == 1  # the alias has one line
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_accents_in_two_spellings_are_the_same_answer(task, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    answer = unicodedata.normalize(form, "Bogotá")
+    found, (example,) = task({"prompt": "Q:", "answer": answer})
+    assert em(found, example, unicodedata.normalize(other, "bogotá")) == 1
+
+
+def test_an_option_is_the_first_that_occurs_in_what_is_generated(task):
     line = {"prompt": "Q:", "answer": " answer2", "choices": [" answer1", " answer2", " answer10"]}
-    task = OwnTask(write(tmp_path / "mine", [line]))
-    (example,) = task.read(None, "test")
-    assert (task.METRICS, task.MAIN_METRIC, task.MAX_NEW_TOKENS) == (("em", "accuracy"), "em", 32)
+    found, (example,) = task(line)
+    assert (found.metrics, found.max_new_tokens) == (("em", "accuracy"), 32)
     assert example.generated and example.right == (" answer2",)
     assert example.wrong == (" answer1", " answer10")
-    for continuation, em in (
+    for continuation, right in (
         (" answer2", 1), ("\n\nthe correct answer is answer2, not answer1", 1), ("", 0), ("2", 0),
-        (" answer1 or answer2", 0), ("Answer2", 0), ("answer10 answer2", 0), ("answer20", 1),
+        (" answer1 or answer2", 0), ("Answer2", 0), ("answer10 answer2", 0), ("answer20", 0),
     ):  # fmt: skip
-        assert task.score(task.extract(example.prompt, continuation), example) == {"em": em}
-    assert first_option("answer10", ("answer1", "answer10")) == "answer10"
-    assert task.score_choices([-1.0], [-2.0, -3.0]) == {"accuracy": 1}
+        assert em(found, example, continuation) == right
+    # the rule of LLM-Adapters, whose tasks have names
+    assert NAMED["siqa"].score("answer20", example)["em"] == 1
+    assert found.score_choices([-1.0], [-2.0, -3.0]) == {"accuracy": 1}
 
 
-def test_false_is_a_text_and_not_true(tmp_path):
-    line = {"prompt": "Q:", "answer": " false", "choices": [" true", " false"]}
-    task = OwnTask(write(tmp_path / "mine", [line]))
-    (example,) = task.read(None, "test")
-    assert (example.answer, example.right, example.wrong) == (" false", (" false",), (" true",))
-    assert task.score("false", example) == {"em": 1} and task.score("true", example) == {"em": 0}
+@pytest.mark.parametrize(
+    ("choices", "answer", "said", "given"),
+    [
+        (["A", "B"], "B", "Answer: B", "B"),
+        (["A", "B"], "B", "Both? A", "A"),
+        (["yes", "no"], "yes", "I know it: yes", "yes"),
+        (["yes", "no"], "yes", "not now", None),
+        ([" New York", " New York City"], " New York", "in New York City", "New York City"),
+        (["true", "false"], "false", "untrue, false", "false"),
+        (["(A)", "(B)"], "(B)", "It is (B).", "(B)"),
+        (["C", "C++"], "C++", "In C++, sure", "C++"),
+        (["über", "unter"], "über", "darüber: unter", "unter"),
+    ],
+)
+def test_options_are_whole_words(task, choices, answer, said, given):
+    found, (example,) = task({"prompt": "Q:", "answer": answer, "choices": choices})
+    assert first_option(said, tuple(choices)) == given
+    assert em(found, example, said) == (given == answer.strip())
 
 
 @pytest.mark.parametrize(
@@ -74,137 +128,149 @@ def test_false_is_a_text_and_not_true(tmp_path):
         ("3.0009", 3, 1), ("3.0011", 3, 0), ("fifty-one", 51, 0), ("", 0, 0), ("9" * 999, 51, 0),
     ],
 )  # fmt: skip
-def test_a_number_is_the_last_one_generated(tmp_path, text, value, right):
-    line = {"prompt": "Q:", "answer": " 2 + 2 = 4", "value": value}
-    task = OwnTask(write(tmp_path / "mine", [line]))
-    (example,) = task.read(None, "test")
-    assert example.generated and (task.METRICS, task.MAX_NEW_TOKENS) == (("accuracy",), 256)
-    assert task.score(task.extract("Q:", f"\nOf 3,\n{text}\n" if text else ""), example) == {
-        "accuracy": right
-    }
+def test_a_number_is_the_last_one_generated(task, text, value, right):
+    found, (example,) = task({"prompt": "Q:", "answer": " 2 + 2 = 4", "value": value})
+    assert example.generated and (found.metrics, found.max_new_tokens) == (("accuracy",), 256)
+    assert em(found, example, f"\nOf 3,\n{text}\n" if text else "") == right
 
 
-def test_a_preference(tmp_path):
-    task = OwnTask(write(tmp_path / "mine", [FORMS["preference"]]))
-    (example,) = task.read(None, "test")
+def test_preferences_and_choices(task):
+    found, (example,) = task(FORMS["preference"])
     assert (example.answer, example.rejected) == ("capital", "city")
     assert (example.right, example.wrong) == (("capital",), ("city",))
-    assert task.score_choices([-1.0], [-2.0]) == {"accuracy": 1}
-    assert task.score_choices([-2.0], [-1.0]) == {"accuracy": 0}
-
-
-def test_a_choice(tmp_path):
-    task = OwnTask(write(tmp_path / "mine", [FORMS["choice"]]))
-    (example,) = task.read(None, "train")
-    assert example.answer == "country" and example.rejected is None
+    assert found.score_choices([-1.0], [-2.0]) == {"accuracy": 1}
+    assert found.score_choices([-2.0], [-1.0]) == {"accuracy": 0}
+    found, (example,) = task(FORMS["choice"])
+    assert example.answer == "country" and example.rejected is None and not example.generated
     assert (example.right, example.wrong) == (("country",), ("city", "the sport"))
-    assert task.score_choices([-2.0], [-3.0, -1.0]) == {"accuracy": 0}
+    assert found.score_choices([-2.0], [-3.0, -1.0]) == {"accuracy": 0}
+
+
+def test_columns_of_null_count_as_absent(task):
+    """As pandas and Dataset.to_json write a table whose rows have different keys."""
+    nulls = dict.fromkeys(("aliases", "choices", "label", "value", "chosen", "rejected", "group"))
+    _, (example,) = task(nulls | {"prompt": "Q:", "answer": "city"})
+    assert example.references == ("city",) and example.group == ""
+    _, (example,) = task(nulls | FORMS["choice"])
+    assert example.answer == "country"
+
+
+def test_files_of_other_systems(task):
+    """CRLF, a byte-order mark, blank lines, and characters that end a line elsewhere."""
+    text = "Zürich\u2028東京 🙂 \x0b"
+    lines = [FORMS["answer"] | {"answer": text, "extra": 1}, FORMS["answer"]]
+    _, found = task(*lines, end="\r\n\r\n", start=b"\xef\xbb\xbf")
+    assert [e.answer for e in found] == [text, "city"]
+    assert found[1].where.endswith("test.jsonl, line 3")
+
+
+BAD = [
+    ("answer", {"answer": 3}, "key 'answer': expected a text, found 3"),
+    ("answer", {"prompt": " "}, "key 'prompt': expected a text, found ' '"),
+    ("answer", {"aliases": "city"}, "key 'aliases': expected a list"),
+    ("answer", {"aliases": [""]}, "expected a text, found ''"),
+    ("answer", {"answer": None}, "key 'answer' is missing"),
+    ("answer", {"group": 3}, "key 'group': expected a text, found 3"),
+    ("answer", {"group": ""}, "key 'group': expected a text, found ''"),
+    ("number", {"value": None}, "key 'value' is missing"),
+    ("number", {"choices": ["1 + 1 = 2", "3"]}, "expected the keys of one form"),
+    ("option", {"answer": "town"}, "key 'answer': expected one of the choices, found"),
+    ("option", {"choices": ["city"] * 2}, "key 'choices': expected different texts"),
+    ("option", {"aliases": ["city"]}, "key 'aliases' stands only beside prompt, answer"),
+    ("option", {"choices": "city"}, "key 'choices': expected a list of at least"),
+    ("number", {"value": "2"}, "key 'value': expected a number up to 1e15, found '2'"),
+    ("number", {"value": True}, "key 'value': expected a number up to 1e15"),
+    ("number", {"value": float("nan")}, "key 'value': expected a number up to 1e15"),
+    ("number", {"value": 10**400}, "key 'value': expected a number up to 1e15|not valid JSON"),
+    ("preference", {"rejected": ""}, "key 'rejected': expected a text"),
+    ("preference", {"rejected": "capital"}, "chosen and rejected are the same, 'capital'"),
+    ("choice", {"choices": ["one"]}, "key 'choices': expected a list of at least two"),
+    ("choice", {"choices": [" a", "a"], "label": 0}, "key 'choices': expected different"),
+    ("choice", {"label": 3}, "key 'label': expected 0 to 2, found 3"),
+    ("choice", {"label": "1"}, "key 'label': expected 0 to 2, found '1'"),
+    ("choice", {"label": True}, "key 'label': expected 0 to 2, found True"),
+    ("choice", {"label": None}, "key 'label' is missing"),
+]
+
+
+@pytest.mark.parametrize(("form", "line", "message"), BAD)
+def test_a_bad_line_is_named(task, form, line, message):
+    with pytest.raises(InputError, match=f"test.jsonl, line 2: .*({message})") as caught:
+        task(FORMS[form], FORMS[form] | line)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+def test_lines_of_two_forms_do_not_go_together(task):
+    """A test split of numbers would be scored by exact match."""
+    lines = [{"prompt": "Q:", "answer": " 2 + 2 = 4"}, {"prompt": "Q:", "answer": " 4", "value": 4}]
+    keys = "line 2: has the keys prompt, answer, value; expected prompt, answer, as in"
+    with pytest.raises(InputError, match=keys):
+        task(*lines)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [{"prompt": "Q:"}, {"question": "?"}, FORMS["answer"] | FORMS["choice"],
+     FORMS["option"] | FORMS["number"], FORMS["option"] | {"label": 0}],
+)  # fmt: skip
+def test_a_line_of_no_form_is_refused(tmp_path, line):
+    with pytest.raises(InputError, match="train.jsonl, line 1: expected the keys of one form"):
+        own_task(write(tmp_path / "mine", [line]))
+
+
+def test_no_such_task(tiny_folder, tmp_path):
+    argv = ["--model", str(tiny_folder), "--run", str(tmp_path / "run"), "--data", str(tmp_path)]
+    (tmp_path / "empty").mkdir()
+    for task, message in (
+        (str(tmp_path / "nowhere"), "neither one of truthfulqa, mquake, .* nor a folder"),
+        (str(tmp_path / "empty"), "train.jsonl: no such file"),
+        ("boolq", "boolq: no such folder; `python -m data.download boolq`"),
+        ("listops", "listops: no such folder; `python -m data.listops`"),
+    ):
+        with pytest.raises(InputError, match=message):
+            select_heads.main([*argv, "--task", task])
 
 
 @pytest.mark.parametrize("form", slow_but(["answer"], [f for f in FORMS if f != "number"]))
-def test_every_form_runs_the_whole_way_through(tiny_folder, tmp_path, form, capsys):
-    folder = write(tmp_path / "mine", [FORMS[form]] * 6)
-    flags = ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run")]
+def test_every_form_runs_the_whole_way_through(flags, tmp_path, form, capsys):
+    write(tmp_path / "mine", [FORMS[form]] * 6)  # the same prompt six times over
     select_heads.main([*flags, "--epochs", "1", "--heads", "4"])
     train.main([*flags, "--epochs", "40", "--lr", "0.5"])
     eval_script.main(flags)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["task"] == "mine" and results["n"] == 6
     metrics = {"answer": ["em"], "option": ["em", "accuracy"]}.get(form, ["accuracy"])
-    assert list(results["tuned"]) == metrics
-    assert set(results["tuned"].values()) == {1}  # six times the same line, learnt by heart
+    assert list(results["scores"]["tuned"]) == metrics
+    assert set(results["scores"]["tuned"].values()) == {1}  # the same line, learnt by heart
     assert f"val {metrics[0]} 100.0%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("form", "line", "message"),
-    [
-        ("answer", {"answer": 3}, "line 2: key 'answer': expected a text, found 3"),
-        ("answer", {"prompt": " "}, "line 2: key 'prompt': expected a text, found ' '"),
-        ("answer", {"aliases": "city"}, "line 2: key 'aliases': expected a list"),
-        ("answer", {"aliases": [""]}, "line 2: expected a text, found ''"),
-        ("answer", {"answer": None}, "line 2: key 'answer': expected a text, found None"),
-        ("answer", {"group": 3}, "line 2: key 'group': expected a text, found 3"),
-        ("option", {"answer": "town"}, "line 2: key 'answer': expected one of the choices, found"),
-        ("option", {"choices": ["city"] * 2}, "line 2: key 'choices': expected different texts"),
-        (
-            "choice",
-            {"choices": [" a", "a"], "label": 0},
-            "line 2: key 'choices': expected different",
-        ),
-        (
-            "option",
-            {"aliases": ["city"]},
-            "line 2: key 'aliases' stands only beside prompt, answer",
-        ),
-        ("option", {"choices": "city"}, "line 2: key 'choices': expected a list of at least"),
-        ("number", {"value": "2"}, "line 2: key 'value': expected a number up to 1e15, found '2'"),
-        ("number", {"value": True}, "line 2: key 'value': expected a number up to 1e15"),
-        ("number", {"value": float("nan")}, "line 2: .*"),
-        ("number", {"value": 10**400}, "line 2: key 'value': expected a number up to 1e15"),
-        ("preference", {"rejected": ""}, "line 2: key 'rejected': expected a text"),
-        ("choice", {"choices": ["one"]}, "line 2: key 'choices': expected a list of at least two"),
-        ("choice", {"label": 3}, "line 2: key 'label': expected 0 to 2, found 3"),
-        ("choice", {"label": "1"}, "line 2: key 'label': expected 0 to 2, found '1'"),
-        ("choice", {"label": True}, "line 2: key 'label': expected 0 to 2, found True"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, form, line, message):
-    task = OwnTask(write(tmp_path / "mine", [FORMS[form], FORMS[form] | line]))
-    with pytest.raises(InputError, match=f"train.jsonl, {message}"):
-        task.read(None, "train")
+@pytest.mark.parametrize("form", ["choice", "preference"])
+def test_of_two_answers_one_of_which_begins_the_other_either_can_win(flags, tmp_path, form):
+    """The end of the text counts, as in training: without it the longer one, a product of more
+    factors, is never the more probable. Other answers are scored as before, without it."""
+    short, long = " the capital", " the capital of the country"
+    for other, counts in ((long, 1), (" of the country", 0)):
+        own = {"choices": [short, other], "label": 1}
+        own = own if form == "choice" else {"chosen": other, "rejected": short}
+        write(tmp_path / "mine", [{"prompt": "Q: Is it? A:"} | own])
+        with open_runs(train.parse_args(flags), "train") as runs:
+            run = next(runs)
+            (example,) = examples = run.read("test")
+            assert example.ambiguous == bool(counts)
+            (found,) = score_given(run, examples, 64, "")
+            prompt, tokenizer = example.prompt, run.tokenizer
+            n = len(tokenizer.encode(prompt + other)) - len(tokenizer.encode(prompt))
+            text = encode_example(tokenizer, prompt, other)
+            losses = target_losses(run.model, collate([text], "cpu"))[: n + counts]
+            assert found["right"] == [pytest.approx(-losses.sum().item(), rel=1e-5)]
 
 
-def test_lines_of_two_forms_do_not_go_together(tmp_path):
-    """A test split of numbers would be scored by exact match."""
-    lines = [{"prompt": "Q:", "answer": " 2 + 2 = 4"}, {"prompt": "Q:", "answer": " 4", "value": 4}]
-    task = OwnTask(write(tmp_path / "mine", lines))
-    keys = "line 2: has the keys prompt, answer, value; expected prompt, answer, as in"
-    with pytest.raises(InputError, match=f"test.jsonl, {keys}"):
-        task.read(None, "test")
-
-
-def test_a_missing_key_is_named(tmp_path):
-    task = OwnTask(write(tmp_path / "mine", [FORMS["choice"], {"prompt": "Q:", "label": 0}]))
-    with pytest.raises(InputError, match="val.jsonl, line 2: key 'choices' is missing"):
-        task.read(None, "val")
-
-
-@pytest.mark.parametrize(
-    "line",
-    [{"prompt": "Q:"}, {"question": "?"}, FORMS["answer"] | FORMS["choice"],
-             FORMS["option"] | FORMS["number"], FORMS["option"] | {"label": 0}],
-)  # fmt: skip
-def test_a_line_of_no_form_is_refused(tmp_path, line):
-    with pytest.raises(InputError, match="train.jsonl, line 1: expected the keys of one form"):
-        OwnTask(write(tmp_path / "mine", [line]))
-
-
-def test_no_such_task(tiny_folder, tmp_path):
-    argv = ["--model", str(tiny_folder), "--task", str(tmp_path / "nowhere")]
-    with pytest.raises(InputError, match="neither one of clutrr, .*, gsm8k, listops nor a folder"):
-        select_heads.main(argv)
-    with pytest.raises(InputError, match="train.jsonl: no such file"):
-        select_heads.main([*argv[:3], str(tmp_path)])
-
-
-def test_a_task_with_a_name_without_its_folder(tiny_folder, tmp_path):
-    argv = ["--model", str(tiny_folder), "--data", str(tmp_path), "--run", str(tmp_path / "run")]
-    with pytest.raises(InputError, match="boolq: no such folder; `python -m data.download boolq`"):
-        select_heads.main([*argv, "--task", "boolq"])
-    with pytest.raises(InputError, match="listops: no such folder; `python -m data.listops`"):
-        select_heads.main([*argv, "--task", "listops"])
-
-
-@pytest.mark.slow
-def test_groups_and_answers_are_reported(tiny_folder, tmp_path, capsys):
+def test_groups_and_answers_are_reported(flags, tmp_path, capsys):
     lines = [FORMS["option"] | {"group": f"depth {d}"} for d in (10, 2, 2)]
     lines += [FORMS["option"] | {"answer": "country"}] * 2
-    folder = write(tmp_path / "mine", lines)
-    eval_script.main(
-        ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run"),
-         "--base-only"]
-    )  # fmt: skip
+    write(tmp_path / "mine", lines)
+    eval_script.main([*flags, "--base-only"])
     results = json.loads((tmp_path / "run" / "results-base.json").read_text())
     assert results["always"] == {"answer": "city", "share": 0.6}
     given = results["given"]["base"]
@@ -215,21 +281,22 @@ def test_groups_and_answers_are_reported(tiny_folder, tmp_path, capsys):
     ]  # fmt: skip
     for metric in ("em", "accuracy"):
         total = sum(means["n"] * means["base"][metric] for means in groups.values())
-        assert total / 5 == pytest.approx(results["base"][metric])
+        assert total / 5 == pytest.approx(results["scores"]["base"][metric])
     printed = capsys.readouterr().out
     assert "always 'city' would score 60.0%" in printed and "depth 10 (1 items)" in printed
 
 
-@pytest.mark.slow
-def test_a_stopped_evaluation_mixes_up_no_scores(tiny_folder, tmp_path):
-    """Both ways have the same row; what is kept of one is not taken for the other."""
-    folder = write(tmp_path / "mine", [FORMS["option"]])
-    argv = ["--model", str(tiny_folder), "--task", str(folder), "--run", str(tmp_path / "run")]
-    run = Session(eval_script.parse_args(argv), "eval")
-    next(run.folds())
-    found = [evaluate(run, run.read("test"), 64, "")]
-    assert [set(row) for row in found[0]] == [{"prediction", "em", "log_probs", "accuracy"}]
-    for _ in range(2):  # the second time from what was kept
-        kept = run.scored_batches({}, run.read("test"))("base")
-        found.append(evaluate(run, run.read("test"), 64, "", kept))
-    assert found[0] == found[1] == found[2]
+def test_a_prompt_that_ends_inside_a_token_is_warned_of(flags, tmp_path, capsys):
+    """With the miniature's words a space at the end is nothing; with mini-gemma's it is."""
+    from conftest import MINI_GEMMA
+
+    good, bad = ({"prompt": f"Q: Is it? A:{end}", "answer": "city"} for end in ("", " "))
+    gemma = [*flags, "--model", str(MINI_GEMMA), "--heads", "random", "--top", "1"]
+    write(tmp_path / "mine", [good, bad, bad], ["train"])
+    write(tmp_path / "mine", [good], ["val", "test"])
+    train.main([*gemma, "--epochs", "1"])
+    err = capsys.readouterr().err
+    assert "train.jsonl, line 2 and 1 more: the prompt ends inside a token" in err
+    write(tmp_path / "mine", [good])
+    train.main([*gemma, "--epochs", "1"])
+    assert "inside a token" not in capsys.readouterr().err

@@ -2,23 +2,22 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import REPO, end_group, start_group
-from lofit.distributed.loss import DistributedObjective
 from safetensors.torch import load_file
 
 import eval as eval_script
 import select_heads
 import train
+from lofit.distributed import SharedObjective
+from lofit.errors import InputError
+from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets
 from lofit.llm.checkpoint import load_model
 from lofit.llm.tokenizer import load_tokenizer
@@ -29,13 +28,16 @@ FAST = ["--epochs", "2", "--lr", "0.02", "--batch-size", "5"]
 RUNS = {
     "mquake": [],
     "clutrr": ["--task", "clutrr", "--plain"],
-    "truthfulqa": ["--task", "truthfulqa", "--fold", "1"],
+    "truthfulqa": ["--task", "truthfulqa-1"],
     "few": ["--n-train", "2"],
 }
 
 
 @pytest.fixture
 def flags(tiny_folder, small_data):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    config |= {"max_position_embeddings": 512}  # TruthfulQA's questions are long
+    (tiny_folder / "config.json").write_text(json.dumps(config))
     return ["--model", str(tiny_folder), "--data", str(small_data)]
 
 
@@ -65,7 +67,7 @@ def assert_same(one, other):
     offsets = [load_file(run / "offsets.safetensors")["offsets"] for run in (one, other)]
     assert (offsets[0] - offsets[1]).abs().max() <= 1e-6
     assert offsets[0].abs().max() > 0.02
-    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
+    results = [json.loads((run / "results.json").read_text())["scores"] for run in (one, other)]
     lines = [[json.loads(x) for x in (run / "predictions.jsonl").open()] for run in (one, other)]
     for who in ("base", "tuned"):
         assert results[0][who] == pytest.approx(results[1][who], abs=1e-6)
@@ -80,10 +82,6 @@ def assert_same(one, other):
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-4)
 
 
-def folder_of(run, name):
-    return run / name / "fold1" if name == "truthfulqa" else run / name
-
-
 TEXTS = [
     ("Q: Who is it? A:", "the capital", "city"),
     ("Q: What is the sport of it? A:", "city", "the capital of the country"),
@@ -91,34 +89,52 @@ TEXTS = [
 ]
 
 
-def losses(folder, wrap=lambda objective: objective) -> list[float]:
-    """Loss and gradients of both objectives, again for rows whose states the first time kept, and
-    for fewer rows than processes."""
-    model, tokenizer, found = load_model(folder), load_tokenizer(folder), []
+def losses(model, tokenizer, wrap=lambda objective: objective) -> list[float]:
+    """Loss, weight and gradients of both objectives, again for rows whose states the first time
+    kept, and for fewer rows than processes."""
+    found = []
     for kind, n in ((CrossEntropy, 2), (Preference, 3)):
-        objective = wrap(kind(model, tokenizer, [text[:n] for text in TEXTS], "here"))
+        objective = wrap(kind(model, tokenizer, [text[:n] for text in TEXTS]))
         parameters = attach_offsets(model, [(1, 0), (2, 3)], torch.ones(2, 8))
         for rows in ([0, 1, 2], [2, 0, 1], [1]):
-            loss = objective.loss(rows)
+            batch = objective.batch(rows)
+            loss = objective.loss(batch)
             gradients = torch.autograd.grad(loss, parameters)
-            found += [loss.item(), *torch.cat([g.flatten() for g in gradients]).tolist()]
+            found += [loss.item(), objective.weight(batch)]
+            found += torch.cat([g.flatten() for g in gradients]).tolist()
+            with torch.no_grad():
+                found.append(objective.loss(batch).item())
     return found
 
 
 def main(argv: list[str]) -> None:
-    """One of the processes of the next test."""
+    """One of the processes of the next test; of one further down, given a script's flags."""
+    from lofit.distributed import join
 
-    def distributed(objective):
-        objective.hash = ""
-        return DistributedObjective(objective, nullcontext, nullcontext)
-
-    found = losses(argv[0], distributed)
+    if len(argv) > 1:
+        stop_after_an_epoch()
+        return train.main(argv)
+    join("cpu")
+    found = losses(
+        load_model(argv[0]), load_tokenizer(argv[0]), lambda o: SharedObjective(HiddenCache(o))
+    )
     sys.__stdout__.write(json.dumps(found))
+
+
+def stop_after_an_epoch() -> None:
+    """As a process that is ended from outside, but in all of them at once."""
+    save = train.save_epoch
+
+    def stop(run, epoch, *rest):
+        save(run, epoch, *rest)
+        raise InputError("stopped")
+
+    train.save_epoch = stop
 
 
 def test_losses_and_gradients_are_those_of_one_process(tiny_folder):
     group = start_group(2, ("test_parallel", [str(tiny_folder)]))
-    want = losses(tiny_folder)
+    want = losses(load_model(tiny_folder), load_tokenizer(tiny_folder))
     assert max(want) > 0.1
     for code, out, error in end_group(group):
         assert code == 0, error
@@ -132,66 +148,40 @@ def test_the_whole_way_through_is_that_of_one_process(flags, tmp_path, n, runs):
     alone(calls(flags, tmp_path / "one", runs))
     ended = end_group(group)
     assert [code for code, _, _ in ended] == [0] * n, ended
+    assert all(not out for _, out, _ in ended[1:])  # the first alone prints
     for name in runs:
-        assert_same(folder_of(tmp_path / "one", name), folder_of(tmp_path / "group", name))
-    assert "95 % interval" in ended[0][1]
-    assert [(out, error) for _, out, error in ended[1:]] == [("", "")] * (n - 1)
-
-
-def one_line(ended, message, code=2):
-    """Every process ended with the code, and one of them with this line alone."""
-    assert [c for c, _, _ in ended] == [code] * len(ended), ended
-    (line,) = "".join(error for _, _, error in ended).splitlines()
-    assert message in line
+        assert_same(tmp_path / "one" / name, tmp_path / "group" / name)
+        assert {p.name for p in (tmp_path / "group" / name).iterdir()} == {
+            p.name for p in (tmp_path / "one" / name).iterdir()
+        }
 
 
 @pytest.mark.slow
-def test_bad_input_and_a_process_of_other_arguments_are_one_line(flags, small_data, tmp_path):
-    own = [*flags, "--run", str(tmp_path / "run")]
-    other = start_group(2, ("train", [*own, "--heads", "all", "--data", str(tmp_path / "nowhere")]))
-    one_line(end_group(other), "train.jsonl: no such file")
+def test_bad_input_is_one_line_and_ends_all(flags, tmp_path):
+    argv = [*flags, "--run", str(tmp_path / "run"), "--heads", "all"]
+    group = start_group(2, ("train", [*argv, "--data", str(tmp_path / "nowhere")]))
+    ended = end_group(group, 120)
+    assert [code for code, _, _ in ended] == [2, 2]
+    (line,) = [text for _, _, error in ended for text in error.splitlines() if "error" in text]
+    assert "train.jsonl: no such file" in line
 
 
-@pytest.mark.slow
-def test_processes_of_other_arguments_are_told(flags, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = [*flags, "--run", str(tmp_path / "run"), "--heads", "all", "--lr"]
-    one, other = (start_group(2, ("train", [*own, lr]), port=port, ranks=[i])[0]
-                  for i, lr in enumerate(("0.1", "0.2")))  # fmt: skip
-    one_line(end_group([one, other]), "the arguments of process 1 differ")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_busy_port_is_one_line(flags):
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        port = busy.getsockname()[1]
-        start = time.time()
-        (first,) = start_group(1, ("train", flags), port=port)
-        one_line(end_group([first]), f"the processes do not meet at 127.0.0.1:{port}")
-        assert time.time() - start < 60
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_ends_all_and_files_stay(flags, tmp_path):
-    """By torchrun itself."""
-    run = tmp_path / "run"
-    train.main([*flags, "--run", str(tmp_path / "one"), "--heads", "all", "--epochs", "1"])
-    shutil.copytree(tmp_path / "one", run)  # this process holds the first
-    before = (run / "offsets.safetensors").read_bytes()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", "--", "train.py", *flags, "--run", str(run), "--heads", "all"]
-    agent = subprocess.Popen(
-        [*command, "--epochs", "100000", "--validate", "last", "--lr", "0.01"], cwd=REPO, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def torchrun(*argv: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--", *argv], cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_later(flags, tmp_path, capsys):
+    """By torchrun itself; the same command, in one process, continues after the last epoch."""
+    train_flags = ["--heads", "all", "--lr", "0.01", "--epochs", "10000"]
+    run = tmp_path / "run"
+    agent = torchrun("train.py", *flags, "--run", str(run), *train_flags)
     for line in agent.stdout:
-        if line.startswith("epoch 1/"):
+        if line.startswith("epoch 2/"):
             break
     workers = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True
@@ -199,11 +189,30 @@ def test_a_process_that_is_killed_ends_all_and_files_stay(flags, tmp_path):
     assert len(workers) == 2
     start = time.time()
     os.kill(int(workers[1]), signal.SIGKILL)
-    _, error = agent.communicate(timeout=60)
-    assert agent.returncode != 0 and time.time() - start < 30
-    assert error.count("error: another process ended before its work was done") <= 1
+    agent.communicate(timeout=60)
+    assert agent.returncode != 0 and time.time() - start < 45
     for pid in map(int, workers):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert (run / "offsets.safetensors").read_bytes() == before
-    assert not list(run.glob("*.partial"))
+    assert not (run / "offsets.safetensors").exists() and not list(run.glob(".*.partial"))
+    assert (run / "train.unfinished").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_group_continues_to_the_same_values(flags, tmp_path):
+    argv = [*flags, *FAST, "--heads", "all", "--epochs", "3", "--run"]
+    whole, stopped = str(tmp_path / "whole"), str(tmp_path / "stopped")
+    calls = (("train", [*argv, whole]), ("test_parallel", [*argv, stopped]))
+    ended = end_group(start_group(2, *calls))
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert "error: stopped\n" in ended[0][2] + ended[1][2]
+    ended = end_group(start_group(2, ("train", [*argv, stopped])))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert "continuing after epoch 1" in ended[0][1]
+    one, two = (load_file(tmp_path / n / "offsets.safetensors") for n in ("whole", "stopped"))
+    assert torch.equal(one["offsets"], two["offsets"])
+
+
+def test_shard_needs_several(flags):
+    with pytest.raises(InputError, match="--shard: one process has nothing to split"):
+        select_heads.main([*flags, "--shard"])

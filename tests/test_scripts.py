@@ -2,10 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,20 +36,22 @@ def test_the_whole_way_through(flags, tmp_path, capsys):
 
     train.main([*flags, *FAST])
     offsets = load_file(run / "offsets.safetensors")
-    assert offsets["heads"].tolist() == heads["heads"]
+    assert sorted(offsets["heads"].tolist()) == sorted(heads["heads"])  # by layer
     assert offsets["offsets"].shape == (3, 8)
     assert offsets["offsets"].norm(dim=1).min() > 0.01  # trained: the start is 0.003
 
     eval_script.main(flags)
     results = json.loads((run / "results.json").read_text())
     lines = [json.loads(line) for line in (run / "predictions.jsonl").open()]
-    assert (results["n"], len(lines), results["trained_values"]) == (20, 20, 24)
-    assert results["heads"] == heads["heads"]
+    about = results["adapters"]["tuned"]
+    assert (results["n"], len(lines), about["trained_values"]) == (20, 20, 24)
+    assert sorted(about["heads"]) == sorted(heads["heads"]) and about["offsets_hash"]
     for who in ("base", "tuned"):
-        for metric, value in results[who].items():
+        for metric, value in results["scores"][who].items():
             assert value == pytest.approx(sum(line[who][metric] for line in lines) / 20)
-    for metric, change in results["difference"].items():
-        assert change["value"] == results["tuned"][metric] - results["base"][metric]
+    scores = results["scores"]
+    for metric, change in results["differences"]["tuned"].items():
+        assert change["value"] == scores["tuned"][metric] - scores["base"][metric]
     for artefact in (heads, results):
         assert artefact["task"] == "mquake" and artefact["seed"] == 42
         assert artefact["fingerprint"] == heads["fingerprint"]
@@ -59,6 +61,7 @@ def test_the_whole_way_through(flags, tmp_path, capsys):
         "for mquake; offsets by rule",
         "layer   2 |",
         "val em_stripped",
+        "was the best on validation",
         "95 % interval",
     ):
         assert text in printed
@@ -78,17 +81,16 @@ def test_the_same_seed_gives_the_same_heads_and_offsets(flags, tmp_path):
     assert not torch.equal(one["offsets"], other["offsets"])
 
 
-@pytest.mark.parametrize("task", slow_but(["truthfulqa"], ["mquake", "clutrr", "truthfulqa"]))
+@pytest.mark.parametrize("task", slow_but(["truthfulqa-1"], ["mquake", "clutrr", "truthfulqa-1"]))
 def test_the_plain_way_gives_the_same(flags, tmp_path, task):
     """One batch an epoch, so that the order is the same; scales, offsets and results agree."""
     runs = [tmp_path / name for name in ("fast", "plain")]
-    fold = ["--fold", "1"] if task == "truthfulqa" else []
     for run, extra in zip(runs, ([], ["--plain"]), strict=True):
-        own = [*flags[:4], "--run", str(run), "--task", task, *fold, *extra]
+        own = [*flags[:4], "--run", str(run), "--task", task, *extra]
         select_heads.main([*own, *FAST, "--batch-size", "64"])
         train.main([*own, *FAST, "--batch-size", "64", "--heads", "random"])
         eval_script.main(own)
-    fast, plain = (run / "fold1" if task == "truthfulqa" else run for run in runs)
+    fast, plain = runs
     scores = [
         torch.tensor(json.loads((f / "heads.json").read_text())["scores"]) for f in (fast, plain)
     ]
@@ -97,7 +99,7 @@ def test_the_plain_way_gives_the_same(flags, tmp_path, task):
     assert torch.allclose(*offsets, rtol=1e-3, atol=1e-5)
     told = [json.loads((f / "results.json").read_text()) for f in (fast, plain)]
     for who in ("base", "tuned"):
-        assert told[0][who] == pytest.approx(told[1][who], abs=1e-4)
+        assert told[0]["scores"][who] == pytest.approx(told[1]["scores"][who], abs=1e-4)
     assert [t["plain"] for t in told] == [False, True]
 
 
@@ -120,7 +122,8 @@ def test_top_takes_the_best_of_a_heads_file(flags, tmp_path):
     heads = json.loads((tmp_path / "run" / "heads.json").read_text())["heads"]
     again = [*flags[:-1], str(tmp_path / "top")]
     train.main([*again, *FAST, "--heads", str(tmp_path / "run" / "heads.json"), "--top", "2"])
-    assert load_file(tmp_path / "top" / "offsets.safetensors")["heads"].tolist() == heads[:2]
+    found = load_file(tmp_path / "top" / "offsets.safetensors")["heads"].tolist()
+    assert sorted(found) == sorted(heads[:2])
 
 
 def test_base_only_needs_no_offsets_and_is_the_base_of_a_full_run(flags, tmp_path):
@@ -131,33 +134,11 @@ def test_base_only_needs_no_offsets_and_is_the_base_of_a_full_run(flags, tmp_pat
     eval_script.main([*flags, "--base-only", "--split", "val"])
     results = json.loads((tmp_path / "run" / "results-val-base.json").read_text())
     assert results["split"] == "val" and results["n"] == 12
-    assert "tuned" not in results and results["trained_values"] == 0
+    assert "tuned" not in results["scores"] and not results["adapters"]
     alone = predictions("base", "predictions-val-base.jsonl")
     train.main([*flags, "--epochs", "2", "--lr", "1", "--heads", "all"])
     eval_script.main([*flags, "--split", "val"])
     assert predictions("base") == alone != predictions("tuned")
-
-
-@pytest.mark.slow
-def test_the_base_models_answers_can_come_from_another_run(flags, tmp_path, monkeypatch):
-    """They are the same; of another split, dtype or other questions they are refused."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    train.main([*flags, "--run", str(first), "--heads", "all", "--epochs", "1"])
-    eval_script.main([*flags, "--run", str(first)])
-    train.main([*flags, "--run", str(second), "--heads", "random", "--epochs", "1"])
-    eval_script.main([*flags, "--run", str(second)])
-    want = json.loads((second / "results.json").read_text())
-    asked, evaluate = [], eval_script.evaluate
-    monkeypatch.setattr(
-        eval_script, "evaluate", lambda *args: asked.append(args[3]) or evaluate(*args)
-    )
-    again = [*flags, "--run", str(second), "--base-from", str(first)]
-    eval_script.main(again)
-    assert asked == ["tuned model"]
-    assert json.loads((second / "results.json").read_text()) == want
-    for extra in (["--split", "val"], ["--dtype", "bfloat16"], ["--plain"]):
-        with pytest.raises(InputError, match="leave --base-from out"):
-            eval_script.main([*again, *extra])
 
 
 def test_default_run_folder_is_named_by_model_and_task(flags, tmp_path, monkeypatch):
@@ -166,62 +147,69 @@ def test_default_run_folder_is_named_by_model_and_task(flags, tmp_path, monkeypa
     assert (tmp_path / "runs" / "tiny" / "mquake" / "results-base.json").exists()
 
 
-def refused(script, argv, message, run):
+def test_heads_of_ones_own(flags, tmp_path):
+    own = tmp_path / "mine.json"
+    for content in ([[2, 3], [1, 1]], {"heads": [[2, 3], [1, 1]]}):
+        own.write_text(json.dumps(content))
+        train.main([*flags, *FAST, "--heads", str(own)])
+        found = load_file(tmp_path / "run" / "offsets.safetensors")["heads"].tolist()
+        assert sorted(found) == [[1, 1], [2, 3]]
+    refused(train, [*flags, "--heads", str(own), "--top", "1"], "mine.json has no scores")
+
+
+def refused(script, argv, message):
     """The script ends with a message of one line, and no artefact is there."""
+    run = Path(argv[argv.index("--run") + 1])
+    before = {p.name for p in run.iterdir()} if run.is_dir() else set()
     with pytest.raises(InputError, match=message) as caught:
         script.main(argv)
     assert "\n" not in str(caught.value)
     left = {p.name for p in run.iterdir()} if run.is_dir() else set()
-    assert left <= {"log.jsonl"}
+    assert left - before <= {"log.jsonl", ".lock"}
 
 
-def test_steps_out_of_order(flags, tmp_path):
-    refused(train, flags, "heads.json: no such file; run select_heads.py first", tmp_path / "run")
-    refused(eval_script, flags, "run train.py first, or use --base-only", tmp_path / "run")
+REFUSED = {
+    "no heads yet": (train, "", "heads.json: no such file; run select_heads.py first"),
+    "no offsets yet": (eval_script, "", "run train.py first, or use --base-only"),
+    "a file of heads": (train, "--heads nowhere.json", "nowhere.json: no such file"),
+    "more heads": (select_heads, "--heads 13", r"number of heads 13: 13 is not in 1\.\.12"),
+    "more at random": (train, "--heads random --top 13", r"13 is not in 1\.\.12"),
+    "eval of random": (eval_script, "--heads random", "name it by --run .*run"),
+    "eval of lora": (eval_script, "--method lora", "evaluates what was trained: name it by --run"),
+    "no data": (select_heads, "--data nowhere", "nowhere/MQuAKE/train.jsonl: no such file"),
+    "no data to test": (eval_script, "--data nowhere --base-only", "test.jsonl: no such file"),
+    "device": (train, "--device cuda:7 --heads all", "--device cuda:7: not usable here"),
+    "shard": (train, "--shard --heads all", "--shard: one process has nothing to split"),
+}  # fmt: skip
 
 
-def test_more_heads_than_the_model_has(flags, tmp_path):
-    message = r"number of heads 13: 13 is not in 1\.\.12"
-    refused(select_heads, [*flags, "--heads", "13"], message, tmp_path / "run")
-    refused(train, [*flags, "--heads", "random", "--top", "13"], message, tmp_path / "run")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused(flags, name):
+    script, extra, message = REFUSED[name]
+    refused(script, [*flags, *extra.split()], message)
 
 
-def test_a_malformed_line(flags, small_data, tmp_path):
-    with (small_data / "MQuAKE" / "train.jsonl").open("a") as file:
-        file.write('{"case_id": \n')
-    refused(select_heads, flags, "train.jsonl, line 25: not valid JSON", tmp_path / "run")
+def test_eval_says_which_run_holds_the_random_heads(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="name it by --run runs/tiny/mquake-random$"):
+        eval_script.main([*flags[:4], "--heads", "random"])
 
 
-@pytest.mark.parametrize(("script", "split"), [(select_heads, "train"), (eval_script, "test")])
-def test_an_empty_split(flags, small_data, tmp_path, script, split):
-    (small_data / "MQuAKE" / f"{split}.jsonl").write_text("")
-    extra = ["--base-only"] if script is eval_script else []
-    refused(script, [*flags, *extra], f"{split}.jsonl: the split is empty", tmp_path / "run")
+BAD_DATA = {
+    "a malformed line": ("train", lambda text: text + '{"case_id": \n', "line 25: not valid JSON"),
+    "nothing to train on": ("train", lambda text: "", "the split is empty"),
+    "nothing to test": ("test", lambda text: "", "the split is empty"),
+    "nothing to validate": ("val", lambda text: "\n\n", "the split is empty"),
+    "a git-LFS pointer": ("train", lambda _: "version https://git-lfs.github.com/spec/v1\n", "LFS"),
+}  # fmt: skip
 
 
-def test_no_data_at_all(flags, tmp_path):
-    argv = [*flags, "--data", str(tmp_path / "nowhere")]
-    refused(select_heads, argv, "nowhere/MQuAKE/train.jsonl: no such file", tmp_path / "run")
-
-
-def test_a_prompt_longer_than_the_models_positions(flags, small_data, tmp_path):
-    path = small_data / "MQuAKE" / "test.jsonl"
-    case = json.loads(path.read_text().splitlines()[0])
-    case["questions"][0] = "the " * 270
-    path.write_text(json.dumps(case) + "\n")
-    argv = [*flags, "--base-only"]
-    refused(eval_script, argv, "prompt 0 has 2.. tokens.*256 positions", tmp_path / "run")
-    shutil.copy(path, small_data / "MQuAKE" / "train.jsonl")
-    refused(select_heads, flags, "split train: example 0 has 2.. tokens", tmp_path / "run")
-
-
-def test_heads_of_another_model(flags, tiny_folder, tmp_path):
-    select_heads.main([*flags, *FAST])
-    weights = load_file(tiny_folder / "model.safetensors")
-    save_file({k: v * 1.5 for k, v in weights.items()}, tiny_folder / "model.safetensors")
-    with pytest.raises(InputError, match="heads.json: made with .*run the step before again"):
-        train.main([*flags, *FAST])
-    assert not (tmp_path / "run" / "offsets.safetensors").exists()
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_named_before_anything_is_trained(flags, small_data, name):
+    split, spoil, message = BAD_DATA[name]
+    path = small_data / "MQuAKE" / f"{split}.jsonl"
+    path.write_text(spoil(path.read_text()))
+    refused(train, [*flags, "--heads", "all"], f"{split}.jsonl(, |: ).*{message}")
 
 
 @pytest.mark.parametrize("script", [select_heads, train])
@@ -231,7 +219,7 @@ def test_a_loss_that_becomes_nan(flags, tiny_folder, tmp_path, script):
     weights["model.norm.weight"].fill_(3e38)  # logits overflow
     save_file(weights, path)
     extra = ["--heads", "3" if script is select_heads else "all"]
-    refused(script, [*flags, *extra], "the loss became nan at step 1 of", tmp_path / "run")
+    refused(script, [*flags, *extra], "the loss became nan at step 1 of")
 
 
 def test_a_run_folder_that_cannot_be_written(flags, tmp_path):
@@ -241,11 +229,40 @@ def test_a_run_folder_that_cannot_be_written(flags, tmp_path):
         select_heads.main(argv)
 
 
-def start(script, *argv):
+@pytest.mark.parametrize(
+    "extra",
+    ["--epochs 0", "--batch-size 0", "--lr nan", "--lr 0", "--lr inf", "--seed -1", "--epochs 2.5",
+     f"--seed {2**63}", "--n-train 0", "--strength -1"],
+)  # fmt: skip
+def test_flags_out_of_range_are_refused(extra, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(extra.split())
+    message = f"argument {extra.split()[0]}: expected a"
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_text_outside_the_terminals_characters_ends_no_evaluation(flags, small_data, tmp_path):
+    """It ended it after all of its work, where the answers are counted."""
+    write = "".join(
+        json.dumps({"prompt": "Q: Is it? A:", "answer": "Ж", "choices": ["Ж", "東"], "group": "é→"})
+        + "\n" for _ in range(2)
+    )  # fmt: skip
+    task = tmp_path / "Страны"
+    task.mkdir()
+    for split in ("train", "val", "test"):
+        (task / f"{split}.jsonl").write_text(write, encoding="utf-8")
+    own = [*flags[:2], "--task", str(task), "--run", str(tmp_path / "run"), "--base-only"]
+    script = start("eval.py", *own, PYTHONIOENCODING="ascii")
+    out, error = script.communicate(timeout=120)
+    assert script.returncode == 0, error
+    assert "results-base.json" in out and "?" in out
+
+
+def start(script, *argv, **env):
     command = [sys.executable, str(REPO / script), *argv]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | env,
     )  # fmt: skip
 
 
@@ -256,7 +273,7 @@ def test_from_the_shell_bad_input_is_one_line_and_exit_code_2(flags, tiny_folder
     out, error = script.communicate(timeout=120)
     assert script.returncode == 2
     assert error.count("\n") == 1
-    assert error.startswith(f"error: {tiny_folder}/config.json: model_type 'bert' is not supported")
+    assert error.startswith(f"error: {tiny_folder}/config.json: ")
 
 
 @pytest.mark.slow
@@ -268,8 +285,8 @@ def test_ctrl_c_in_the_middle_of_training_leaves_nothing_half_written(flags, tmp
     script.send_signal(signal.SIGINT)
     _, error = script.communicate(timeout=120)
     assert script.returncode == 130
-    assert error.strip() == "interrupted: nothing half-written was left behind"
+    assert error.strip().endswith("the same command continues after the last whole epoch")
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert left == {"log.jsonl", "select_heads.unfinished"}
+    assert left - {".lock"} == {"log.jsonl", "select_heads.unfinished"}
     for line in (tmp_path / "run" / "log.jsonl").open():
         json.loads(line)

@@ -1,87 +1,163 @@
-"""What the scripts share: folds, and each task the whole way through."""
+"""What the scripts share: the folder of a run and its lock, TruthfulQA's two folds, what is checked
+before work begins, and each task the whole way through."""
 
 import json
-import shutil
+import subprocess
+import sys
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MINI, SHARED, random_model
+from conftest import SHARED, random_model
 from safetensors.torch import load_file
 
 import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
-from lofit.llm.checkpoint import save_model
+from lofit.llm.checkpoint import load_model, save_model
 
 FAST = ["--epochs", "2", "--lr", "0.05"]
 
 
 @pytest.fixture
-def mini_flags(tiny_config, small_data, tmp_path):
+def mini_flags(tiny_folder, small_data, tmp_path):
     """Flags for a tiny model with positions enough for TruthfulQA's prefix."""
-    config = replace(tiny_config, max_position_embeddings=512)
-    save_model(random_model(config), tmp_path / "long", torch.float32)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MINI / name, tmp_path / "long" / name)
-    folders = ["--model", str(tmp_path / "long"), "--data", str(small_data)]
+    path = tiny_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 512}))
+    folders = ["--model", str(tiny_folder), "--data", str(small_data)]
     return [*folders, "--run", str(tmp_path / "run")]
 
 
-def test_both_folds_of_truthfulqa_stay_apart(mini_flags, tmp_path, capsys):
+def test_truthfulqa_is_two_tasks_of_one_model(mini_flags, tmp_path, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "lofit.run.setup.load_model", lambda *a: opened.append(a) or load_model(a[0])
+    )
     run, flags = tmp_path / "run", [*mini_flags, "--task", "truthfulqa"]
     select_heads.main([*flags, *FAST, "--heads", "3"])
     train.main([*flags, *FAST])
     eval_script.main(flags)
-    heads, results = [], []
-    for fold in (0, 1):
-        heads.append(json.loads((run / f"fold{fold}" / "heads.json").read_text()))
-        results.append(json.loads((run / f"fold{fold}" / "results.json").read_text()))
-        offsets = load_file(run / f"fold{fold}" / "offsets.safetensors")
-        assert offsets["heads"].tolist() == heads[fold]["heads"] == results[fold]["heads"]
-        assert heads[fold]["fold"] == results[fold]["fold"] == fold
+    assert len(opened) == 3
+    heads, results, n = [], [], 0
+    for name in ("truthfulqa-0", "truthfulqa-1"):
+        heads.append(json.loads((run / name / "heads.json").read_text()))
+        results.append(json.loads((run / name / "results.json").read_text()))
+        offsets = load_file(run / name / "offsets.safetensors")
+        assert sorted(offsets["heads"].tolist()) == sorted(heads[-1]["heads"])  # by layer
+        assert sorted(results[-1]["adapters"]["tuned"]["heads"]) == sorted(heads[-1]["heads"])
+        assert heads[-1]["task"] == results[-1]["task"] == name
+        n += results[-1]["n"]
     assert heads[0]["scores"] != heads[1]["scores"]  # each learnt from its own questions
-    whole = json.loads((run / "results.json").read_text())
-    assert whole["n"] == sum(r["n"] for r in results) == 16
-    for who in ("base", "tuned"):
-        for metric in ("mc1", "mc2", "mc3"):
-            assert whole[who][metric] == pytest.approx(sum(r[who][metric] for r in results) / 2)
-    assert "both folds, 16 items" in capsys.readouterr().out
+    assert n == 16 and "both folds, 16 items" in capsys.readouterr().out
 
-    before = (run / "fold0" / "offsets.safetensors").read_bytes()
-    train.main([*flags, *FAST, "--fold", "1", "--seed", "7"])
-    assert (run / "fold0" / "offsets.safetensors").read_bytes() == before
-    shutil.copy(run / "fold0" / "offsets.safetensors", run / "fold1" / "offsets.safetensors")
-    with pytest.raises(InputError, match="made for fold 0, but this run is for fold 1"):
-        eval_script.main([*flags, "--fold", "1"])
+    # one alone leaves the other as it is; and neither is scored on what it was trained on
+    before = (run / "truthfulqa-0" / "offsets.safetensors").read_bytes()
+    one = [*mini_flags[:-1], str(run / "truthfulqa-1"), "--task", "truthfulqa-1"]
+    train.main([*one, *FAST, "--seed", "7"])
+    assert (run / "truthfulqa-0" / "offsets.safetensors").read_bytes() == before
+    with pytest.raises(InputError, match="truthfulqa-0 trains on questions that truthfulqa-1 test"):
+        eval_script.main([*one, "--offsets", str(run / "truthfulqa-0")])
 
 
-@pytest.mark.slow
-def test_heads_of_another_run_are_taken_fold_by_fold(mini_flags, tmp_path):
-    flags = [*mini_flags, "--task", "truthfulqa"]
-    select_heads.main([*flags, *FAST, "--heads", "3"])
-    other = [*flags[:4], "--task", "truthfulqa", "--run", str(tmp_path / "other")]
-    train.main([*other, *FAST, "--heads", str(tmp_path / "run"), "--top", "2"])
-    for fold in ("fold0", "fold1"):
-        heads = json.loads((tmp_path / "run" / fold / "heads.json").read_text())["heads"]
-        offsets = load_file(tmp_path / "other" / fold / "offsets.safetensors")
-        assert offsets["heads"].tolist() == heads[:2]
-
-
-@pytest.mark.slow
 def test_clutrr_the_whole_way_through(mini_flags, tmp_path):
     flags = [*mini_flags, "--task", "clutrr"]
     select_heads.main([*flags, *FAST, "--heads", "3"])
     train.main([*flags, *FAST])
     eval_script.main(flags)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["n"] == 10 and list(results["base"]) == ["em"] and results["fold"] is None
+    assert results["n"] == 10 and list(results["scores"]["base"]) == ["em"]
+
+
+ELSEWHERE = """
+from filelock import FileLock, Timeout
+import sys
+try:
+    FileLock(sys.argv[1]).acquire(timeout=0)
+except Timeout:
+    sys.exit("held")
+"""
+
+
+def is_held(run) -> bool:
+    """Whether another process is kept from a run's folder."""
+    command = [sys.executable, "-c", ELSEWHERE, str(run / ".lock")]
+    return subprocess.run(command, capture_output=True, text=True).stderr == "held\n"
+
+
+def test_a_notebook_lets_go_of_the_folder(mini_flags, tmp_path, monkeypatch):
+    """The process lives on after main(), whole or not; while it runs nobody else may write."""
+    held = []
+    save_edits = train.save_edits
+    monkeypatch.setattr(
+        train, "save_edits", lambda *a: (held.append(is_held(tmp_path / "run")), save_edits(*a))
+    )
+    train.main([*mini_flags, "--heads", "all", "--epochs", "1"])
+    assert held == [True] and not is_held(tmp_path / "run")
+    error = None
+    for stop in (KeyboardInterrupt, ZeroDivisionError):
+
+        def stopped(*_, stop=stop):
+            raise stop
+
+        monkeypatch.setattr(train, "save_edits", stopped)
+        try:
+            train.main([*mini_flags, "--heads", "all", "--epochs", "1"])
+        except stop as raised:
+            error = raised  # a notebook keeps the last traceback, and with it every frame
+        assert error is not None and not is_held(tmp_path / "run")
+    with pytest.raises(InputError, match="no such file"):
+        eval_script.main([*mini_flags, "--offsets", str(tmp_path)])
+    assert not is_held(tmp_path / "run")
+
+
+def test_a_text_for_which_there_is_no_room_is_named_before_anything_is_trained(
+    mini_flags, small_data, tiny_config, tmp_path, capsys
+):
+    """Also the prompts that are only asked after the training, with room for the answer."""
+    folder = mini_flags[1]
+    save_model(random_model(tiny_config), tmp_path / "tiny", torch.float32)  # 256 positions
+    for split in ("val", "test"):
+        path = small_data / "MQuAKE" / f"{split}.jsonl"
+        before = path.read_text()
+        lines = before.splitlines()
+        case = json.loads(lines[2])
+        case["questions"][0] = "the " * (256 - 28)
+        path.write_text("\n".join([*lines[:2], json.dumps(case), *lines[3:]]))
+        with pytest.raises(InputError, match=f"{split}.jsonl, line 3: 2.. tokens, more than"):
+            train.main([*mini_flags, "--heads", "all", "--epochs", "1"])
+        assert "epoch 1" not in capsys.readouterr().out
+        path.write_text(before)
+    (small_data / "MQuAKE" / "test.jsonl").unlink()  # who has no test split yet can train
+    train.main([*mini_flags, "--heads", "all", "--epochs", "1", "--model", folder])
+
+
+def test_what_is_learned_is_kept_of_the_epoch_that_is_asked_for(
+    mini_flags, tmp_path, capsys, monkeypatch
+):
+    """The last epoch, as the paper; or the best, which train.py names either way."""
+    means = iter([0.25, 0.75, 0.5] * 2)
+    monkeypatch.setattr(
+        train,
+        "validate",
+        lambda *_: {"loss": 1.0, **dict.fromkeys(("em_stripped", "em"), next(means))},
+    )
+    saved = {}
+    for keep in ("last", "best"):
+        own = [*mini_flags[:-1], str(tmp_path / keep)]
+        train.main([*own, "--heads", "all", "--epochs", "3", "--lr", "0.1", "--keep", keep])
+        kept = {"last": 3, "best": 2}[keep]
+        said = f"epoch 2 was the best on validation (75.0%); kept: epoch {kept}"
+        assert said in capsys.readouterr().out
+        saved[keep] = load_file(tmp_path / keep / "offsets.safetensors")["offsets"]
+    assert not torch.equal(saved["last"], saved["best"])
+    # of two epochs instead of three, at the learning rates of the first two of three
+    log = [json.loads(line) for line in (tmp_path / "best" / "log.jsonl").open()]
+    assert [r["val"]["em"] for r in log if "val" in r] == [0.25, 0.75, 0.5]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "n"), [("mquake", 95), ("clutrr", 450), ("truthfulqa", 164)])
+@pytest.mark.parametrize(("task", "n"), [("mquake", 95), ("clutrr", 450), ("truthfulqa-0", 82)])
 def test_the_papers_own_files_run(recordings, tmp_path, task, n):
     if not (SHARED / "datasets" / "MQuAKE").is_dir():
         pytest.skip("the paper's splits are not on this machine")

@@ -16,6 +16,10 @@ ROW = (
 )
 
 
+def read(data, split, fold):
+    return truthfulqa.read(truthfulqa.FOLDS[fold].file(data, split), split, 42)
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(text: str):
@@ -30,11 +34,11 @@ def write(tmp_path):
 def test_the_rejected_answer_is_the_first_that_is_there(write):
     row = ROW.replace("Yes; Often", "; Yes; Often")
     assert row != ROW
-    assert truthfulqa.read(write(HEADER + row), "val", fold=1)[0].rejected == "Yes"
+    assert read(write(HEADER + row), "val", fold=1)[0].rejected == "Yes"
 
 
 def test_an_item_is_read_as_the_paper_reads_it(write):
-    (example,) = truthfulqa.read(write(HEADER + ROW), "val", fold=1)
+    (example,) = read(write(HEADER + ROW), "val", fold=1)
     assert example.prompt == "Q: Can pigs fly? A:"
     assert (example.answer, example.rejected) == ("No, they cannot", "Yes")
     assert example.right == (" No, they cannot.", " Pigs fly in planes.")
@@ -46,17 +50,16 @@ def test_an_item_is_read_as_the_paper_reads_it(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1: lacks the columns Question, Best Answer"),
-        (HEADER, "the split is empty"),
+        ("", "line 1: lacks the columns Best Answer, Correct Answers"),
         ("Question,Best Answer\n", "line 1: lacks the columns Correct Answers, Incorrect Answers"),
-        (HEADER + ROW + "A,B,Why?\n", "line 3: expected 7 cells"),
-        (HEADER + "A,B, ,Yes,Yes,No,x\n", "line 2: not a TruthfulQA question: expected a text"),
+        (HEADER + ROW + "A,B,Why?\n", "line 3: too few cells"),
+        (HEADER + "A,B, ,Yes,Yes,No,x\n", "line 2: not a TruthfulQA question: .*expected a text"),
         (HEADER + "A,B,Why?,Yes,Yes,;,x\n", "line 2: .*and one incorrect"),
     ],
 )
 def test_bad_files_are_refused(write, text, message):
     with pytest.raises(InputError, match=f"fold_1_val_seed_42.csv(, |: ){message}"):
-        truthfulqa.read(write(text), "val", fold=1)
+        read(write(text), "val", fold=1)
 
 
 def test_the_metrics_by_hand():
@@ -74,9 +77,7 @@ def test_the_metrics_by_hand():
 def test_the_real_splits(fold):
     if not SHARED.is_dir():
         pytest.skip("the real splits are not on this machine")
-    sizes = [
-        len(truthfulqa.read(SHARED / "datasets", s, fold=fold)) for s in ("train", "val", "test")
-    ]
+    sizes = [len(read(SHARED / "datasets", s, fold=fold)) for s in ("train", "val", "test")]
     assert sizes == [[326, 82, 409], [327, 82, 408]][fold]
 
 
@@ -85,7 +86,7 @@ def test_questions_and_answers_are_the_papers(recordings):
     told = json.loads((recordings / "tqa_mc.json").read_text())["variants"]["unmodified"]
     golden = json.loads((GOLDEN / "tqa_mc.json").read_text())
     tokenizer = load_tokenizer(recordings)
-    examples = truthfulqa.read(SHARED / "datasets", "test", fold=0)[:5]
+    examples = read(SHARED / "datasets", "test", fold=0)[:5]
     for example, text, ids in zip(examples, told["questions"], golden, strict=True):
         assert example.question == text["input_prompt"] + "\nA:"
         assert example.right[0] == " " + text["best"]

@@ -178,8 +178,10 @@ def attach_edits(
         if not layer.isdecimal() or tensor.shape != expected.get(part):
             raise InputError(f"{key} {list(tensor.shape)}: this model's {name} has no such part")
         by_layer.setdefault(int(layer), {})[part] = tensor.to(device)
-    if not by_layer or max(by_layer) >= len(model.model.layers):
-        raise InputError(f"{name}: expected parts of {len(model.model.layers)} layers")
+    whole = all(own.keys() == expected.keys() for own in by_layer.values())
+    if not by_layer or not whole or max(by_layer) >= len(model.model.layers):
+        n, parts = len(model.model.layers), ", ".join(expected)
+        raise InputError(f"{name}: expected {parts} of some of {n} layers")
     remove_edits(model)
     parameters = []
     for layer, own in by_layer.items():
