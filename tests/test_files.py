@@ -1,6 +1,5 @@
 """Files are whole or absent, and errors name file and line."""
 
-import json
 import math
 import os
 
