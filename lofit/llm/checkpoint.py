@@ -153,10 +153,10 @@ def _check_tensor(folder: Path, key: str, tensor, expected: dict, weights: dict,
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Of a tensor's dtype, shape and bytes. The bytes are summed as whole numbers in chunks of 4 KB,
-    each times an odd number of its own, and the sums are hashed: a value that changes changes its
-    sum, and values that change together do not cancel. That costs a fifth of a second a GB, sha256
-    of all four times as much. It is no signature."""
+    """Of a tensor's dtype, shape and bytes. The bytes are summed as whole numbers in chunks of 4
+    KB, each times an odd number of its own, and the sums are hashed: a value that changes changes
+    its sum, and values that change together do not cancel. A fifth of a second a GB; sha256 takes
+    four times as long. It is no signature."""
     data = tensor.contiguous().flatten().view(torch.uint8)
     data = F.pad(data, (0, -len(data) % (8 * CHUNK)))
     sums = data.view(torch.int64).view(-1, CHUNK) @ torch.arange(1, 2 * CHUNK, 2)
