@@ -36,8 +36,9 @@ def run(main: Callable[[], None]) -> None:
     traceback: exit code 2, or 130 for Ctrl-C and SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # a terminal may know fewer characters than a text: after an hour's run, show a "?" instead
-    sys.stdout.reconfigure(errors="replace")
-    sys.stderr.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

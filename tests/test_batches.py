@@ -5,22 +5,14 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, MINI, check_batch, difference
-from lofit.llm.context import KVCache
 from safetensors.torch import load_file
 
 from lofit.errors import InputError
-from lofit.llm.batches import (
-    IGNORE,
-    check_length,
-    collate,
-    common_prefix_length,
-    draw_batches,
-    encode_example,
-    pack,
-)
+from lofit.llm.batches import IGNORE, check_length, collate, draw_batches, encode_example
 from lofit.llm.checkpoint import load_model
 from lofit.llm.scoring import sum_by_text, target_losses
 from lofit.llm.tokenizer import load_tokenizer
+from lofit.llm.tree import common_length, common_prefix, pack
 
 
 def test_labels_are_answer_and_eos_only():
@@ -86,14 +78,13 @@ def test_packed_texts_score_like_texts_in_rows_of_their_own(tiny, with_prefix):
     want = log_probs(tiny, collate([t for group in GROUPS for t in group], "cpu"))
     prefix = None
     if with_prefix:
-        prefix = KVCache(tiny.config, 1, 1, tiny.lm_head.weight)
-        tiny.model(torch.tensor([[1]]), cache=prefix)
+        prefix = common_prefix(tiny, [t for group in GROUPS for t in group])
     batch = pack(GROUPS, "cpu", prefix)
     assert batch.ids[0].tolist()[: 7 - with_prefix] == [1, 5, 6, 7, 8, 2, 7][with_prefix:]
     assert difference(log_probs(tiny, batch), want) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gqa", "yarn"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral-window", "yarn"])
 def test_packed_texts_under_windows_and_other_positions(loud, name):
     """Texts longer than the window of 10, the shared beginning in the cache too."""
     model = load_model(loud(name)[1])
@@ -103,17 +94,17 @@ def test_packed_texts_under_windows_and_other_positions(loud, name):
         for middle in ([20, 21, 22], [30, 31, 32, 33])
     ]
     want = log_probs(model, collate([t for group in groups for t in group], "cpu"))
-    prefix = KVCache(model.config, 1, 9, model.lm_head.weight)
-    model.model(torch.tensor([start]), cache=prefix)
+    prefix = common_prefix(model, [t for group in groups for t in group])
+    assert prefix.k.shape[3] == 9
     for packed in (pack(groups, "cpu"), pack(groups, "cpu", prefix)):
         assert difference(log_probs(model, packed), want) < 1e-3  # sums of large losses
         assert torch.allclose(log_probs(model, packed), want, rtol=1e-5)
 
 
 def test_what_texts_begin_with():
-    assert common_prefix_length([[1, 2, 3], [1, 2, 4, 5]]) == 2
-    assert common_prefix_length([[1, 2], [1, 2, 3]]) == 2
-    assert common_prefix_length([[1], [2]]) == 0
+    assert common_length([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert common_length([[1, 2], [1, 2, 3]]) == 2
+    assert common_length([[1], [2]]) == 0
 
 
 @pytest.mark.parametrize("by_length", [True, False])
@@ -143,8 +134,6 @@ def test_batches_by_length_hold_little_padding_and_are_not_sorted():
 
 
 def test_too_long_an_example_is_named():
-    check_length([4, 9], 9, "here")
-    with pytest.raises(
-        InputError, match="here: example 1 has 9 tokens; the limit of 8 is the model's"
-    ):
-        check_length([4, 9], 8, "here")
+    check_length([4, 9], 9, ["here"])
+    with pytest.raises(InputError, match=r"b.json, item 1: 9 tokens, more than .*positions .8."):
+        check_length([4, 9], 8, ["b.json, item 0", "b.json, item 1"])

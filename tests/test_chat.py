@@ -1,15 +1,10 @@
 """Chat templates: what transformers makes of them, in training and evaluation alike."""
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from conftest import MINI, REPO
+from conftest import MINI
 
 import eval as eval_script
 import select_heads
@@ -62,23 +57,14 @@ def test_ids_are_those_of_transformers(chatty, name, file):
     want = theirs.apply_chat_template(
         [{"role": "user", "content": TEXT}], add_generation_prompt=True, return_dict=False
     )
-    tokenizer = load_tokenizer(folder, add_special_tokens=False)
-    assert tokenizer.encode(load_chat_template(folder)(TEXT)) == want
+    wrap, end_of_turn = load_chat_template(folder)
+    assert load_tokenizer(folder, end_of_turn).encode(wrap(TEXT)) == want
     assert want.count(1) == (name != "no bos")
 
 
 def test_a_list_of_named_templates(chatty):
     templates = [{"name": "tool", "template": "x"}, {"name": "default", "template": "city"}]
-    assert load_chat_template(chatty(templates, "tokenizer_config.json"))(TEXT) == "city"
-
-
-@pytest.mark.parametrize(
-    "template", [[1], 5, {"default": "x"}, [{"name": "default", "template": 5}], True]
-)
-def test_a_template_of_a_wrong_type_is_refused(chatty, template):
-    folder = chatty(template, "tokenizer_config.json")
-    with pytest.raises(InputError, match="tokenizer_config.json: chat_template is .*a text, or a"):
-        load_chat_template(folder)
+    assert load_chat_template(chatty(templates, "tokenizer_config.json"))[0](TEXT) == "city"
 
 
 SAME = [  # what public templates make use of
@@ -106,39 +92,7 @@ def test_what_templates_expect_to_find(chatty, template):
     want = theirs.apply_chat_template(
         [{"role": "user", "content": TEXT}], add_generation_prompt=True, tokenize=False
     )
-    assert load_chat_template(folder)(TEXT) == want
-
-
-@pytest.mark.parametrize(
-    ("template", "text", "message"),
-    [
-        ("{{ '\\ud83d' }}", "Q:", "half a character"),
-        ("{{ messages[0].content }}", "Q: \ud83d", "half a character"),
-        ("{{ raise_exception('first\nsecond') }}", "Q:", "fails .first second"),
-        ("{{ raise_exception('\\ud83d') }}", "Q:", "fails"),
-        ("{% for\n\n%}", "Q:", "is malformed"),
-    ],
-)
-def test_odd_texts_end_in_one_line(chatty, template, text, message):
-    with pytest.raises(InputError, match=message) as caught:
-        load_chat_template(chatty(template))(text)
-    assert len(str(caught.value).splitlines()) == 1
-    str(caught.value).encode()
-
-
-@pytest.mark.slow
-def test_the_renderer_takes_the_jinja2_of_its_parent(chatty, tmp_path):
-    """Where it is the user's own, by PYTHONPATH, and not the one that Python finds by itself."""
-    for package in ("jinja2", "markupsafe"):
-        origin = Path(importlib.util.find_spec(package).origin).parent
-        shutil.copytree(origin, tmp_path / "own" / package)
-    with (tmp_path / "own" / "jinja2" / "__init__.py").open("a") as file:
-        file.write("\nTemplateError.__str__ = lambda self: 'my own jinja2'\n")
-    folder = chatty("{{ raise_exception('no') }}")
-    code = f"from lofit.llm.chat import load_chat_template as t; t({str(folder)!r})('Q')"
-    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'own'}:{REPO}"}
-    ended = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "the chat template fails (my own jinja2)" in ended.stderr
+    assert load_chat_template(folder)[0](TEXT) == want
 
 
 NAMES = [  # tokenizer_config.json, special_tokens_map.json
@@ -154,27 +108,48 @@ NAMES = [  # tokenizer_config.json, special_tokens_map.json
 @pytest.mark.parametrize(("settings", "beside"), NAMES)
 def test_special_tokens_are_those_of_transformers(chatty, settings, beside):
     transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
-    folder = chatty("{{ bos_token }} and {{ eos_token }}")
+    folder = chatty("{{ bos_token }} and no more")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps(beside))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     asked = [{"role": "user", "content": TEXT}]
-    assert load_chat_template(folder)(TEXT) == theirs.apply_chat_template(asked, tokenize=False)
+    assert load_chat_template(folder)[0](TEXT) == theirs.apply_chat_template(asked, tokenize=False)
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{% for %}", "chat template is malformed"),
-        ("{{ raise_exception('roles must alternate') }}", "fails .roles must alternate"),
-        ("{{ messages.append(1) }}", "chat template fails"),
-        ("{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__.os }}", "chat template fails"),
-    ],
-)
-def test_bad_and_wicked_templates_are_refused(chatty, template, message):
-    with pytest.raises(InputError, match=message):
-        load_chat_template(chatty(template))(TEXT)
+TURNS = {  # a template -> what it writes after an answer
+    "{% for m in messages %}{{ m.content }}</s>\n{% endfor %}": "</s>\n",
+    "{% for m in messages %}{{ m.content }}{% endfor %}": "",
+    TEMPLATES["llama 2"]: "",  # renders no answer, and may still ask
+    "{{ messages[0].content }}": "",
+}
+
+
+@pytest.mark.parametrize("template", TURNS)
+def test_what_ends_an_answer(chatty, template):
+    assert load_chat_template(chatty(template))[1] == TURNS[template]
+
+
+BAD = [  # a template, what the error says
+    *((wrong, "tokenizer_config.json: .*malformed")
+      for wrong in ([1], {"default": "x"}, [{"name": "default", "template": 5}], True, [{}])),
+    ("{% for %}", "the chat template fails .TemplateSyntaxError"),
+    ("{{ raise_exception('first\nsecond') }}", "fails .TemplateError: first second"),
+    ("{{ raise_exception('\ud83d') }}", "fails"), ("{{ 1 // 0 }}", "fails .ZeroDivisionError"),
+    ("{{ 'a' * 10**12 }}", "fails .MemoryError"), ("{{ range(10**9) | list }}", "fails .Overflow"),
+    ("{{ messages | map('nope') | list }}", "fails"), ("{{ none.a.b }}", "fails .UndefinedError"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails .RecursionError"),
+    ("{{ messages.append(1) }}", "fails .SecurityError"),
+    ("{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__.os }}", "fails .SecurityError"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "message"), BAD)
+def test_bad_and_wicked_templates_are_one_line(chatty, template, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_chat_template(chatty(template, "tokenizer_config.json"))[0](TEXT)
+    assert len(str(caught.value).splitlines()) == 1
+    str(caught.value).encode()
 
 
 def test_a_model_without_template_is_refused(tiny_folder, tmp_path):
@@ -185,9 +160,8 @@ def test_a_model_without_template_is_refused(tiny_folder, tmp_path):
 
 
 def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeypatch):
-    folder = chatty(TEMPLATES["llama 2"])
-    run = ["--run", str(tmp_path / "run")]
-    flags = ["--model", str(folder), "--data", str(small_data), *run, "--chat"]
+    folder, run = chatty(TEMPLATES["llama 2"]), tmp_path / "run"
+    flags = ["--model", str(folder), "--data", str(small_data), "--run", str(run), "--chat"]
     trained, asked = [], []
     monkeypatch.setattr(
         "lofit.objectives.encode_example",
@@ -197,39 +171,34 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
     )
     train.main([*flags, "--heads", "all", "--epochs", "1", "--lr", "0.3"])
     monkeypatch.setattr(
-        "lofit.run.evaluation.generate_all",
+        "lofit.evaluation.generate_all",
         lambda model, prompts, *args: asked.extend(prompts) or [[5]] * len(prompts),
     )
-    eval_run = [*flags[:4], "--run", str(tmp_path / "runs")]
-    shutil.copytree(tmp_path / "run", tmp_path / "runs")
-    eval_script.main([*eval_run, "--chat", "--split", "train"])
-    tokenizer = load_tokenizer(folder, add_special_tokens=False)
+    eval_script.main([*flags, "--split", "train"])
+    tokenizer = load_tokenizer(folder, "")
     assert asked[:24] == [tokenizer.encode(prompt) for prompt in trained[:24]]
     assert all(p.startswith("<s>[ city ] Q: Imagine that") for p in trained)
     assert all(ids.count(1) == 1 for ids in asked)
     assert all(p.endswith("A: [ country ]") for p in trained)
-    line = json.loads((tmp_path / "runs" / "predictions-train.jsonl").open().readline())
+    line = json.loads((run / "predictions-train.jsonl").open().readline())
     assert line["prompt"].startswith("Q: Imagine") and "country" not in line["tuned"]["prediction"]
-    with pytest.raises(
-        InputError, match="offsets.safetensors: made for chat True, but this run is for chat False"
-    ):
-        eval_script.main(eval_run)
+    with pytest.raises(InputError, match="made for chat True, but this run is for False"):
+        eval_script.main(flags[:-1])
 
 
 def test_given_answers_stand_behind_the_template_too(chatty, small_data, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "lofit.run.evaluation.score_answers",
+        "lofit.evaluation.score_answers",
         lambda model, tokenizer, questions, *args: (
-            asked.extend(questions) or [[0.0, -1.0, -1.0] for _ in questions]
+            asked.extend(questions) or [[0.0] * len(given) for _, given, _ in questions]
         ),
     )
     flags = ["--model", str(chatty(TEMPLATES["llama 2"])), "--data", str(small_data), "--chat"]
     run = ["--run", str(tmp_path / "run")]
-    eval_script.main([*flags, *run, "--task", "truthfulqa", "--fold", "0", "--base-only"])
+    eval_script.main([*flags, *run, "--task", "truthfulqa-0", "--base-only"])
     assert len(asked) == 8
-    for question, answers in asked:
-        assert question.startswith("<s>[ city ] Interpret each") and question.endswith(
-            "A: [ country ]"
-        )
+    for question, answers, _ in asked:
+        assert question.startswith("<s>[ city ] Interpret each")
+        assert question.endswith("A: [ country ]")
         assert all(answer.startswith(" ") for answer in answers)

@@ -4,6 +4,7 @@ The recordings hold token ids and no text, so ids stand where a tokenizer would 
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from lofit.errors import InputError
 from lofit.heads import (
     attach_offsets,
     attach_scales,
+    attached_offsets,
     attention_layers,
-    gather_offsets,
     head_scores,
     rank_heads,
 )
@@ -23,9 +24,10 @@ from lofit.llm.batches import IGNORE, collate
 from lofit.llm.checkpoint import load_model
 from lofit.llm.generate import generate
 from lofit.llm.scoring import score_answers, sum_by_text, target_losses
-from lofit.objectives import BETA, CrossEntropy, Preference
+from lofit.objectives import BETA, CrossEntropy, Preference, dpo_loss
+from lofit.run.setup import faster
 from lofit.tasks import truthfulqa
-from lofit.training import Schedule, optimizer_for, train_step
+from lofit.training import Schedule, make_optimizer, train_step
 
 EVERY_HEAD = [(layer, head) for layer in range(4) for head in range(8)]
 
@@ -95,27 +97,36 @@ def test_logits_and_z_with_both_edits(model):
 @pytest.mark.parametrize("name", ["select_heads", "train_offsets"])
 def test_the_optimiser_has_the_recorded_settings(name):
     _, values = recorded(name)
-    settings = optimizer_for([torch.nn.Parameter(torch.ones(2))], values["lr"]).defaults
+    schedule = Schedule(values["lr"], epochs=1)
+    settings = make_optimizer([torch.nn.Parameter(torch.ones(2))], schedule).defaults
     for key in ("lr", "eps", "weight_decay"):
         assert settings[key] == values[key], key
     assert settings["betas"] == tuple(values["betas"])
-    schedule = Schedule(values["lr"], epochs=1)
     assert schedule.max_grad_norm == values["max_grad_norm"]
     assert schedule.batch_size == values["batch_size"]
+
+
+def offsets_of(model, heads):
+    """In the order of the recording."""
+    order, offsets = attached_offsets(model)
+    return offsets[[order.index(head) for head in heads]]
 
 
 def six_steps(model, parameters, golden, values, before, plain):
     """Train on the recorded batches; at each step compare loss and, through `before`, the values
     of the parameters."""
     texts = [text for step in range(6) for text in texts_of(golden, step)]
-    objective = CrossEntropy(model, Ids(), texts, "golden", plain)
-    optimizer = optimizer_for(parameters, values["lr"])
+    objective = CrossEntropy(model, Ids(), texts)
+    objective = objective if plain else faster(objective)
     schedule = Schedule(values["lr"], epochs=1, l1=values["l1_lambda"])
+    optimizer = make_optimizer(parameters, schedule)
     for step in range(6):
         before(step)
         rows = list(range(8 * step, 8 * step + 8))
-        assert objective.weight(rows) == values["loss_tokens_per_step"][step]
-        found = train_step(optimizer, parameters, objective.loss(rows), schedule, step, 6)
+        batch = objective.batch(rows)
+        check_batch(batch, golden, step)
+        assert objective.weight(batch) == values["loss_tokens_per_step"][step]
+        found = train_step(optimizer, objective.loss(batch), schedule, step, 6)
         assert found["loss"] == pytest.approx(values["loss_total_per_step"][step], abs=1e-4)
         assert found["task_loss"] == pytest.approx(values["cross_entropy_per_step"][step], abs=1e-4)
         assert found["l1"] == pytest.approx(values["l1_norm_per_step"][step], abs=1e-4)
@@ -150,10 +161,10 @@ def test_six_steps_of_offset_training(model, plain):
 
     def same_offsets(step):
         want = golden["v_before_each_step"][step][layers, columns]
-        assert difference(gather_offsets(model, heads), want) < 1e-5
+        assert difference(offsets_of(model, heads), want) < 1e-5
 
     six_steps(model, parameters, golden, values, same_offsets, plain)
-    assert difference(gather_offsets(model, heads), golden["v_final"][layers, columns]) < 1e-5
+    assert difference(offsets_of(model, heads), golden["v_final"][layers, columns]) < 1e-5
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -169,42 +180,41 @@ def test_three_steps_of_dpo(model, plain):
         for (prompt, chosen), (same, rejected) in zip(texts[:4], texts[4:], strict=True):
             assert prompt == same
             pairs.append((prompt, chosen, rejected))
-    objective = Preference(model, Ids(), pairs, "golden", plain)
+    objective = Preference(model, Ids(), pairs, plain=plain)
+    objective = objective if plain else faster(objective)
     assert BETA == values["beta"]
     parameters = attach_offsets(model, heads, golden["v_init"][layers, columns])
     schedule = Schedule(values["lr"], epochs=1)
-    optimizer = optimizer_for(parameters, schedule.lr)
+    optimizer = make_optimizer(parameters, schedule)
     for step in range(3):
         rows = list(range(4 * step, 4 * step + 4))
-        batch = collate(
-            [objective.chosen[i] for i in rows] + [objective.rejected[i] for i in rows], "cpu"
-        )
+        texts = [objective.texts[2 * i + which] for which in (0, 1) for i in rows]
+        batch = collate(texts, "cpu")
         check_batch(batch, golden, step)
         want_v = golden["v_before_each_step"][step][layers, columns]
-        assert difference(gather_offsets(model, heads), want_v) < 1e-5
+        assert difference(offsets_of(model, heads), want_v) < 1e-5
         with torch.no_grad():
             policy = sum_by_text(target_losses(model, batch), batch).view(2, 4)
-        for kind, found in (("ref", objective.reference[:, rows]), ("policy", policy)):
+        asked = objective.batch(rows)
+        for kind, found in (("ref", asked.reference), ("policy", policy)):
             want = [golden[f"step{step}.{kind}_{which}_logps"] for which in ("chosen", "rejected")]
             assert difference(found, torch.stack(want)) < 1e-3
-        loss = objective.loss(rows)
+        loss = objective.loss(asked)
         assert loss.item() == pytest.approx(values["loss_per_step"][step], abs=1e-4)
-        found = train_step(optimizer, parameters, loss, schedule, step, 3)
+        found = train_step(optimizer, loss, schedule, step, 3)
         norm = values["grad_norm_per_step_before_clip"][step]
         assert found["grad_norm"] == pytest.approx(norm, abs=1e-3)
         assert found["lr"] == pytest.approx(values["lr_per_step"][step])
-    assert difference(gather_offsets(model, heads), golden["v_final"][layers, columns]) < 1e-5
+    assert difference(offsets_of(model, heads), golden["v_final"][layers, columns]) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "limit"), [(CrossEntropy, 400), (Preference, 512)])
 def test_the_papers_limits_of_length(model, kind, limit):
     """An example has at most 400 tokens, eos among them; for DPO each text of a pair 512."""
     prompt, more = [1] * (limit - 4), [[7] * 2] * (kind is Preference)
-    assert len(kind(model, Ids(), [(prompt, [6] * 3, *more)], "golden")) == 1
-    with pytest.raises(
-        InputError, match=rf"example 0 has {limit + 1} tokens; the limit of {limit} is the paper's"
-    ):
-        kind(model, Ids(), [(prompt, [6] * 4, *more)], "golden")
+    assert len(kind(model, Ids(), [(prompt, [6] * 3, *more)]).lengths) == 1
+    with pytest.raises(InputError, match=rf"text 0: {limit + 1} tokens, more than .*{limit}"):
+        kind(model, Ids(), [(prompt, [6] * 4, *more)])
 
 
 @pytest.mark.parametrize("which", ["unmodified", "modified", "trained"])
@@ -228,7 +238,7 @@ def test_scores_of_truthfulqas_answers(model, which, plain):
         attach_offsets(model, EVERY_HEAD, golden["v"].flatten(0, 1))
     answers = [[*question["true"], *question["false"]] for question in questions]
     asked = [
-        (question["question"], [answer["ids"] for answer in each])
+        (question["question"], [answer["ids"] for answer in each], False)
         for question, each in zip(questions, answers, strict=True)
     ]
     scores = score_answers(model, Ids(), asked, 7, "", plain)
@@ -239,3 +249,10 @@ def test_scores_of_truthfulqas_answers(model, which, plain):
         assert metrics["mc1"] == question["MC1"][which]
         assert metrics["mc3"] == question["MC3"][which]
         assert metrics["mc2"] == pytest.approx(question["MC2"][which], abs=1e-4)
+
+
+def test_dpo_loss_by_hand():
+    policy = torch.tensor([[-3.0, -1.0], [-5.0, -2.0]])  # chosen, rejected of two pairs
+    reference = torch.tensor([[-4.0, -1.0], [-5.0, -4.0]])
+    by_hand = [math.log(1 + math.exp(-0.5 * margin)) for margin in (1.0, -2.0)]
+    assert dpo_loss(policy, reference, 0.5).item() == pytest.approx(sum(by_hand) / 2)

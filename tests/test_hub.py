@@ -3,6 +3,7 @@
 import fnmatch
 import http.server
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import threading
 
 import huggingface_hub
 import pytest
-from conftest import REPO, make_run, run_export
+from conftest import MINI, REPO, make_run, run_export
 
 from lofit.errors import InputError
-from lofit.export import formats
-from lofit.llm.checkpoint import find_folder, load_model
+from lofit.llm.checkpoint import load_model
+from lofit.llm.hub import find_folder, weight_files
+from lofit.run.arguments import common_parser
+from lofit.run.setup import run_folder
+from lofit.tasks import find_tasks
 
 
 def test_a_model_in_the_hubs_cache_loads_offline_and_records_its_commit(
@@ -29,8 +33,9 @@ def test_a_model_in_the_hubs_cache_loads_offline_and_records_its_commit(
     model = load_model("owner/tiny")
     assert (model.source.name, model.source.revision) == ("owner/tiny", commit)
     assert model.source.fingerprint == tiny.source.fingerprint
-    assert load_model("owner/tiny", revision=commit).source.revision == commit
-    assert load_model(tiny_folder, revision="mine").source.revision == "mine"
+    pinned = load_model(f"owner/tiny@{commit}").source
+    assert (pinned.name, pinned.revision) == (f"owner/tiny@{commit}", commit)
+    assert load_model(tiny_folder).source.revision is None
 
 
 @pytest.mark.parametrize(
@@ -43,8 +48,70 @@ def test_what_is_read_and_copied_is_fetched(monkeypatch, tmp_path, name):
         assert any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
         return tmp_path
 
-    monkeypatch.setattr("lofit.llm.folder.snapshot_download", snapshot)
+    monkeypatch.setattr("lofit.llm.hub.snapshot_download", snapshot)
     assert find_folder("owner/name") == tmp_path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no/such/folder", "./nowhere", "nowhere", "/nowhere/else", "owner/not-in-the-cache",
+     "s" * 1000, "a\0b", "\ud800", "owner/name@no such@revision"],
+)  # fmt: skip
+def test_a_name_that_is_nothing_is_refused(name):
+    with pytest.raises(InputError, match="no such folder|neither a folder here"):
+        find_folder(name)
+
+
+def test_a_file_is_no_folder(tiny_folder):
+    with pytest.raises(InputError, match="no such folder"):
+        find_folder(tiny_folder / "config.json")
+
+
+def test_the_shipped_models_are_found_from_anywhere(tmp_path, monkeypatch):
+    """And a name that begins as they do is never asked of the hub, where others could register
+    it."""
+    monkeypatch.setattr("lofit.llm.hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("weights/mini-llama") == MINI
+    args = common_parser("").parse_args([])
+    assert args.data == REPO / "data" / "mini"
+    assert run_folder(args, find_tasks("mquake")[0], "", True).parts[1] == "mini-llama"
+    for name in ("weights/mini-lama", "runs/mini-llama", "data/mini-llama", "weights/a/b"):
+        with pytest.raises(InputError, match=f"{name}: no such folder"):
+            find_folder(name)
+    mine = tmp_path / "weights" / "mini-llama"
+    mine.mkdir(parents=True)
+    assert find_folder("weights/mini-llama").resolve() == mine.resolve()
+
+
+OTHERS = {  # what a folder holds instead of a checkpoint -> what the error says
+    "adapter_config.json": "adapter_config.json: a peft adapter, no model: name its base",
+    "consolidated.00.pth": "consolidated.00.pth: weights in Meta's own format",
+    "tiny-Q4_K_M.gguf": "tiny-Q4_K_M.gguf: a GGUF file .*gguf_file=NAME",
+    "pytorch_model.bin": "pytorch_model.bin: pickled weights, .*are never loaded.*save_pretrained",
+}
+
+
+class Bomb:
+    """Unpickled it would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_folder_is_named_for_what_it_is(tiny_folder, tmp_path, monkeypatch, name, with_config):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "other" / "adapter_model.safetensors").write_text("")
+    if with_config:
+        shutil.copy(tiny_folder / "config.json", tmp_path / "other")
+    for read in (load_model, weight_files):
+        with pytest.raises(InputError, match=OTHERS[name]):
+            read(tmp_path / "other")
+    assert not (tmp_path / "exploded").exists()
 
 
 REFUSALS = {
@@ -85,7 +152,7 @@ def hub():
     [
         ("owner/gated", "0", "gated; accept its licence on huggingface.co, then set HF_TOKEN"),
         ("owner/missing", "0", "no such repository on the hub; check the name, or set HF_TOKEN"),
-        ("owner/revision", "0", "no such revision; check --revision"),
+        ("owner/revision", "0", "no such revision; check what follows the @"),
         ("owner/gated", "1", "outgoing traffic has been disabled"),
     ],
 )
@@ -119,7 +186,7 @@ def test_push_to_hub(tiny_folder, tmp_path, monkeypatch, capsys):
         def upload_folder(self, repo_id, folder_path):
             calls.append(sorted(path.name for path in folder_path.iterdir()))
 
-    monkeypatch.setattr(formats.huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     out = run_export(tmp_path / "run", "peft", tmp_path / "out", "--push-to-hub", "me/tuned")
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert calls == ["whoami", "me/tuned", files]

@@ -22,13 +22,12 @@ from conftest import (
     difference,
     random_model,
 )
-from lofit.llm.context import KVCache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ALWAYS, FULL, ROPE_TYPES, ModelConfig
-from lofit.llm.model import attend, plain_attention
+from lofit.llm.model import KVCache, attend, make_context
 
 T = 40  # longer than the 16 positions that the scaled RoPE configs were "trained" on
 
@@ -78,13 +77,18 @@ def test_z_of_each_layer_agrees_with_transformers(loud, ids, name):
 def test_cached_logits_agree_with_transformers(loud, ids, name):
     theirs, folder = loud(name)
     ours, start = load_model(folder), 10
-    cache = KVCache(ours.config, len(ids), T, ours.lm_head.weight)
+    cache = KVCache(ours, len(ids), T)
+
+    def logits(ids, positions=None):
+        context = make_context(ours.config, ids, positions, cache)
+        return ours.logits(ours.model(ids, context))
+
     out = theirs(ids[:, :start], use_cache=True)
-    assert difference(ours(ids[:, :start], cache=cache), out.logits) < TOLERANCE
+    assert difference(logits(ids[:, :start]), out.logits) < TOLERANCE
     for t in range(start, T):
         out = theirs(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
         positions = torch.full((len(ids), 1), t)
-        assert difference(ours(ids[:, t : t + 1], positions, cache), out.logits) < TOLERANCE
+        assert difference(logits(ids[:, t : t + 1], positions), out.logits) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", LOUD_MODELS)
@@ -106,9 +110,8 @@ MUTATIONS = {
     "num_attention_heads": ("llama2", 8),
     "num_key_value_heads": ("gqa", 4),
     "head_dim": ("llama2", 16),
-    "max_position_embeddings": ("dynamic", 32),
     "rms_norm_eps": ("llama2", 1e-5),
-    "model_type": ("llama2", "mistral"),
+    "model_type": ("llama2", "gemma"),
     "hidden_act": ("llama2", "gelu"),
     "attention_bias": ("biases", False),
     "mlp_bias": ("biases", False),
@@ -121,14 +124,15 @@ MUTATIONS = {
     "rope_parameters": ("llama3-tied", {"rope_type": "default", "rope_theta": 300.0}),
 }
 # no file says these, only the family
-TRAITS = ("norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms")
-NOT_IN_LOGITS = {"bos_token_id", "eos_token_id"}  # test_tokenizer.py mutates these
+TRAITS = ("norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms", "qkv_bias")
+# test_tokenizer.py mutates the ids; positions are a limit, and RoPE's where it names none (yarn)
+NOT_IN_LOGITS = {"bos_token_id", "eos_token_id", "max_position_embeddings"}
 ROPE_MUTATIONS = [
     *((name, "rope_theta", 1e4) for name in LOUD_MODELS if name != "gemma3"),
     ("gemma3", "full_attention.rope_theta", 300.0),
     ("gemma3", "full_attention.factor", 4.0),
     ("gemma3", "sliding_attention.rope_theta", 2000.0),
-    *((name, "factor", 2.0) for name in ("llama3-tied", "linear", "dynamic", "yarn")),
+    *((name, "factor", 2.0) for name in ("llama3-tied", "linear", "yarn")),
     ("llama3-tied", "low_freq_factor", 2.0),
     ("llama3-tied", "high_freq_factor", 8.0),
     ("llama3-tied", "original_max_position_embeddings", 32),
@@ -139,7 +143,7 @@ ROPE_MUTATIONS = [
     ("yarn-all", "mscale", 2.0),
     ("yarn-all", "mscale_all_dim", 1.0),
     ("yarn-attention", "attention_factor", 1.0),
-    *(("linear", "rope_type", kind) for kind in ("default", "dynamic")),
+    ("linear", "rope_type", "default"),
 ]
 
 
@@ -176,7 +180,23 @@ def test_a_changed_field_breaks_parity(loud, ids, tmp_path, field):
     assert breaks(theirs, changed(folder, tmp_path, **{field: value}), ids)
 
 
-@pytest.mark.parametrize("name", ["gemma-mha", "gemma3"])
+# more families of fields that only some have
+OTHER_MUTATIONS = [
+    ("mistral-window", {"sliding_window": 12}), ("mistral-window", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 10}), ("qwen2", {"model_type": "llama"}),
+    ("qwen2-window", {"use_sliding_window": False, "layer_types": None}),
+    ("qwen2-window", {"layer_types": None, "max_window_layers": 2}),
+    ("qwen3", {"model_type": "qwen2"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "values"), OTHER_MUTATIONS)
+def test_a_changed_window_or_family_breaks_parity(loud, ids, tmp_path, name, values):
+    theirs, folder = loud(name)
+    assert breaks(theirs, changed(folder, tmp_path, **values), ids)
+
+
+@pytest.mark.parametrize("name", ["gemma-mha", "gemma3", "qwen2", "qwen3"])
 @pytest.mark.parametrize("trait", TRAITS)
 def test_a_changed_trait_breaks_parity(loud, ids, monkeypatch, name, trait):
     theirs, folder = loud(name)
@@ -196,7 +216,7 @@ def test_a_changed_rope_key_breaks_parity(loud, ids, tmp_path, name, key, value)
     assert breaks(theirs, changed(folder, tmp_path, rope_parameters=rope), ids)
 
 
-@pytest.mark.parametrize("name", ["llama2", "gqa", "llama3-tied", "biases", *LOUD_GEMMAS])
+@pytest.mark.parametrize("name", ["gqa", "llama3-tied", "biases", "qwen3", *LOUD_GEMMAS])
 def test_bfloat16_is_as_close_to_float32_as_transformers(loud, ids, name):
     """By the root of the mean square: the largest of 12,000 rounding errors is chance."""
     theirs, folder = loud(name)
@@ -218,26 +238,6 @@ def test_soft_caps_take_the_plain_path():
     assert difference(got, scores.softmax(-1) @ v) < 1e-6
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_plain_attention_agrees_with_the_fused_kernel(masked):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
-    mask = torch.rand(2, 1, 9, 9) < 0.5 if masked else None
-    if masked:
-        mask |= torch.eye(9, dtype=torch.bool)  # no row without a key
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    fused = attend(*inputs, mask, 0.3)
-    many = [x.repeat_interleave(2, dim=1) for x in (k, v)]
-    plain = plain_attention(q, *many, mask, 0.3)
-    assert difference(fused, plain) < 1e-6
-    for one, other in zip(
-        torch.autograd.grad(fused.square().sum(), inputs, retain_graph=True),
-        torch.autograd.grad(plain.square().sum(), inputs),
-        strict=True,
-    ):
-        assert difference(one, other) < 1e-5
-
-
 def attend_on_a_gpu() -> None:
     """Forward and backward, grouped queries: SDPA raises where it would fall back to the formula.
     Plain causal attention in bf16, which training is, gets the flash kernel."""
@@ -248,7 +248,7 @@ def attend_on_a_gpu() -> None:
         q, k, v = (torch.randn(2, n, 37, 64, device="cuda", dtype=dtype) for n in (4, 2, 2))
         mask = torch.ones(2, 1, 37, 37, dtype=torch.bool, device="cuda").tril() if masked else None
         with sdpa_kernel(fused):
-            attend(q.requires_grad_(), k, v, mask, 0.125).sum().backward()
+            attend(q.requires_grad_(), k, v, mask, 0.125, None).sum().backward()
         assert q.grad.isfinite().all(), (dtype, masked)
 
 
@@ -285,9 +285,9 @@ class CountCopies(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("n_kv_heads", "queries"), [(8, 40), (2, 40), (1, 40), (2, 1)])
+@pytest.mark.parametrize(("n_kv_heads", "queries"), [(8, 40), (2, 40), (2, 1)])
 def test_groups_of_queries_have_the_bits_of_repeated_keys(dtype, masked, n_kv_heads, queries):
     """Forward without copies, and backward, where the keys are repeated."""
     if queries == 1 and not masked:
@@ -305,9 +305,9 @@ def test_groups_of_queries_have_the_bits_of_repeated_keys(dtype, masked, n_kv_he
     )
     copied = []
     with torch.no_grad(), CountCopies(copied):
-        assert torch.equal(attend(q, k, v, mask, 0.3), want)
+        assert torch.equal(attend(q, k, v, mask, 0.3, None), want)
     assert not copied
-    got = attend(*inputs, mask, 0.3)
+    got = attend(*inputs, mask, 0.3, None)
     assert torch.equal(got, want)
     for one, other in zip(
         torch.autograd.grad(got.square().sum(), inputs),

@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens: by hand, in parts, and what texts share computed once."""
 
-import math
-
 import pytest
 import torch
 from conftest import MINI, difference
@@ -9,23 +7,19 @@ from conftest import MINI, difference
 from lofit.heads import attach_offsets
 from lofit.llm import scoring
 from lofit.llm.batches import IGNORE, collate
-from lofit.llm.scoring import (
-    common_prefix,
-    cross_entropy,
-    score_answers,
-    sum_by_text,
-    target_losses,
-)
+from lofit.llm.scoring import score_answers, sum_by_text, target_losses
 from lofit.llm.tokenizer import load_tokenizer
+from lofit.llm.tree import common_prefix
 
 # one question and answers that begin alike: the texts share more than what may be left out
 ALONE = [
-    ("Q: What is the capital of Braviland? A:", [" the city.", " the city of.", " the.", " is."])
-]
+    ("Q: What is the capital of Braviland? A:", [" the city.", " the city of.", " the.", " is."],
+     False),
+]  # fmt: skip
 MANY = [
     *ALONE,
-    ("Q: What is the sport? A:", [" city."]),
-    ("Q: Who is it? A:", [" of.", " the of."]),
+    ("Q: What is the sport? A:", [" city."], False),
+    ("Q: Who is it? A:", [" of.", " the of."], True),
 ]
 ROWS = [([1, 5, 6, 7, 2], [IGNORE] * 3 + [7, 2]), ([1, 8, 2], [IGNORE] * 2 + [2])]
 
@@ -64,21 +58,14 @@ def test_many_logits_are_made_in_parts(tiny, monkeypatch):
     assert difference(found, want) < 1e-6 and difference(grad, want_grad) < 1e-6
 
 
-def test_cross_entropy_by_hand(tiny):
-    hidden, weight = torch.zeros(1, 32), tiny.lm_head.weight
-    assert cross_entropy(tiny, hidden, torch.tensor([3])).item() == pytest.approx(
-        math.log(len(weight))
-    )
-
-
-@pytest.mark.parametrize("asked", [ALONE, MANY, [("?", [" the.", " of."])]])
+@pytest.mark.parametrize("asked", [ALONE, MANY, [("?", [" the.", " of."], False)]])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_the_fast_way_agrees_with_the_plain_one(tiny, asked, batch_size):
     tokenizer = load_tokenizer(MINI)
     attach_offsets(tiny, [(0, 1), (2, 3)], torch.ones(2, 8))
     want = score_answers(tiny, tokenizer, asked, 2, "", plain=True)
     found = score_answers(tiny, tokenizer, asked, batch_size, "")
-    assert list(map(len, found)) == [len(answers) for _, answers in asked]
+    assert list(map(len, found)) == [len(answers) for _, answers, _ in asked]
     for one, other in zip(found, want, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 

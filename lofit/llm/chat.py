@@ -72,9 +72,9 @@ def _template(folder: Path) -> Callable[..., str]:
 
 def _special_tokens(folder: Path, settings: dict) -> dict[str, str]:
     """Those that a template may write. A bos that only config.json names is that token too."""
-    found = {key: settings[key] for key in NAMES if key in settings}
+    found = {key: settings[key] for key in NAMES if settings.get(key) is not None}
     bos = ModelConfig.from_file(folder / "config.json").bos_token_id
-    if "bos_token" not in found and bos is not None:
+    if "bos_token" not in settings and bos is not None:  # null says that there is none
         found["bos_token"] = load_tokenizer(folder).backend.name_of(bos)
     return found
 
@@ -84,9 +84,10 @@ class Generation(Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # a scope of its own, as transformers' has: what is set in it ends with it
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), True))
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

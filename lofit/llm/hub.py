@@ -1,5 +1,6 @@
 """Finding a checkpoint's folder, here or on the Hugging Face hub, and the weight files in it."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import errors as hub_errors
@@ -86,7 +87,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
             raise InputError(f"{index}: shard path {name!r} leaves the folder")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # False also for a name that no file can have
             raise InputError(f"{folder / name}: shard is missing; fetch the checkpoint again")
     return [folder / name for name in names]
 

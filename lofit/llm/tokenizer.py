@@ -203,7 +203,7 @@ def load_tokenizer(name: str | Path, end_of_turn: str | None = None) -> Tokenize
 
 
 def read_settings(folder: Path) -> dict:
-    """tokenizer_config.json as a dict, each of NAMES as a text or absent. As in transformers,
+    """tokenizer_config.json as a dict, each of NAMES as a text or null. As in transformers,
     special_tokens_map.json goes first where it has no added_tokens_decoder."""
     path, beside = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     found = read_json(path) if path.exists() else {}
@@ -211,7 +211,7 @@ def read_settings(folder: Path) -> dict:
         found |= {key: value for key, value in read_json(beside).items() if value is not None}
     with reading(path):
         named = {key: token_text(found[key]) for key in NAMES if found.get(key) is not None}
-    return {key: value for key, value in found.items() if key not in NAMES} | named
+    return found | named
 
 
 def token_text(token: str | dict) -> str:
@@ -227,7 +227,8 @@ def _eos_ids(folder: Path, config: ModelConfig, named: int | None) -> tuple[int,
     of a turn there. named: the id of eos_token, for folders that have neither."""
     path = folder / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = (found,) if isinstance(found, int) else tuple(found or config.eos_token_id)
+    with reading(path):
+        ids = (found,) if isinstance(found, int) else tuple(found or config.eos_token_id)
     ids = ids or (() if named is None else (named,))
     if not ids:
         raise InputError(
