@@ -46,9 +46,12 @@ def fetch(url: str) -> bytes:
         try:
             return Path(cache.fetch("file", progressbar=sys.stderr.isatty())).read_bytes()
         except (requests.RequestException, OSError, ValueError) as error:
-            problem = errors.one_line(str(error))
+            response = getattr(error, "response", None)
+            # the cause stands last in requests' long messages
+            last = str(error).rpartition(": ")[2].strip("\"'()")
+            problem = last if response is None else f"HTTP {response.status_code}"
     raise InputError(
-        f"{url}: cannot be fetched ({problem[:200]}); try again later, or give a folder that has"
+        f"{url}: cannot be fetched ({problem}); try again later, or give a folder that has"
         " the file by --source, or a copy by --mirror"
     )
 
