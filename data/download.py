@@ -7,74 +7,81 @@
 The files of mquake, clutrr and truthfulqa stay as they are. Those of other tasks go to
 data/real/tasks/, and data/real/<task>/ gets train.jsonl, val.jsonl and test.jsonl. What is there
 and right is not fetched again. A --source has the files by the same names (MQuAKE/train.jsonl,
-tasks/boolq/val.jsonl, ..., all in data/sources.py), as data/real of another machine has.
+tasks/boolq/val.jsonl, ..., all in data/SHA256SUMS), as data/real of another machine has.
 """
 
 import argparse
 import hashlib
-import http.client
 import random
-import urllib.error
-import urllib.request
+import sys
+import tempfile
 from pathlib import Path
 
-from data.sources import FILES, SEED, SOURCES, convert
+import pooch
+import requests
+
+from data.sources import SEED, SOURCES, SUMS, convert, place_of, write_splits
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import write_atomic, write_splits
+from lofit.files import write
 
 ORIGIN = "https://raw.githubusercontent.com/"
-TIMEOUT_S = 30
+RETRIES = 3  # after a server's error or a transfer that was cut
 
 
-def hash_of_bytes(content: bytes, like: str) -> str:
-    """SHA-256 in hexadecimal, or git's hash of a blob where `like` is one of these (40 digits)."""
-    if len(like) == 40:
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    return hashlib.sha256(content).hexdigest()
+def is_file_of(content: bytes, sha: str) -> bool:
+    """Whether a content has this sha256; or this hash of a git blob, which has 40 digits."""
+    if len(sha) == 40:
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == sha
+    return hashlib.sha256(content).hexdigest() == sha
 
 
 def fetch(url: str) -> bytes:
-    """What is at a URL. InputError if it cannot be fetched whole."""
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-            return response.read()
-    except urllib.error.HTTPError as error:
-        problem = f"HTTP {error.code}"
-    except (http.client.HTTPException, OSError, ValueError) as error:
-        problem = getattr(error, "reason", None) or repr(error)
+    """What is at a URL, with a bar on a terminal. InputError if it cannot be fetched whole."""
+    pooch.get_logger().setLevel("ERROR")
+    with tempfile.TemporaryDirectory() as folder:
+        # no hash: pooch would fetch another file three times more, and it knows no git blobs
+        cache = pooch.create(folder, "", registry={"file": None}, retry_if_failed=RETRIES)
+        cache.urls["file"] = url
+        try:
+            return Path(cache.fetch("file", progressbar=sys.stderr.isatty())).read_bytes()
+        except (requests.RequestException, OSError, ValueError) as error:
+            response = getattr(error, "response", None)
+            # the cause stands last in requests' long messages
+            last = str(error).rpartition(": ")[2].strip("\"'()")
+            problem = last if response is None else f"HTTP {response.status_code}"
     raise InputError(
-        f"{url}: cannot be fetched ({problem}); try again later, or give a folder that has the file"
-        " by --source, or a copy by --mirror"
+        f"{url}: cannot be fetched ({problem}); try again later, or give a folder that has"
+        " the file by --source, or a copy by --mirror"
     )
 
 
-def obtain(name: str, args: argparse.Namespace) -> bool:
-    """Bring one file of FILES to its place below --out; False if the --source lacks it. InputError
-    if it cannot be had or is not the file of its hash."""
-    path, (place, sha) = args.out / name, FILES[name]
-    if path.is_file() and hash_of_bytes(path.read_bytes(), sha) == sha:
+def bring(name: str, args: argparse.Namespace) -> bool:
+    """Bring one file of SUMS to its place below --out; False if the --source lacks it. InputError
+    if it cannot be had or is not the file of its hash, and then nothing is written."""
+    path, sha = args.out / name, SUMS[name]
+    if path.is_file() and is_file_of(path.read_bytes(), sha):
         print(f"  {path}: there already, verified")
         return True
-    origin = f"{args.mirror.rstrip('/')}/{name}" if args.mirror else ORIGIN + place
+    origin = f"{args.mirror.rstrip('/')}/{name}" if args.mirror else ORIGIN + place_of(name)
     if args.source:
         origin = args.source / name
         if not origin.is_file():
             return False
     content = origin.read_bytes() if args.source else fetch(origin)
-    if hash_of_bytes(content, sha) != sha:
+    if not is_file_of(content, sha):
         raise InputError(f"{origin}: expected hash {sha[:12]}..., this is another file; not used")
-    write_atomic(path, lambda partial: partial.write_bytes(content))
+    write(path, content)
     print(f"  {path}: {'copied' if args.source else 'fetched'}, verified")
     return True
 
 
 def prepare(task: str, args: argparse.Namespace) -> None:
-    """Obtain a task's files and write its splits. InputError if one is missing; the train file
+    """Bring a task's files and write its splits. InputError if one is missing; the train file
     alone may be, in a --source that has the test file."""
     source = SOURCES[task]
     print(f"{task}. {source.licence}")
-    missing = [name for name in source.files.values() if not obtain(name, args)]
+    missing = [name for name in source.files.values() if not bring(name, args)]
     cut = missing == [source.files.get("train")] and "test" in source.files
     if missing and not cut:
         raise InputError(f"{args.source / missing[0]}: no such file; --source has another layout?")

@@ -18,9 +18,9 @@ import random
 import statistics
 from pathlib import Path
 
+from data.sources import write_splits
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import write_splits
 
 OPERATIONS = {
     "[MIN": min,

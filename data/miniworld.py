@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.tables import RELATIONS, question
 from data.world import Edit, World
-from lofit.files import write_text
+from lofit.files import write
 
 CLUTRR_SIZES = {"train": 300, "val": 100, "test": 400}
 TRUTHFULQA_HEADER = [
@@ -137,16 +137,16 @@ def main() -> None:
     world = World()
     for split, cases in mquake_splits(world).items():
         path = args.out / "MQuAKE" / f"{split}.jsonl"
-        write_text(path, "".join(json.dumps(case) + "\n" for case in cases))
+        write(path, "".join(json.dumps(case) + "\n" for case in cases))
         print(f"{path}: {len(cases)} cases")
     for split, stories in clutrr_splits(world).items():
         path = args.out / "clutrr" / f"{split}.json"
-        write_text(path, "[" + ",\n".join(map(json.dumps, stories)) + "]\n")
+        write(path, "[" + ",\n".join(map(json.dumps, stories)) + "]\n")
         print(f"{path}: {len(stories)} stories")
     for name, rows in truthfulqa_folds(world).items():
         path, text = args.out / "truthfulqa" / name, io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([TRUTHFULQA_HEADER, *rows])
-        write_text(path, text.getvalue())
+        write(path, text.getvalue())
         print(f"{path}: {len(rows)} questions")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lofit.errors import InputError
-from lofit.files import read_json_list, read_jsonl
+from lofit.files import read_json_list, read_jsonl, write_jsonl
 from lofit.tasks import last_number
 
 SEED = 42  # of the draw
@@ -110,67 +110,41 @@ LOFIT = "fc2869/lo-fit/ebd344a273d3dab0b63d8bbfd7ecdb5185ae5b7b/dataset/"
 ADAPTERS = "AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a/dataset/"
 SUITE = "FormulaMonks/llm-benchmarker-suite/5d3c8009ab8f5adab4899c34dd203cbf7afcb372/data/"
 MATH = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
-# its train file is known by its hash alone: that it stands in this commit is likely, not seen
+# that this file stands in this commit is likely, not seen; it is known by its hash
 EDITING = "heddayam/kb-model-editing/8e586d1a62b068f235f582a0366729b601fe0ef1/data/boolq/"
-# (OWNER/NAME/COMMIT/FOLDER on GitHub, our folder) -> lines as sha256sum writes them; 40 digits are
-# git's hash of a blob, where no other is known
-SUMS = {
-    (LOFIT + "MQuAKE/", "MQuAKE/"): """
-5db931bd09457245d1a133fe8df86a45985d28767ba6f032d1b7dcc737e22498  train.jsonl
-3cbf9245ba671458d0979c5bba569e838d54fce860e8d0c5af0bc2ce54d41e83  val.jsonl
-3090ef350f4322878968466881de9ec988b5b71daf55d5d9b04fb894a5ebac87  test.jsonl
-""",
-    (LOFIT + "clutrr/", "clutrr/"): """
-8640526e573444bdf52bd78eee0bf3a9f2e96bb3bb6d7610021dc05751a5c873  train.json
-afcae888ed7862081496151a33b9bed157d709b01589c2db566266ecdd906f1e  val.json
-cf400381f8a12a703265f95df1387c217a71525325f725ff2b8dc08123c30056  test.json
-""",
-    (LOFIT + "truthfulqa/", "truthfulqa/"): """
-e80aebee6876ceec76ac030bcfd31c070b9c23809077500a3b183640386fb136  fold_0_train_seed_42.csv
-5563034f53a463202f4c2ac82336a58d81d0ec02460f7d80e8abce6a4972161a  fold_0_val_seed_42.csv
-4bd4d0db03751e652c6811b053e14c2f4ea43da888571fa0f15df42e7544a67c  fold_0_test_seed_42.csv
-0342def493a6afdaae11737cd557393c0cde2cc35d26d58e7a2fd4c954997fba  fold_1_train_seed_42.csv
-375030fc5bfe7315825f0272b95f6d2b0b0f6332f7121ba57537ec5c1fc1969e  fold_1_val_seed_42.csv
-e9019df6fca8a1e25eed3e2256196d30a2675528e76eae0b812b5092fa114455  fold_1_test_seed_42.csv
-""",
-    (ADAPTERS, "tasks/llm-adapters/"): """
-a9debff28aafed86a08211dc3584a3b6cb38edca8c56bb34cd5002ed54aeebfb  ARC-Challenge/train.json
-5ccbaceebaddc69765e1c4a363632196b81851d303696672165ab59ec4e48c83  boolq/train.json
-89df2397cbca81dc31adcc6f7f5b635821aa0565aafde46725b2b4bd39b4dfa9  boolq/test.json
-bd524129d80efdfabc8476bbedc4f41b400cfda0  social_i_qa/train.json
-71543f41127451945379d106ffedaef502f1c8770dff6d2f543aca85e3080b1d  social_i_qa/test.json
-0b56375ac6b4464fa97abfb72812f15c772ba305  winogrande/train.json
-6946f5209e7114c65c6d04f8f644c5a061af20d730b1cfe158fff3dc44076fb9  winogrande/test.json
-""",
-    (SUITE + "ARC/ARC-c/", "tasks/arc/"): """
-55224364abd2477f66a9a57c5cbef109fb71d83019aa5e37aec0e7ab757746ca  ARC-Challenge-Dev.jsonl
-9fa8ffb3e3a1f88cb302d53dd95aae81e39209ad9bcf974376b319d8fd35717c  ARC-Challenge-Test.jsonl
-""",
-    (SUITE + "SuperGLUE/BoolQ/", "tasks/boolq/"): """
-21acbfbd1e7908fddd9e626bc2a6101c5a5430bda3fbf74985b979af7a63b989  val.jsonl
-""",
-    (EDITING, "tasks/boolq/"): """
-a3b769e14758ad9e24e1a20b1c2b0b5670037879  train.jsonl
-""",
-    (MATH, "tasks/gsm8k/"): """
-17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465  train.jsonl
-3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14  test.jsonl
-""",
-    ("arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/", "tasks/svamp/"): """
-5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e  SVAMP.json
-""",
+# how a file's name begins, below data/real -> the same below raw.githubusercontent.com: OWNER/NAME/
+# COMMIT/FOLDER/
+PLACES = {
+    "MQuAKE/": LOFIT + "MQuAKE/",
+    "clutrr/": LOFIT + "clutrr/",
+    "truthfulqa/": LOFIT + "truthfulqa/",
+    "tasks/llm-adapters/": ADAPTERS,
+    "tasks/arc/": SUITE + "ARC/ARC-c/",
+    "tasks/boolq/val": SUITE + "SuperGLUE/BoolQ/val",
+    "tasks/boolq/train": EDITING + "train",
+    "tasks/gsm8k/": MATH,
+    "tasks/svamp/": "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/",
 }
-# our name of a file, below data/real or --source -> (place below raw.githubusercontent.com, hash)
-FILES = {
-    ours + name: (theirs + name, sha)
-    for (theirs, ours), text in SUMS.items()
-    for sha, name in map(str.split, text.strip().splitlines())
-}
+
+
+def _read_sums() -> dict[str, str]:
+    text = Path(__file__).with_name("SHA256SUMS").read_text(encoding="utf-8")
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    return {name: sha for sha, name in lines}
+
+
+SUMS = _read_sums()  # our name of a file, below data/real or --source -> its hash
+
+
+def place_of(name: str) -> str:
+    """Where a file of SUMS stands below raw.githubusercontent.com."""
+    ours = next(ours for ours in PLACES if name.startswith(ours))
+    return PLACES[ours] + name.removeprefix(ours)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A task's originals: split -> file of FILES. sizes: of the splits that are drawn from the
+    """A task's originals: split -> file of SUMS. sizes: of the splits that are drawn from the
     train file, which are train, and val where it has no file of its own."""
 
     licence: str
@@ -187,7 +161,7 @@ def _choices(licence: str, line: Callable, train: str, test: str, val: str | Non
 
 
 def _paper(licence: str, folder: str) -> Source:
-    return Source(licence, {name: name for name in FILES if name.startswith(folder)})
+    return Source(licence, {name: name for name in SUMS if name.startswith(folder)})
 
 
 FORM = "form: ODC-By (LLM-Adapters, Hu et al., 2023)"
@@ -282,6 +256,18 @@ def kin(line: dict) -> object:
     if options:
         return frozenset(text.lower() for text in options.groups())
     return line["prompt"].partition("\n\n")[0]
+
+
+def write_splits(folder: Path, splits: dict[str, list[dict]]) -> None:
+    """Write train.jsonl, val.jsonl and test.jsonl of one draw. The first goes before the others
+    change and comes last: where it is, all are of one draw, so no test item is trained on."""
+    train = folder / "train.jsonl"
+    try:
+        train.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{train}: cannot be written ({error.strerror})") from None
+    for split in ("val", "test", "train"):
+        write_jsonl(folder / f"{split}.jsonl", splits[split])
 
 
 def _lines(path: Path, line: Callable[[dict], dict]) -> Iterator[dict]:

@@ -4,11 +4,12 @@ import hashlib
 import http.server
 import threading
 
+import pooch
 import pytest
 from conftest import SHARED
 
 from data import download
-from data.sources import FILES, SOURCES
+from data.sources import PLACES, SOURCES, SUMS, place_of
 from lofit.errors import InputError
 
 CONTENT = bytes(range(256)) * 1000
@@ -17,11 +18,13 @@ NAMES = ("MQuAKE/train.jsonl", "MQuAKE/val.jsonl", "MQuAKE/test.jsonl")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT below /copy/; the server's fault: an HTTP code, `cut` or `changed`."""
+    """Serves CONTENT below /copy/; the server's faults, of which the last one stays: an HTTP code,
+    `cut` or `changed`."""
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        fault = self.server.fault
+        faults = self.server.faults
+        fault = faults.pop(0) if faults[1:] else faults[0]
         if fault.isdigit() or not self.path.startswith("/copy/"):
             self.send_error(int(fault or 404))
             return
@@ -38,9 +41,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     for name in NAMES:
-        monkeypatch.setitem(FILES, name, (f"copy/{name}", HASH))
+        monkeypatch.setitem(SUMS, name, HASH)
+    monkeypatch.setitem(PLACES, "MQuAKE/", "copy/MQuAKE/")
+    monkeypatch.setattr(pooch.core.time, "sleep", lambda seconds: None)  # before it tries again
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.fault, server.asked = "", []
+        server.faults, server.asked = [""], []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(download, "ORIGIN", f"http://127.0.0.1:{server.server_port}/")
         yield server
@@ -68,25 +73,34 @@ def test_a_mirror(server, tmp_path):
     assert server.asked == [f"/copy/{name}" for name in NAMES]
 
 
+@pytest.mark.parametrize("fault", ["503", "cut"])
+def test_it_tries_again(server, tmp_path, fault):
+    server.faults = [fault, ""]
+    download.main(["mquake", "--out", str(tmp_path)])
+    assert [server.asked.count(f"/copy/{name}") for name in NAMES] == [2, 1, 1]
+    assert all((tmp_path / name).read_bytes() == CONTENT for name in NAMES)
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "tries", "message"),
     [
-        ("404", r"copy/MQuAKE/train.jsonl: cannot be fetched \(HTTP 404\)"),
-        ("503", r"cannot be fetched \(HTTP 503\); try again later"),
-        ("cut", r"cannot be fetched \(IncompleteRead"),
-        ("changed", f"copy/MQuAKE/train.jsonl: expected hash {HASH[:12]}"),
+        ("404", 4, r"copy/MQuAKE/train.jsonl: cannot be fetched \(HTTP 404\); try again later"),
+        ("503", 4, r"cannot be fetched \(HTTP 503\)"),
+        ("cut", 4, "cannot be fetched .*IncompleteRead"),
+        ("changed", 1, f"copy/MQuAKE/train.jsonl: expected hash {HASH[:12]}"),
     ],
 )
-def test_a_fault_is_one_line_and_leaves_nothing(server, tmp_path, fault, message):
-    server.fault = fault
+def test_a_fault_is_one_line_and_leaves_nothing(server, tmp_path, fault, tries, message):
+    server.faults = [fault]
     with pytest.raises(InputError, match=message) as caught:
         download.main(["mquake", "--out", str(tmp_path)])
-    assert "\n" not in str(caught.value) and len(server.asked) == 1
+    assert "\n" not in str(caught.value) and len(server.asked) == tries
     assert not list(tmp_path.rglob("*.*"))
 
 
 def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "ORIGIN", "http://127.0.0.1:9/")
+    monkeypatch.setattr(pooch.core.time, "sleep", lambda seconds: None)
     with pytest.raises(InputError, match=r"cannot be fetched \(.*refused.*; try .* by --source"):
         download.main(["mquake", "--out", str(tmp_path)])
 
@@ -100,7 +114,7 @@ def test_a_source(tmp_path, monkeypatch, capsys):
     source, out = tmp_path / "source", tmp_path / "out"
     (source / "MQuAKE").mkdir(parents=True)
     for name in NAMES:
-        monkeypatch.setitem(FILES, name, ("nowhere", HASH))
+        monkeypatch.setitem(SUMS, name, HASH)
         (source / name).write_bytes(CONTENT)
     argv = ["mquake", "--source", str(source), "--out", str(out)]
     download.main(argv)
@@ -133,18 +147,18 @@ def test_all_and_unknown_names(capsys):
     assert "--test: the files of mquake stay as they are" in capsys.readouterr().err
 
 
-def test_gits_hash_of_a_blob():
-    assert (
-        download.hash_of_bytes(b"hello\n", "0" * 40) == "ce013625030ba8dba906f756967f9e9ca394464a"
-    )
-    assert download.hash_of_bytes(CONTENT, "0" * 64) == HASH
+def test_the_hash_of_a_file_is_its_sha256_or_gits_of_a_blob():
+    assert download.is_file_of(b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a")
+    assert download.is_file_of(CONTENT, HASH)
+    assert not download.is_file_of(b"hello", "ce013625030ba8dba906f756967f9e9ca394464a")
+    assert not download.is_file_of(CONTENT[1:], HASH)
 
 
 def test_every_file_has_a_hash_and_a_fixed_commit_and_no_path_leaves_its_folder():
     used = {name for source in SOURCES.values() for name in source.files.values()}
-    assert used == set(FILES)
-    for name, (place, sha) in FILES.items():
-        _, _, commit, *path = place.split("/")
+    assert used == set(SUMS) and len({place_of(name) for name in SUMS}) == len(SUMS)
+    for name, sha in SUMS.items():
+        _, _, commit, *path = place_of(name).split("/")
         assert len(sha) in (40, 64) and len(commit) == 40 and int(sha, 16) and int(commit, 16)
         assert ".." not in [*path, *name.split("/")] and not name.startswith("/")
 
@@ -152,8 +166,7 @@ def test_every_file_has_a_hash_and_a_fixed_commit_and_no_path_leaves_its_folder(
 def test_the_hashes_are_those_of_the_real_files():
     if not SHARED.is_dir():
         pytest.skip("the real files are not on this machine")
-    checked = [name for name in FILES if (SHARED / "datasets" / name).is_file()]
+    checked = [name for name in SUMS if (SHARED / "datasets" / name).is_file()]
     assert len(checked) == 23
     for name in checked:
-        sha = FILES[name][1]
-        assert download.hash_of_bytes((SHARED / "datasets" / name).read_bytes(), sha) == sha
+        assert download.is_file_of((SHARED / "datasets" / name).read_bytes(), SUMS[name])

@@ -9,7 +9,7 @@ from conftest import SHARED
 
 from data import listops
 from lofit.errors import InputError
-from lofit.tasks.own import OwnTask
+from lofit.tasks.own import own_task
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_the_published_values():
 
 def test_the_task(tmp_path):
     listops.main(["--out", str(tmp_path)])
-    task, splits = OwnTask(tmp_path), {}
+    task, splits = own_task(tmp_path), {}
     for split, n in (("train", 300), ("val", 100), ("test", 500)):
-        splits[split] = task.read(None, split)
+        splits[split] = task.read(task.file(tmp_path, split), split, 42)
         assert len(splits[split]) == n
         for example in splits[split]:
             expression = example.prompt.split("Expression: ")[1].removesuffix("\nValue:")

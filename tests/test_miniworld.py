@@ -17,6 +17,11 @@ from data.miniworld import (
 from data.world import World
 from lofit.tasks import clutrr, mquake, truthfulqa
 
+
+def read(task, data, split):
+    return task.read(task.file(data, split), split, 42)
+
+
 SPLITS = ("train", "val", "test")
 
 
@@ -74,7 +79,7 @@ def test_answers_follow_from_the_world_and_the_edit(cases, world):
 
 def test_the_task_reads_them(cases):
     for split in SPLITS:
-        assert len(mquake.read(REPO / "data" / "mini", split)) == len(cases[split])
+        assert len(read(mquake.TASK, REPO / "data" / "mini", split)) == len(cases[split])
 
 
 def test_the_shipped_stories_are_what_the_script_writes(world):
@@ -82,8 +87,8 @@ def test_the_shipped_stories_are_what_the_script_writes(world):
     for split, size in CLUTRR_SIZES.items():
         path = REPO / "data" / "mini" / "clutrr" / f"{split}.json"
         assert json.loads(path.read_text()) == splits[split] and len(splits[split]) == size
-        read = clutrr.read(REPO / "data" / "mini", split)
-        assert len(read) == size
+        examples = read(clutrr.TASK, REPO / "data" / "mini", split)
+        assert len(examples) == size
     texts = [story["story"] for split in splits.values() for story in split]
     assert len(set(texts)) == len(texts)
 
@@ -99,7 +104,7 @@ def test_the_shipped_questions_are_what_the_script_writes(world):
         assert not train & val and not (train | val) & test
         assert len(train | val | test) == len(world.myths)
         assert test == asked[f"{1 - fold}_train"] | asked[f"{1 - fold}_val"]
-        (first, *_) = truthfulqa.read(REPO / "data" / "mini", "test", fold=fold)
+        (first, *_) = read(truthfulqa.FOLDS[fold], REPO / "data" / "mini", "test")
         assert len(first.right) == 1 and len(first.wrong) == 2
 
 

@@ -19,11 +19,10 @@ import train
 from data import download, listops, sources
 from lofit.errors import InputError
 from lofit.llm.checkpoint import save_model
-from lofit.run.arguments import TASKS
-from lofit.tasks import last_number, own
+from lofit.tasks import find_tasks, last_number, own
 from lofit.tasks.own import NAMED
 
-CHOICE_TASKS = [name for name, task in NAMED.items() if task.form == "option"]
+CHOICE_TASKS = ["siqa", "arc_challenge", "boolq", "boolq_passage", "winogrande"]
 
 
 def adapters(instruction, answer):
@@ -108,7 +107,7 @@ def folder(tmp_path, monkeypatch):
     source = tmp_path / "source"
     for name, (make, numbers) in SMALL.items():
         put(source, name, [make(i) for i in numbers], monkeypatch)
-    for name in sources.FILES.keys() - SMALL.keys():  # the paper's three, out of the miniature's
+    for name in sources.SUMS.keys() - SMALL.keys():  # the paper's three, out of the miniature's
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         content = (REPO / "data" / "mini" / name).read_bytes()
         lines = content.splitlines(keepends=True)
@@ -128,7 +127,7 @@ def folder(tmp_path, monkeypatch):
 def register(source, name, content, monkeypatch):
     (source / name).parent.mkdir(parents=True, exist_ok=True)
     (source / name).write_bytes(content)
-    monkeypatch.setitem(sources.FILES, name, ("nowhere", hashlib.sha256(content).hexdigest()))
+    monkeypatch.setitem(sources.SUMS, name, hashlib.sha256(content).hexdigest())
 
 
 def put(source, name, items, monkeypatch):
@@ -184,28 +183,26 @@ def test_some_test_items_are_drawn_and_keep_their_order(folder, tmp_path, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [*NAMED, *TASKS])
-def test_every_task_runs_by_its_name(folder, reader, tiny_folder, tmp_path, monkeypatch, task):
-    data = tmp_path / "data"
+@pytest.mark.parametrize("task", [*NAMED, "mquake", "clutrr", "truthfulqa-0"])
+def test_every_task_runs_by_its_name(folder, reader, tiny_folder, tmp_path, task):
+    data, run = tmp_path / "data", tmp_path / "run"
     if task == "listops":
         sizes = ("--train", "8", "--val", "4", "--test", "6")
         listops.main(["--out", str(data / "listops"), *sizes])
     else:
-        prepare(folder, data, task)
-    monkeypatch.setattr((TASKS | NAMED)[task], "MAX_NEW_TOKENS", 8, raising=False)
-    flags = ["--task", task, "--data", str(data)]
+        prepare(folder, data, task.removesuffix("-0"))
+    flags = ["--task", task, "--data", str(data), "--run", str(run)]
     flags += ["--model", str(reader if task in NAMED else tiny_folder)]
-    flags += ["--run", str(tmp_path / "run"), *(["--fold", "0"] if task == "truthfulqa" else [])]
     select_heads.main([*flags, "--epochs", "1"])
     train.main([*flags, "--epochs", "1"])
     eval_script.main(flags)
-    run = tmp_path / "run" / ("fold0" if task == "truthfulqa" else "")
     results = json.loads((run / "results.json").read_text())
     assert results["task"] == task and results["n"] >= 6
-    assert set(results["base"]) == set(results["tuned"]) == set((TASKS | NAMED)[task].METRICS)
+    scores = results["scores"]
+    assert set(scores["base"]) == set(scores["tuned"]) == set(find_tasks(task)[0].metrics)
     assert len(json.loads((run / "heads.json").read_text())["heads"]) == 1  # 10 % or 3 % of 12
     if task in CHOICE_TASKS:
-        assert list(results["base"]) == ["em", "accuracy"]
+        assert list(scores["base"]) == ["em", "accuracy"]
         assert sum(results["given"]["tuned"].values()) == results["n"]
         assert results["always"]["answer"] in results["given"]["base"]
     assert ("groups" in results) == (task == "listops")
@@ -223,8 +220,23 @@ def test_a_number_is_learnt_and_scored(reader, tmp_path, monkeypatch):
     train.main([*flags, "--heads", "all", "--epochs", "40", "--lr", "0.5"])
     eval_script.main(flags)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["tuned"] == {"accuracy": 1}
+    assert results["scores"]["tuned"] == {"accuracy": 1}
     assert results["given"]["tuned"] == {"2222": 4, "other": 0}
+
+
+def test_splits_are_of_one_draw(tmp_path, monkeypatch):
+    """If a write fails, train.jsonl is gone, so that nobody trains on what is tested now."""
+    splits = {split: [{"prompt": "p", "answer": split}] for split in ("train", "val", "test")}
+    sources.write_splits(tmp_path / "mine", splits)
+    assert lines_of(tmp_path, "mine") == splits
+
+    def fails(path, lines):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(sources, "write_jsonl", fails)
+    with pytest.raises(InputError):
+        sources.write_splits(tmp_path / "mine", splits)
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"val.jsonl", "test.jsonl"}
 
 
 def test_our_lines_of_each_set(folder, tmp_path):
@@ -237,7 +249,7 @@ def test_our_lines_of_each_set(folder, tmp_path):
         prompts = [line["prompt"] for lines in found.values() for line in lines]
         assert len(set(prompts)) == 14
         for split in found:
-            assert len(named.read(tmp_path, split)) == len(found[split])
+            assert len(named.read(named.file(tmp_path, split), split, 42)) == len(found[split])
     test = {task: lines_of(tmp_path, task)["test"][0] for task in NAMED if task != "listops"}
     choices = "Please choose the correct answer to the question: "
     question = "Please answer the following question with true or false, question: is it 20?"
@@ -404,7 +416,8 @@ def test_real_counts(real):
         assert not (kin[0] & kin[1] or kin[0] & kin[2])
         assert len(kin[1] & kin[2]) == (2 if task == "arc_challenge" else 0)  # its own two files
         for split in found:
-            assert len(NAMED[task].read(real[0], split)) == len(found[split])
+            named = NAMED[task]
+            assert len(named.read(named.file(real[0], split), split, 42)) == len(found[split])
 
 
 def test_real_arc(real):

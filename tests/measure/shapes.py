@@ -8,6 +8,7 @@ from lofit.llm.config import FULL, ModelConfig
 from lofit.llm.model import CausalLM
 
 COMMON = dict(max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,))
+ROPE = {"rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 1e4}}}
 SHAPES = {
     "tiny": dict(  # for tests of the measurements
         vocab_size=1000, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
@@ -47,11 +48,15 @@ def text(rng: random.Random, n: int, vocabulary: int = 32000) -> str:
     return "".join(f" {rng.randrange(3, vocabulary)}" for _ in range(n))
 
 
+def config_of(shape: dict) -> ModelConfig:
+    return ModelConfig(**COMMON | ROPE | shape)
+
+
 def random_model(shape: dict, dtype: torch.dtype, device: str) -> CausalLM:
     """A frozen model of a shape of SHAPES, its weights drawn where they stay."""
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = CausalLM(ModelConfig(**shape, **COMMON))
+        model = CausalLM(config_of(shape))
     torch.set_default_dtype(torch.float32)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else None
