@@ -21,13 +21,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 SEES_GPU, HAS_GPU = dict(os.environ), torch.cuda.is_available()
 
-from lofit.run.artefacts import load_offsets, save_offsets  # noqa: E402
-
+from lofit.heads import attach_offsets  # noqa: E402
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
 from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
 from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
-from lofit.studies import runner  # noqa: E402
+from lofit.run.files import VERSION, save_edits  # noqa: E402
 
 
 def pytest_configure(config) -> None:
