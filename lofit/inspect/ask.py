@@ -48,9 +48,8 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
     task = _task(str(tuned.info.get("task"))) if args.task else None
     chat = bool(tuned.info.get("chat"))
     wrap, end_of_turn = load_chat_template(tuned.base) if chat else (str, None)
-    tokenizer, positions = (
-        load_tokenizer(tuned.base, end_of_turn), tuned.model.config.max_position_embeddings,
-    )  # fmt: skip
+    tokenizer = load_tokenizer(tuned.base, end_of_turn)
+    positions = tuned.model.config.max_position_embeddings
 
     def answer(prompt: str) -> str:
         ids = tokenizer.encode(wrap(prompt))

@@ -183,36 +183,24 @@ def draw_heads(axes, scores: torch.Tensor, heads: list) -> None:
 
 
 def draw_curves(axes, parts: list[Part], of_loss: bool) -> None:
-    """The losses, or the scores, over epochs: a colour for each run, where there are several. The
-    value axis starts at 0, unless all curves would be flat lines there."""
-    lines, styles = {}, {}
+    """The losses, or the scores, over epochs: a colour for each run, or for each curve of one run.
+    The value axis starts at 0, unless all curves would be flat lines there."""
     for n, part in enumerate(parts):
         mine = {k: points for k, points in part.curves.items() if k.endswith("loss") == of_loss}
         for i, (label, points) in enumerate(once(mine).items()):
-            lines[f"{part.name}: {label}" if part.name else label] = points
             style = {"color": f"C{n}", "ls": DASHES[i % 4]} if part.name else {"color": f"C{i}"}
             thin = label.startswith("training")
             style |= {"alpha": 0.5, "lw": 1, "ls": "-"} if thin else {"marker": "."}
-            styles.setdefault(tuple(points), style)
-    drawn = once(lines)
-    if not drawn:
+            label = f"{part.name}: {label}" if part.name else label
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    if not axes.lines:
         return
-    for label, points in drawn.items():
-        axes.plot(*zip(*points, strict=True), label=label, **styles[tuple(points)])
-    epochs, values = zip(*itertools.chain(*drawn.values()), strict=True)
-    axes.set(xlabel="epoch", xlim=limits_of_epochs(min(epochs), max(epochs)))
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    axes.set(xlabel="epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if not 0 < max(values) - min(values) < max(values) / 10:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-
-
-def limits_of_epochs(first: float, last: float) -> tuple[float, float]:
-    """From 0 where steps of epoch 1 are shown, which lie below 1; else from 1, less a margin that
-    leaves room for the first dot."""
-    start = 0.0 if first < 1 else 1.0
-    margin = 0.03 * (last - start) or 0.5
-    return start - margin, last + margin
 
 
 def all_folds(parts: list[Part]) -> dict | None:
