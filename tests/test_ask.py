@@ -8,6 +8,7 @@ from conftest import MINI, make_run
 
 from lofit import load_tokenizer
 from lofit.errors import InputError
+from lofit.files import read_tensors, write_tensors
 from lofit.heads import edits_off
 from lofit.inspect import ask
 from lofit.llm.generate import generate
@@ -46,12 +47,16 @@ def test_the_task_s_prompt(run, capsys):
 
 
 def test_prompts_are_those_of_the_tasks():
-    assert mquake.ask("Imagine that A is B. What is A?") == mquake.prompt("A is B", "What is A?")
-    assert truthfulqa.ask("Is it?") == "Q: Is it? A:"
+    assert mquake.TASK.ask("Imagine that A is B. What is A?") == mquake.prompt(
+        "A is B", "What is A?"
+    )
+    assert truthfulqa.FOLDS[0].ask("Is it?") == "Q: Is it? A:"
     story = "Ann has a son, Bob. Bob has a sister, Cid."
-    assert clutrr.ask(f"{story} How is Cid related to Ann?") == clutrr.prompt(story, "Ann", "Cid")
+    assert clutrr.TASK.ask(f"{story} How is Cid related to Ann?") == clutrr.prompt(
+        story, "Ann", "Cid"
+    )
     with pytest.raises(InputError, match="expected a story followed by `How is B related to"):
-        clutrr.ask("Who is Cid?")
+        clutrr.TASK.ask("Who is Cid?")
 
 
 def test_one_question_after_the_other_until_the_end(run, monkeypatch, capsys):
@@ -60,12 +65,16 @@ def test_one_question_after_the_other_until_the_end(run, monkeypatch, capsys):
     ask.main([str(folder), "--max-new-tokens", "3"])
     out, err = capsys.readouterr()
     assert [line[:5] for line in out.splitlines()] == ["base ", "tuned"] * 2
-    assert err.startswith("error: prompt 0 has ")  # too long: the next one is asked all the same
+    assert err.startswith(
+        "error: the question has "
+    )  # too long: the next one is asked all the same
 
 
-def test_a_task_of_one_s_own_has_no_prompt(run, tmp_path):
+@pytest.mark.parametrize("task", ["fruits", "boolq"])
+def test_other_tasks_have_no_prompt(run, task):
     folder, _ = run
     path = folder / "offsets.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'"mquake\\"', b'"fruits\\"'))
-    with pytest.raises(InputError, match=r"--task: the run's task \(fruits\) is none of"):
+    tensors, info = read_tensors(path)
+    write_tensors(path, tensors, info | {"task": task})
+    with pytest.raises(InputError, match=rf"the run's task \({task}\) asks its prompts as"):
         ask.main([str(folder), "--task", "Who?"])

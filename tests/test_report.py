@@ -10,9 +10,10 @@ import pytest
 from conftest import make_run
 
 import eval as eval_script
+import select_heads
 import train
 from lofit.errors import InputError
-from lofit.inspect import report
+from lofit.inspect import explain, report
 
 WICKED = '<script>alert(1)</script> & "quotes"'
 
@@ -27,7 +28,8 @@ def run(tiny_folder, small_data, tmp_path):
     path.write_text(json.dumps(case) + "\n" + "".join(others))
     folder = tmp_path / "run"
     flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(folder)]
-    train.main([*flags, "--heads", "all", "--epochs", "2", "--lr", "0.3"])
+    select_heads.main([*flags, "--heads", "4", "--epochs", "1"])
+    train.main([*flags, "--epochs", "2", "--lr", "0.3"])
     eval_script.main(flags)
     return folder
 
@@ -38,10 +40,10 @@ def test_the_page_has_results_curves_answers_and_what_offsets_say(run, capsys):
     text = (run / "report.html").read_text()
     assert f"-> {run / 'report.html'}" in capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
-    score = f"{100 * results['tuned']['em_stripped']:.1f} %"
-    assert f"<b>{score}</b><span>em_stripped, tuned" in text and "12 offsets, 96 trained" in text
-    assert text.count("data:image/svg+xml;base64,") == 2  # loss, validation; no selection here
-    assert text.count("<article") >= 3 and text.count("<code>") == 12 * 10
+    score = f"{100 * results['scores']['tuned']['em_stripped']:.1f} %"
+    assert f"<b>{score}</b><span>em_stripped, tuned" in text and "4 offsets, 32 trained" in text
+    assert text.count("data:image/svg+xml;base64,") == 3  # heads, loss, validation
+    assert text.count("<article") == 2 and text.count("<code>") == 4 * 10
     # one file, no network, no script
     assert not re.search(r"<script|<link|@import|src=\"(?!data:)|url\(", text)
 
@@ -50,39 +52,52 @@ def test_an_answer_with_a_script_stays_text(run):
     line = json.loads((run / "predictions.jsonl").open().readline())
     line["base"]["prediction"], line["tuned"]["prediction"] = WICKED, f"{WICKED} more"
     (run / "predictions.jsonl").write_text(json.dumps(line) + "\n")
-    _, text = report.page(run)
+    _, text = report.page([str(run)])
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
-    assert "<ins> more</ins>" in text
 
 
-def test_only_the_words_that_differ_are_marked():
-    both = report.marked("the old <b> answer", "the new <b> answer")
-    assert both["was"] == "the <del>old</del> &lt;b&gt; answer"
-    assert both["now"] == "the <ins>new</ins> &lt;b&gt; answer"
+def line_of(before: float, after: float, **more) -> dict:
+    rows = {
+        "base": {"prediction": "old", "em": before},
+        "tuned": {"prediction": "new", "em": after},
+    }
+    return {"prompt": " Who? ", "answer": " gold"} | more | rows
+
+
+def test_each_answer_is_right_or_wrong_beside_the_gold_one():
+    lines = [line_of(0.0, 1.0, references=["Gold", "Au"]), line_of(1.0, 0.0), line_of(0.0, 0.0)]
+    right, wrong, stayed = report.pick_answers([*lines, *[line_of(0.0, 0.0)] * 9], "em")[:3]
+    assert (right["kind"], right["gold"], right["question"]) == ("became right", "Gold", "Who?")
+    assert right["answers"] == {"base": ("old", False), "tuned": ("new", True)}
+    assert wrong["kind"] == "became wrong" and wrong["answers"]["base"] == ("old", True)
+    assert stayed["kind"] == "stayed wrong" and stayed["gold"] == "gold"
+    assert report.gold_of({"answer": "It is 4, so 12", "value": 12.0}) == "12"
+    assert report.gold_of({"answer": "yes", "right": [" yes.", " aye."]}) == "yes."
 
 
 def test_given_answers_are_read_as_the_most_probable_one():
     line = {"right": [" yes."], "wrong": [" no.", " maybe."]}
     line["base"] = {"log_probs": {"right": [-3.0], "wrong": [-4.0, -1.0]}}
-    assert report.said(line, "base") == "maybe."
-
-
-def test_the_metric_is_the_main_one_of_the_task_else_the_first():
-    results = {"": {"base": {"em": 0.5, "em_stripped": 0.5}}}
-    assert report.main_metric("mquake", results) == "em_stripped"
-    assert report.main_metric("my-folder", results) == report.main_metric(None, results) == "em"
-    assert report.main_metric("truthfulqa", results) == "em" and report.main_metric("x", {}) == ""
+    assert report.answer_of(line, "base") == "maybe."
 
 
 def test_the_curves_are_those_of_the_last_training():
     def step(script, n, loss, epoch=1):
         return {"script": script, "epoch": epoch, "step": n, "task_loss": loss}
 
-    validated = {"script": "train", "epoch": 1, "val_loss": 0.5, "val": {"em": 0.25}}
+    def validated(epoch, em):
+        return {"script": "train", "epoch": epoch, "val": {"loss": 0.5, "em": em}}
+
     log = [step("select_heads", 1, 9.0), step("train", 1, 8.0), step("train", 1, 2.0)]
-    found = report.read_curves([*log, step("train", 2, 1.0), validated])
+    log += [step("train", 2, 1.0), validated(1, 0.25)]
+    found = report.read_curves(log)
     assert found["training loss"] == [(0.5, 2.0), (1.0, 1.0)]
     assert found["validation loss"] == [(1, 0.5)] and found["em"] == [(1, 25.0)]
+    # stopped in the second epoch, and continued from its beginning
+    log += [step("train", 3, 7.0, 2), step("train", 3, 0.5, 2), step("train", 4, 0.25, 2)]
+    found = report.read_curves([*log, validated(2, 0.5)])
+    assert found["training loss"] == [(0.5, 2.0), (1.0, 1.0), (1.5, 0.5), (2.0, 0.25)]
+    assert found["em"] == [(1, 25.0), (2, 50.0)]
 
 
 @pytest.fixture
@@ -94,7 +109,7 @@ def axes():
 
 
 def part(name="", **curves):
-    return report.Part(name, None, {}, None, [], None, curves)
+    return report.Part(name, {}, [], {}, None, [], None, curves)
 
 
 def labels(axes) -> list[str]:
@@ -108,16 +123,13 @@ def test_identical_curves_are_one_that_names_them_all(axes):
     assert len({line.get_color() for line in axes.get_lines()}) == 2
 
 
-def test_folds_have_a_colour_each_and_equal_ones_are_drawn_once(axes):
-    one, other, third = [(1, 20.0), (2, 60.0)], [(1, 10.0), (2, 60.0)], [(1, 15.0), (2, 65.0)]
-    report.draw_curves(axes, [part("fold 0", mc1=one, mc2=other), part("fold 1", mc1=third)], False)
-    assert labels(axes) == ["fold 0: mc1", "fold 0: mc2", "fold 1: mc1"]
+def test_runs_have_a_colour_each(axes):
+    one, other = [(1, 20.0), (2, 60.0)], [(1, 10.0), (2, 60.0)]
+    report.draw_curves(axes, [part("a", mc1=one, mc2=other), part("b", mc1=one)], False)
+    assert labels(axes) == ["a: mc1", "a: mc2", "b: mc1"]
     first, second, third = axes.get_lines()
     assert first.get_color() == second.get_color() != third.get_color()
     assert first.get_linestyle() != second.get_linestyle()
-    axes.clear()
-    report.draw_curves(axes, [part("fold 0", mc1=one), part("fold 1", mc1=one)], False)
-    assert labels(axes) == ["fold 0: mc1 = fold 1: mc1"]
 
 
 def test_losses_and_scores_are_not_mixed(axes):
@@ -139,84 +151,64 @@ def test_the_value_axis_starts_at_0_unless_that_hides_the_change(axes, points, o
     assert (axes.get_ylim()[0] == 0) == of_zero
 
 
-def test_epochs_are_whole_numbers_from_1_or_0_where_steps_of_the_first_are_shown(axes):
-    def ticks(first):
-        axes.clear()
-        report.draw_curves(axes, [part(x=[(first, 20.0), *((n, 60.0) for n in (2, 3, 4))])], False)
-        low, high = axes.get_xlim()
-        return [tick for tick in axes.get_xticks() if low <= tick <= high]
-
-    assert ticks(1) == [1, 2, 3, 4]
-    assert ticks(0.25) == [0, 1, 2, 3, 4]
-    axes.clear()
-    report.draw_curves(axes, [part(x=[(1, 20.0)])], False)  # --validate last, one epoch
-    assert axes.get_xlim() == (0.5, 1.5) and 1 in axes.get_xticks()
-
-
 @pytest.fixture
 def folds(tiny_folder, small_data, tmp_path):
-    """A trained and evaluated run in two folds."""
-    folder = tmp_path / "folds"
-    flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(folder)]
+    """Two trained and evaluated runs, TruthfulQA's folds."""
+    flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(tmp_path / "f")]
     flags += ["--task", "truthfulqa"]
     train.main([*flags, "--heads", "all", "--epochs", "1", "--lr", "0.3"])
     eval_script.main(flags)
-    return folder
+    return [tmp_path / "f" / name for name in ("truthfulqa-0", "truthfulqa-1")]
 
 
-def test_a_run_in_folds_is_one_page(folds, capsys):
+def test_several_runs_are_one_page_and_two_folds_are_also_scored_together(folds, capsys):
     pytest.importorskip("matplotlib", reason='needs pip install -e ".[test]"')
-    report.main([str(folds)])
-    assert f"-> {folds / 'report.html'}" in capsys.readouterr().out
-    text = (folds / "report.html").read_text()
-    assert "12 offsets, 96 trained values in each of 2 folds" in text
-    for name, path in (
-        ("all folds", folds),
-        ("fold 0", folds / "fold0"),
-        ("fold 1", folds / "fold1"),
-    ):
-        results = json.loads((path / "results.json").read_text())
-        rows = text.split(f"<td>{name}</td><td>mc1</td>")[1]
-        assert f"{100 * results['tuned']['mc1']:.1f} %" in rows.split("</tr>")[0]
-        assert f"{name} {results['n']} items" in text
-    assert text.count("data:image/svg+xml;base64,") == 2  # both folds in each
-    assert text.count("<h3>fold") == 2 and text.count("<code>") == 2 * 12 * 10
-    # answers are of both folds
-    for fold in ("fold0", "fold1"):
-        lines = (folds / fold / "predictions.jsonl").read_text().splitlines()
+    report.main([str(fold) for fold in folds])
+    assert f"-> {folds[0] / 'report.html'}" in capsys.readouterr().out
+    text = (folds[0] / "report.html").read_text()
+    assert "12 offsets, 96 trained values in each of 2 runs" in text
+    scores, counts = [], []
+    for fold in folds:
+        results = json.loads((fold / "results.json").read_text())
+        rows = text.split(f"<td>{fold.name}</td><td>mc1</td>")[1]
+        assert f"{100 * results['scores']['tuned']['mc1']:.1f} %" in rows.split("</tr>")[0]
+        scores, counts = [*scores, results["scores"]["tuned"]["mc1"]], [*counts, results["n"]]
+        lines = (fold / "predictions.jsonl").read_text().splitlines()
         assert any(json.loads(line)["prompt"] in text for line in lines)
-
-
-def test_joint_results_of_other_offsets_are_not_shown(folds):
-    results = json.loads((folds / "results.json").read_text())
-    results["offsets_hash"].reverse()
-    (folds / "results.json").write_text(json.dumps(results))
-    text = report.page(folds)[1]
-    assert "all folds" not in text and "<td>fold 0</td><td>mc1</td>" in text
-
-
-def test_a_fold_alone_is_a_page_of_its_own(folds):
-    out, text = report.page(folds / "fold1")
-    assert out == folds / "fold1" / "report.html" and "on truthfulqa, fold 1</h1>" in text
-    assert "fold 0" not in text and "<h3>" not in text
-    (folds / "fold0" / "offsets.safetensors").unlink()
-    text = report.page(folds)[1]  # what is trained so far
-    assert "<h3>fold 1" in text and "<h3>fold 0" not in text and "all folds" not in text
+    whole = sum(s * n for s, n in zip(scores, counts, strict=True)) / sum(counts)
+    row = text.split("<td>both folds</td><td>mc1</td>")[1].split("</tr>")[0]
+    assert f"{100 * whole:.1f} %" in row and f"both folds {sum(counts)} items" in text
+    assert text.count("data:image/svg+xml;base64,") == 2  # both folds in each
+    assert text.count("<h3>truthfulqa-") == 2 and text.count("<code>") == 2 * 12 * 10
+    alone = report.page([str(folds[1])])[1]
+    assert "on truthfulqa-1</h1>" in alone and "truthfulqa-0" not in alone and "<h3>" not in alone
 
 
 def test_without_matplotlib_a_line_says_so(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _, text = report.page(run)
+    _, text = report.page([str(run)])
     assert "matplotlib is not installed" in text and "data:image" not in text
 
 
 def test_offsets_that_were_not_evaluated(tiny_folder, tmp_path, run):
-    make_run(tmp_path / "bare", tiny_folder)
-    assert "Not evaluated" in report.page(tmp_path / "bare")[1]
-    (tmp_path / "bare" / "results.json").write_text((run / "results.json").read_text())
-    assert "Not evaluated" in report.page(tmp_path / "bare")[1]  # those are of other heads
-    with pytest.raises(InputError, match="no offsets.safetensors in it"):
+    bare = tmp_path / "bare"
+    make_run(bare, tiny_folder)
+    assert "Not evaluated" in report.page([str(bare)])[1]
+    (bare / "results.json").write_text((run / "results.json").read_text())
+    assert "Not evaluated" in report.page([str(bare)])[1]  # those are of other heads
+    with pytest.raises(InputError, match="a model without offsets"):
         report.main([str(tiny_folder)])
+
+
+def test_a_baseline_has_a_page_without_offsets(run, tiny_folder, small_data, tmp_path):
+    flags = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(tmp_path / "red")]
+    train.main([*flags, "--method", "red", "--epochs", "1"])
+    eval_script.main(flags)
+    text = report.page([str(tmp_path / "red")])[1]
+    assert "red: 192 trained values" in text and "What the offsets say" not in text
+    assert text.count("<article") == 2
+    with pytest.raises(InputError, match="edits of red are no offsets"):
+        explain.main([str(tmp_path / "red")])
 
 
 @pytest.mark.slow

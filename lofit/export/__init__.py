@@ -1,1 +1,1 @@
-"""Trained offsets as files: found by name, folded into biases, written for other programs."""
+"""Trained offsets folded into biases, and written for other programs."""

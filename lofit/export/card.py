@@ -1,19 +1,40 @@
 """The model card of an export: what it is, from which base, how well it does, how to use it."""
 
+import shlex
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 
-from lofit.export.folding import FoldedBase
-from lofit.run.adapters import Adapter
+from lofit.heads import attached_offsets
+from lofit.llm.hub import find_folder
+from lofit.run.files import read_results
 from lofit.run.summary import results_table
+from lofit.run.tuned import Tuned
 
-LIBRARY = {
-    "hf": "transformers", "gguf": "gguf", "peft": "peft", "steered": "lm-eval", "lofit": "lofit",
-}  # fmt: skip
-WHOLE = ("hf", "gguf")  # the others are adapters
+LIBRARY = {"hf": "transformers", "gguf": "gguf", "peft": "peft"}
 LICENCE_KEYS = ("license", "license_name", "license_link")
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ base }} with {{ method }}
+
+| | |
+|---|---|
+{% for key, value in facts.items() %}
+| {{ key }} | {{ value }} |
+{% endfor %}
+
+## Scores
+
+{{ scores }}
+
+## Use
+
+{{ use }}
+"""
 USE = {
     "hf": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,8 +43,8 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 tokenizer = AutoTokenizer.from_pretrained("DIR")
 ```
 
-The offsets are biases of `o_proj`; the other biases that `attention_bias` creates are zero.
-""",
+The offsets are biases of `o_proj`; the other biases that `attention_bias` creates are zero, or the
+base model's own.""",
     "gguf": """```
 llama-server -m DIR/model.gguf
 ```
@@ -33,8 +54,7 @@ Ollama (not tried), with this as its `Modelfile`:
 ```
 FROM ./model.ggufTEMPLATE
 PARAMETER temperature 0
-```
-""",
+```""",
     "peft": """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -43,108 +63,76 @@ base = AutoModelForCausalLM.from_pretrained("BASE")
 model = PeftModel.from_pretrained(base, "DIR")  # peft >= 0.21.2
 ```
 
-`merge_and_unload` fails in peft, for the base has no bias to add the adapter to: a model in one
-piece is what `python -m lofit.export RUN --format hf` writes. Several adapters in one model:
-`model.load_adapter(OTHER, "other")`, then `model.set_adapter("other")`.
-""",
-    "steered": """```
-lm_eval --model steered --model_args pretrained=BASE,steer_path=DIR/steering.pt --tasks ...
-```
-""",
-    "lofit": """```
-python eval.py --model BASE --offsets DIR
-```
-""",
+Several adapters in one model: `model.load_adapter(OTHER, "other")`, `model.set_adapter("other")`.
+Of offsets `merge_and_unload` fails, for the base has no bias to add to: a model in one piece is
+what `python -m lofit.export RUN --format hf` writes.""",
 }
-# Where a family's exports were seen to answer as they should: tests/measure/serving.py, --check,
-# docs/export.md. What is in neither table was not tried.
-_STOCK = "transformers 5.24.0"
+# Where exports of a class were seen to answer as the tuned model: tests/measure/serving.py, the
+# tests, docs/export.md. What is not in the table was not tried.
 SEEN = {
-    "hf": {
-        "llama": f"{_STOCK}, vLLM 0.32.0 (CPU)",
-        "gemma": f"{_STOCK}, vLLM 0.32.0 (CPU) with `--model-impl transformers`",
-        "gemma2": f"{_STOCK}, vLLM 0.32.0 (CPU)",
-        "gemma3_text": f"{_STOCK}, vLLM 0.32.0 (CPU)",
-    },
-    "gguf": {"llama": "llama.cpp's server (package xllamacpp 2026.10.11549)"},
-    "peft": dict.fromkeys(("llama", "gemma", "gemma2", "gemma3_text"), f"peft 0.21.2, {_STOCK}"),
-    "steered": {"llama": "lm-eval 0.4.13"},
-    "lofit": {},
-}
-# Who serves the base model instead, without a word.
-DROPS = {
-    ("hf", "gemma"): "vLLM's own Gemma 1 (0.32.0): it leaves biases of attention out",
+    "llama": "vLLM 0.32.0 (CPU)",
+    "gemma": "vLLM 0.32.0 (CPU) with `--model-impl transformers`. **vLLM's own Gemma 1 leaves"
+    " biases of attention out and would serve the base model, without a word**",
+    "gemma2": "vLLM 0.32.0 (CPU)",
+    "gemma3_text": "vLLM 0.32.0 (CPU)",
 }
 
 
-def model_card(
-    base: FoldedBase, adapter: Adapter, form: str, name: str, checked: str | None = None
-) -> str:
-    """README.md of an export in one of the formats of export.py; name: its hub id or folder;
-    checked: what --check found."""
-    info, licence = adapter.info, licence_of(base.folder)
-    hub_id = base.name if _is_id(base.name) else None  # the hub refuses other names
-    data = huggingface_hub.ModelCardData(
+def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
+    """README.md of an export. name: its hub id or folder; checked: what --check found."""
+    info, source = tuned.info, tuned.model.source
+    base, licence = source.name.partition("@")[0], licence_of(find_folder(tuned.base))
+    hub_id = base if _is_id(base) else None  # the hub refuses other names
+    adapter = hub_id and form == "peft"
+    data = ModelCardData(
         base_model=hub_id,
         library_name=LIBRARY[form],
         pipeline_tag="text-generation",
-        tags=["lofit", *([f"base_model:adapter:{hub_id}"] if hub_id and form not in WHOLE else [])],
+        tags=["lofit", *([f"base_model:adapter:{hub_id}"] if adapter else [])],
         **licence,
     )
-    n = adapter.offsets.numel()
+    heads, offsets = attached_offsets(tuned.model)
     facts = {
-        "base model": f"{base.name}{f' at {base.revision}' if base.revision else ''}",
-        "fingerprint of its weights": base.fingerprint,
-        "method": "LoFiT, offset vectors on the outputs of chosen attention heads"
-        " (https://arxiv.org/abs/2406.01563)",
-        "task": _task(info),
-        "heads (layer, head)": f"{len(adapter.heads)}: "
-        + " ".join(f"({layer}, {head})" for layer, head in adapter.heads),
-        "trained values": f"{n:,}",
+        "base model": f"{base}{f' at {source.revision}' if source.revision else ''}",
+        "fingerprint of its weights": source.fingerprint,
+        "method": f"{tuned.method}, of [LoFiT](https://arxiv.org/abs/2406.01563)'s code",
+        "task": f"{info.get('task', 'not recorded')}"
+        f"{', asked in the chat template' if info.get('chat') else ''}",
+        "heads (layer, head)": f"{len(heads)}: {' '.join(f'({i}, {h})' for i, h in heads)}",
+        "trained values": f"{info.get('trained_values', offsets.numel()):,}",
         "seed": info.get("seed", "not recorded"),
-        "settings": ", ".join(f"{k} {v}" for k, v in info.get("settings", {}).items())
-        or "not recorded",
-        "licence": licence.get(
-            "license", f"not stated in the base model's folder; see {base.name}"
-        ),
+        "settings": ", ".join(f"{k} {v}" for k, v in info["settings"].items()) or "not recorded",
+        "licence": licence.get("license", f"not stated in the base model's folder; see {base}"),
     }
-    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
-    use = USE[form].replace("BASE", base.name).replace("DIR", name)
+    if not heads:
+        del facts["heads (layer, head)"]
+    use = USE[form].replace("BASE", base).replace("DIR", name)
     use = use.replace("TEMPLATE", "" if info.get("chat") else '\nTEMPLATE """{{ .Prompt }}"""')
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {base.name} with LoFiT offsets\n\n| | |\n|---|---|\n"
-        f"{rows}\n## Scores\n\n{_scores(adapter)}\n## Use\n\n{use}"
-        f"{_programs(form, base.config.model_type, checked)}"
-    )
-
-
-def _task(info: dict) -> str:
-    parts = [str(info.get("task", "not recorded"))]
-    if info.get("fold") is not None:
-        parts.append(f"fold {info['fold']}")
     if info.get("chat"):
-        parts.append("asked in the chat template")
-    return ", ".join(parts)
+        use += "\n\nAsk in the chat template (`tokenizer.apply_chat_template`), as it was trained."
+    seen = SEEN.get(tuned.model.config.model_type) if form == "hf" else None
+    use += f"\n\nSeen to answer as the tuned model in {seen}." if seen else ""
+    use += f"\n\n{checked[0].upper()}{checked[1:]} (greedy, 16 tokens)." if checked else ""
+    return str(
+        ModelCard.from_template(
+            data, template_str=TEMPLATE, base=base, facts=facts, scores=_scores(tuned), use=use,
+            method="LoFiT offsets" if heads else tuned.method,
+        )
+    )  # fmt: skip
 
 
-def _programs(form: str, family: str, checked: str | None) -> str:
-    seen, drops = SEEN[form].get(family), DROPS.get((form, family))
-    lines = [
-        seen and f"Exports of this family were seen to answer as they should in {seen}.",
-        drops and f"**Not with {drops}, and so would serve the base model.**",
-        checked and f"{checked[0].upper()}{checked[1:]} (20 greedy answers of 16 tokens).",
-    ]
-    return "".join(f"\n{line}\n" for line in lines if line)
-
-
-def _scores(adapter: Adapter) -> str:
-    results = adapter.results()
+def _scores(tuned: Tuned) -> str:
+    info, command = tuned.info, ["python", "eval.py", "--model", tuned.base]
+    command += ["--task", str(info.get("task", "TASK"))]
+    dtype = info["settings"].get("dtype")
+    command += ["--chat"] * bool(info.get("chat")) + ["--plain"] * bool(info.get("plain"))
+    command += ["--dtype", dtype] if dtype else []
+    text = f"```\n{shlex.join([*command, '--offsets', str(tuned.path.parent)])}\n```"
+    results = read_results(tuned.path.parent)
     if results is None:
-        return "Not evaluated: no results.json of these offsets beside them.\n"
-    return (
-        f"{results['task']}, {results['split']} split, {results['n']} items:\n\n"
-        f"```\n{results_table(results)}\n```\n"
-    )
+        return f"Not evaluated: no results.json of these offsets beside them. To do so:\n\n{text}"
+    head = f"{results['task']}, {results['split']} split, {results['n']} items:"
+    return f"{head}\n\n```\n{results_table(results)}\n```\n\nMade by\n\n{text}"
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -153,7 +141,7 @@ def licence_of(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        data = huggingface_hub.ModelCard.load(path).data.to_dict()
+        data = ModelCard.load(path).data.to_dict()
     except (ValueError, OSError):
         return {}
     return {key: str(data[key]) for key in LICENCE_KEYS if data.get(key)}

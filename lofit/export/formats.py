@@ -2,13 +2,11 @@
 
     python -m lofit.export runs/mini-llama/mquake --format hf --out exported
 
-RUN is the folder of a run, an adapter folder or hub id, or a checkpoint that the paper released.
+RUN is what `eval.py --offsets` takes.
 
     hf       a whole checkpoint, the offsets in it as biases
     gguf     the same as one file for llama.cpp (pip install -e ".[gguf]")
-    peft     an adapter that stock peft loads (BEFT, a tuner of biases)
-    steered  steering vectors for lm-evaluation-harness, --model steered
-    lofit    an adapter for eval.py --offsets
+    peft     an adapter for stock peft: BEFT, a tuner of biases; of `train.py --method lora` a LoRA
 """
 
 import argparse
@@ -17,26 +15,26 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
-import torch
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
+from lofit.compare.baselines import LORA_ALPHA, RANK, TARGETS
 from lofit.errors import InputError
 from lofit.export import gguf
 from lofit.export.card import model_card
 from lofit.export.check import check, find_prompts
-from lofit.export.folding import FoldedBase, fold
-from lofit.files import write_json, write_text
-from lofit.llm.checkpoint import DTYPES, HF_METADATA, stored_tensors, weight_files
-from lofit.llm.files import read_json, save_tensors
-from lofit.llm.folder import INDEX, LICENCES
+from lofit.export.folding import fold, shifts
+from lofit.files import read_json, save_weights, write, write_json
+from lofit.llm.chat import load_chat_template
+from lofit.llm.checkpoint import DTYPES, HEAD
+from lofit.llm.hub import LICENCES, find_folder
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.run.adapters import Adapter, open_adapter
-from lofit.run.artefacts import OFFSETS, save_offsets
+from lofit.run.files import edit_tensors
+from lofit.run.tuned import Tuned, open_tuned
 
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", *LICENCES,
+    "generation_config.json", *LICENCES,
 )  # fmt: skip
 
 
@@ -51,42 +49,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("--format", required=True, choices=WRITERS)
     arg("--out", required=True, type=Path, metavar="DIR", help="a new or an empty folder")
     arg("--model", help="where the base model is now (default: where the run had it)")
-    arg("--dtype", choices=DTYPES, help="default: weights as stored, what is added in float32")
-    arg("--check", action="store_true", help="see that stock transformers answers alike")
+    arg("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
+    arg("--check", action="store_true", help="ask stock transformers 20 prompts of the run's"
+        " predictions.jsonl, and write nothing if its answers are others")  # fmt: skip
     arg("--push-to-hub", metavar="ID", help="also upload DIR, as owner/name")
     return parser.parse_args(argv)
 
 
-def write_hf(base: FoldedBase, adapter: Adapter, out: Path) -> None:
-    """The base model's files one by one, with a bias on every q, k, v and o: `attention_bias` turns
-    on all four together; store zeros for the three that we do not use."""
-    weight_map, n_bytes = {}, 0
-    paths = weight_files(base.folder)
-    for path in paths:
-        tensors = {}
-        for key, tensor in stored_tensors([path], base.is_kept):
-            tensors[key] = base.cast(key, tensor)
-            tensors |= base.biases_beside(key)
-        save_tensors(out / path.name, tensors, HF_METADATA)
-        weight_map |= dict.fromkeys(tensors, path.name)
-        n_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    if len(paths) > 1 or (base.folder / INDEX).exists():
-        write_json(out / INDEX, {"metadata": {"total_size": n_bytes}, "weight_map": weight_map})
-    write_json(out / "config.json", base.hf_config())
+def write_hf(tuned: Tuned, out: Path) -> None:
+    """config.json, weights in shards of 5 GB, and the base's tokenizer, settings and licences."""
+    base = find_folder(tuned.base)
+    model, raw = fold(tuned.model), read_json(base / "config.json")
+    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights[HEAD]
+    huggingface_hub.save_torch_state_dict(weights, out)
+    name = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    config = model.config.to_hf() | {"dtype": name, "torch_dtype": name}
+    # what else a file of the same class says changes no logit, but other programs may look for it
+    same = raw["model_type"] == model.config.model_type
+    write_json(out / "config.json", (raw if same else {}) | config)
+    for path in out.glob("*.safetensors"):  # safetensors makes them unreadable for anybody else
+        path.chmod((out / "config.json").stat().st_mode)
     for pattern in COPIED:
-        for path in filter(Path.is_file, base.folder.glob(pattern)):
-            check_inside(path, base.folder)
+        for path in filter(Path.is_file, base.glob(pattern)):
+            check_inside(path, base)
             shutil.copyfile(path, out / path.name)
-    write_ending(base, adapter, out)
-
-
-def write_ending(base: FoldedBase, adapter: Adapter, out: Path) -> None:
-    """Name in generation_config.json the tokens that end an answer to a chat prompt here, so that a
-    server stops where eval.py did. Other answers end where the base's own files say."""
-    if adapter.info.get("chat"):
+    if tuned.info.get("chat"):  # a server is to stop where eval.py did
         path = out / "generation_config.json"
         settings = read_json(path) if path.exists() else {}
-        eos_ids = load_tokenizer(base.folder, None, add_special_tokens=False).eos_ids
+        eos_ids = load_tokenizer(base, load_chat_template(base)[1]).eos_ids
         write_json(path, settings | {"eos_token_id": list(eos_ids)})
 
 
@@ -101,86 +93,69 @@ def check_inside(path: Path, folder: Path) -> None:
         )
 
 
-def write_peft(base: FoldedBase, adapter: Adapter, out: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors of peft's BEFT (peft >= 0.21.2), for the
-    edited layers alone."""
-    tensors = {
-        f"base_model.model.{base.prefix}layers.{layer}.self_attn.o_proj.beft_bias": vector[None]
-        for layer, vector in base.vectors.items()
-    }
-    save_tensors(out / "adapter_model.safetensors", tensors, HF_METADATA)
-    config = {
-        "peft_type": "BEFT",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
-        "revision": base.revision,
-        "inference_mode": True,
-        "target_modules": [f"layers.{layer}.self_attn.o_proj" for layer in base.shifts],
-    }
-    write_json(out / "adapter_config.json", config)
+def write_peft(tuned: Tuned, out: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, in float32."""
+    source, raw = tuned.model.source, read_json(find_folder(tuned.base) / "config.json")
+    # where transformers keeps the layers of a text model, and of one that sees images
+    stem = f"base_model.model.model.{'language_model.' if 'text_config' in raw else ''}"
+    if tuned.method == "lora":
+        own = {"peft_type": "LORA", "r": RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0}
+        own |= {"target_modules": list(TARGETS), "bias": "none"}
+        tensors = {}
+        for key, tensor in edit_tensors(tuned.model).items():  # layers.3.q_proj_A
+            layer, name = key.rsplit(".", 1)
+            module, part = name.rsplit("_", 1)
+            tensors[f"{stem}{layer}.self_attn.{module}.lora_{part}.weight"] = tensor
+    else:  # BEFT (peft >= 0.21.2): a bias on what a module returns
+        modules = {f"layers.{i}.self_attn.o_proj": v for i, v in shifts(tuned.model).items()}
+        own = {"peft_type": "BEFT", "target_modules": list(modules)}
+        tensors = {f"{stem}{name}.beft_bias": shift[None] for name, shift in modules.items()}
+    save_weights(out / "adapter_model.safetensors", tensors)
+    config = own | {"task_type": "CAUSAL_LM", "inference_mode": True}
+    config |= {"base_model_name_or_path": source.name.partition("@")[0]}
+    write_json(out / "adapter_config.json", config | {"revision": source.revision})
 
 
-def write_steered(base: FoldedBase, adapter: Adapter, out: Path) -> None:
-    """steering.pt: what to add at the output of each edited layer's o_proj."""
-    prefix = base.prefix.removeprefix("model.")  # lm-eval looks for them from the body on
-    vectors = {
-        f"{prefix}layers.{layer}.self_attn.o_proj": {
-            "steering_vector": vector,
-            "steering_coefficient": 1.0,
-            "action": "add",
-            "bias": None,
-            "head_index": None,
-        }
-        for layer, vector in base.vectors.items()
-    }
-    torch.save(vectors, out / "steering.pt")
-
-
-def write_lofit(base: FoldedBase, adapter: Adapter, out: Path) -> None:
-    """offsets.safetensors and lofit_config.json."""
-    info = adapter.info | {"fingerprint": base.fingerprint}
-    save_offsets(out / OFFSETS, adapter.heads, adapter.offsets, info)
-
-
-def write_gguf(base: FoldedBase, adapter: Adapter, out: Path) -> None:
+def write_gguf(tuned: Tuned, out: Path) -> None:
     """model.gguf, by way of a checkpoint that does not stay."""
-    gguf.check_gguf(base)
+    gguf.check_gguf(tuned)
     checkpoint = out / "checkpoint"
     checkpoint.mkdir()
-    write_hf(base, adapter, checkpoint)
-    gguf.convert(base, checkpoint, out / gguf.MODEL)
+    write_hf(tuned, checkpoint)
+    gguf.convert(tuned, checkpoint, out / gguf.MODEL)
     for pattern in LICENCES:
         for path in checkpoint.glob(pattern):
             path.rename(out / path.name)
     shutil.rmtree(checkpoint)
 
 
-WRITERS = {
-    "hf": write_hf, "gguf": write_gguf, "peft": write_peft, "steered": write_steered,
-    "lofit": write_lofit,
-}  # fmt: skip
+WRITERS = {"hf": write_hf, "gguf": write_gguf, "peft": write_peft}
+
+
+def check_method(tuned: Tuned, form: str) -> None:
+    """InputError for edits that the format cannot express."""
+    if "method" in tuned.info and (tuned.method, form) != ("lora", "peft"):
+        cure = "take --format peft" if tuned.method == "lora" else "eval.py --offsets reads them"
+        raise InputError(f"--format {form}: edits of {tuned.method} are no offsets; {cure}")
 
 
 def export(args: argparse.Namespace) -> None:
     """Write DIR, whole or not at all."""
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"--out {args.out}: not an empty folder; name a new one")
-    if args.format == "lofit" and args.dtype:
-        raise InputError("--dtype: offsets are float32 in this project's own format; leave it out")
     if args.push_to_hub:
         check_hub(args.push_to_hub)
-    adapter, checked = open_adapter(args.run), None
-    if args.check:
-        find_prompts(adapter, args.format)
-    base = fold(adapter, args.run, args.model, args.dtype and DTYPES[args.dtype])
+    prompts = find_prompts(args.run, args.format) if args.check else []
+    tuned, checked = open_tuned(args.run, args.model, args.dtype), ""
+    check_method(tuned, args.format)
     partial = args.out.absolute().with_name(f".{args.out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        WRITERS[args.format](base, adapter, partial)
+        WRITERS[args.format](tuned, partial)
         if args.check:
-            checked = check(base, adapter, args.run, args.format, partial)
-        name = args.push_to_hub or args.out.name
-        write_text(partial / "README.md", model_card(base, adapter, args.format, name, checked))
+            checked = check(tuned, prompts, args.format, partial)
+        card = model_card(tuned, args.format, args.push_to_hub or args.out.name, checked)
+        write(partial / "README.md", card)
         if args.out.exists():
             args.out.rmdir()
         partial.rename(args.out)
@@ -190,10 +165,7 @@ def export(args: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in args.out.iterdir())
-    print(
-        f"{len(adapter.heads)} offsets in {len(base.shifts)} layers of {base.name}"
-        f" -> {args.out} ({args.format}, {size:,} bytes)"
-    )
+    print(f"{args.run} on {tuned.base} -> {args.out} ({args.format}, {size:,} bytes)")
     if checked:
         print(checked)
 

@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 
 from lofit.errors import InputError
-from lofit.export.folding import FoldedBase
-from lofit.llm.files import read_json
+from lofit.export.folding import fold, with_biases
+from lofit.files import read_json
+from lofit.llm.hub import find_folder
+from lofit.llm.model import CausalLM
+from lofit.run.tuned import Tuned
 
 MODEL = "model.gguf"
 # Those where llama.cpp has a bias after o_proj. It does not load a Gemma 1, 2 or 3 with one (wrong
@@ -23,10 +26,10 @@ FAMILIES = ("llama",)
 OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-def check_gguf(base: FoldedBase) -> None:
+def check_gguf(tuned: Tuned) -> None:
     """InputError if llama.cpp has no place for the biases, if the converter is not installed, or
     would run code of the base model's folder."""
-    family = base.config.model_type
+    family = with_biases(tuned.model.config).model_type
     if family not in FAMILIES:
         raise InputError(
             f"--format gguf: llama.cpp's {family} has no bias after o_proj, which is where offsets"
@@ -38,7 +41,7 @@ def check_gguf(base: FoldedBase) -> None:
             ' ".[gguf]" has llama.cpp\'s converter'
         )
     for name in ("config.json", "tokenizer_config.json"):
-        path = base.folder / name
+        path = find_folder(tuned.base) / name
         if path.exists() and "auto_map" in read_json(path):
             raise InputError(
                 f"{path}: 'auto_map' names code, and llama.cpp's converter would run it; remove the"
@@ -46,39 +49,37 @@ def check_gguf(base: FoldedBase) -> None:
             )
 
 
-def convert(base: FoldedBase, checkpoint: Path, path: Path) -> None:
+def convert(tuned: Tuned, checkpoint: Path, path: Path) -> None:
     """A checkpoint that write_hf wrote -> a GGUF file, its tokenizer and chat template in it; other
     weights than biases and norms in the checkpoint's dtype. Both paths: absolute. InputError with
     the converter's last line if it fails, or if the file lacks a bias."""
-    out_type = OUT_TYPES.get(base.dtype or base.stored_dtype, "auto")
     command = [sys.executable, "-m", "convert_hf_to_gguf", str(checkpoint)]
-    command += ["--outfile", str(path), "--outtype", out_type]
-    command += ["--model-name", f"{Path(base.name).name} with LoFiT offsets"]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command += ["--outfile", str(path), "--outtype", OUT_TYPES[tuned.model.lm_head.weight.dtype]]
+    command += ["--model-name", f"{Path(tuned.base).name} with LoFiT offsets"]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         errors="replace",
-        env=offline,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
         cwd=path.parent,  # `-m` looks here first: a folder named gguf must not be found
     )
     if done.returncode or not path.exists():
         last = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
         raise InputError(
-            f"--format gguf: llama.cpp's converter does not take {base.name} ({last[0]}); take"
+            f"--format gguf: llama.cpp's converter does not take {tuned.base} ({last[0]}); take"
             " --format hf"
         )
-    check_biases(base, path)
+    check_biases(fold(tuned.model), path)
 
 
-def check_biases(base: FoldedBase, path: Path) -> None:
-    """InputError unless a GGUF file has the bias of every edited layer, value by value."""
+def check_biases(folded: CausalLM, path: Path) -> None:
+    """InputError unless a GGUF file has every bias after an o_proj, value by value."""
     from gguf import GGUFReader  # the converter brings it
 
     stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
-    for layer, bias in base.o_biases.items():
-        found = stored.get(f"blk.{layer}.attn_output.bias")
+    for layer, block in enumerate(folded.model.layers):
+        found, bias = stored.get(f"blk.{layer}.attn_output.bias"), block.self_attn.o_proj.bias
         if found is None or not torch.equal(torch.tensor(found), bias.float()):
             raise InputError(
                 f"--format gguf: llama.cpp's converter lost the offsets of layer {layer}; take"

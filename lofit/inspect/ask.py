@@ -17,11 +17,12 @@ from lofit.errors import InputError
 from lofit.heads import edits_off
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES
-from lofit.llm.device import pick_device
 from lofit.llm.generate import generate_all
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.run.adapters import Adapter, open_adapter, open_tuned
-from lofit.run.arguments import TASKS, int_at_least
+from lofit.run.arguments import natural
+from lofit.run.setup import pick_device
+from lofit.run.tuned import open_tuned
+from lofit.tasks import Example, Task, find_tasks
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,50 +36,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("question", metavar="QUESTION", nargs="?")
     arg("--task", action="store_true", help="ask in the prompt of the run's task")
     arg("--model", help="where the base model is (default: where the run had it)")
-    arg("--max-new-tokens", type=int_at_least(1), default=32, help="default: %(default)s")
-    arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    arg("--max-new-tokens", type=natural, default=32, help="(default: %(default)s)")
+    arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     arg("--dtype", choices=DTYPES, help="of the base model's weights (default: as in the run)")
     return parser.parse_intermixed_args(argv)  # RUN --task QUESTION
 
 
 def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
     """What answers a question: text -> {"base": answer, "tuned": answer}. InputError."""
-    adapter = open_adapter(args.run)
-    info, task = adapter.info, _task(adapter) if args.task else None
-    dtype = DTYPES.get(args.dtype)
-    model = open_tuned(adapter, args.run, args.model, dtype, pick_device(args.device))
-    source, chat = model.source, bool(info.get("chat"))
-    tokenizer = load_tokenizer(source.name, source.revision, not chat)
-    wrap = load_chat_template(source.name, source.revision) if chat else str
+    tuned = open_tuned(args.run, args.model, args.dtype, pick_device(args.device))
+    task = _task(str(tuned.info.get("task"))) if args.task else None
+    chat = bool(tuned.info.get("chat"))
+    wrap, end_of_turn = load_chat_template(tuned.base) if chat else (str, None)
+    tokenizer = load_tokenizer(tuned.base, end_of_turn)
+    positions = tuned.model.config.max_position_embeddings
 
     def answer(prompt: str) -> str:
-        ids = tokenizer.encode_pair(wrap(prompt), "")[0]
-        new = generate_all(model, [ids], args.max_new_tokens, tokenizer.eos_ids, 1, "")[0]
+        ids = tokenizer.encode(wrap(prompt))
+        if len(ids) + args.max_new_tokens > positions:
+            raise InputError(
+                f"the question has {len(ids)} tokens, and the model {positions} positions; ask a"
+                " shorter one, or take a smaller --max-new-tokens"
+            )
+        new = generate_all(
+            tuned.model, [ids], args.max_new_tokens, tokenizer.eos_ids, 1, "answering"
+        )[0]
         # decoded together: SentencePiece drops the space in front of a first word
         text = tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
-        return task.extract(prompt, text) if hasattr(task, "extract") else text
+        return task.extract(Example(prompt, ""), text) if task and task.extract else text
 
     def both(question: str) -> dict[str, str]:
-        try:
-            question.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError("the question is not valid UTF-8; set the terminal to it") from None
         prompt = task.ask(question) if task else question
-        with edits_off(model):
+        with edits_off(tuned.model):
             base = answer(prompt)
         return {"base": base, "tuned": answer(prompt)}
 
     return both
 
 
-def _task(adapter: Adapter):
-    name = str(adapter.info.get("task"))
-    if name not in TASKS:
+def _task(name: str) -> Task:
+    try:
+        (task,) = find_tasks(name)
+    except InputError:  # of a folder of one's own
+        task = None
+    if task is None or task.ask is None:
         raise InputError(
-            f"--task: the run's task ({name}) is none of {', '.join(TASKS)}: its prompts are texts"
-            " as they stand; leave --task out"
+            f"--task: the run's task ({name}) asks its prompts as they stand; leave --task out"
         )
-    return TASKS[name]
+    return task
 
 
 def questions() -> Iterator[str]:
@@ -108,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             show(both(question))
         except InputError as error:  # the next one may be better
-            print(f"error: {errors.one_line(str(error))}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,47 @@
-"""A run as one page to look at: what was learned, how well it does, which answers changed.
+"""Runs as one page to look at: what was learned, how well it does, which answers changed.
 
     python -m lofit.inspect.report runs/mini-llama/mquake   # -> its report.html
+    python -m lofit.inspect.report runs/mini-llama/truthfulqa-0 runs/mini-llama/truthfulqa-1
 
-A run in folds is one page; RUN/fold0 is that fold alone. The page needs no network and no script.
-Its pictures need matplotlib (the `plot` extra).
+Several runs, the two folds of TruthfulQA for example, are parts of one page in the first one's
+folder. The page needs no network and no script. Its pictures need matplotlib (the `plot` extra).
 """
 
 import argparse
 import base64
-import difflib
 import io
 import itertools
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 import torch
-from markupsafe import Markup, escape
 
 from lofit import errors
-from lofit.files import read_jsonl, write_text
-from lofit.inspect.explain import explain_run
-from lofit.llm.files import read_json
-from lofit.llm.folder import find_folder
-from lofit.run.adapters import Adapter, find_offsets, matching_results
-from lofit.run.arguments import TASKS
-from lofit.run.artefacts import HEADS, OFFSETS, PREDICTIONS, RESULTS, hash_of_offsets
+from lofit.files import read_jsonl, reading, write
+from lofit.heads import attached_offsets
+from lofit.inspect.explain import explain
+from lofit.llm.tokenizer import load_tokenizer
+from lofit.run.files import HEADS, PREDICTIONS, load_heads, read_results
+from lofit.run.setup import pick_device
+from lofit.run.summary import summarize
+from lofit.run.tuned import Tuned, open_tuned
 
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
-SHOWN = 12  # answers
-LOG = "log.jsonl"
+# answers that are shown, by what became of them
+SHOWN = {"became right": 6, "became wrong": 3, "stayed right": 1, "stayed wrong": 2}
 DASHES = ["-", "--", ":", "-."]
 Curve = list[tuple[float, float]]
 
 
 @dataclass
 class Part:
-    """A run, or one fold of it. results: None if these offsets were not evaluated; scores
-    [layer, head]: of step 1, if it was run; curves: see `read_curves`."""
+    """One run. results: None if these offsets were not evaluated; scores: [layer, head] of step 1,
+    if it was run; curves: see `read_curves`."""
 
-    name: str  # "fold 0"; "" of a run without folds, or of one fold alone
-    adapter: Adapter
+    name: str  # of its folder; "" of a run alone
+    info: dict
+    heads: list
     explained: dict
     results: dict | None
     answers: list[dict]
@@ -55,25 +55,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", nargs="+", help="run folders, of one model")
     parser.add_argument("--model", help="where the base model is (default: where the run had it)")
     return parser.parse_args(argv)
+
+
+def read_part(name: str, tuned: Tuned) -> Part:
+    folder, info = tuned.path.parent, tuned.info
+    results, answers, log, scores = read_results(folder), [], [], None
+    if results and (folder / PREDICTIONS).exists():
+        answers = [line for _, line in read_jsonl(folder / PREDICTIONS)]
+    if (folder / "log.jsonl").exists():
+        log = [record for _, record in read_jsonl(folder / "log.jsonl")]
+    if (folder / HEADS).exists():
+        _, scores, _ = load_heads(folder / HEADS, tuned.model)
+    with reading(folder / "log.jsonl"):
+        curves = read_curves(log)
+    heads, _ = attached_offsets(tuned.model)
+    explained = explain(tuned.model, load_tokenizer(tuned.base), 5)
+    return Part(name, info, heads, explained, results, answers, scores, curves)
 
 
 def read_curves(log: list[dict]) -> dict[str, Curve]:
     """log.jsonl -> (epoch, value) of the training loss of each step, and of the validation loss and
     metrics (in percent) of each epoch, of the last training in it."""
-    steps = [r for r in log if r.get("script") == "train"]
-    starts = [i for i, r in enumerate(steps) if r.get("step") == 1]
-    steps = steps[starts[-1] :] if starts else []
-    losses = [r for r in steps if "task_loss" in r]
-    epochs = max((r["epoch"] for r in losses), default=1)
-    found = {"training loss": [(r["step"] * epochs / len(losses), r["task_loss"]) for r in losses]}
-    validated = [r for r in steps if "val_loss" in r]
-    found["validation loss"] = [(r["epoch"], r["val_loss"]) for r in validated]
-    for metric in validated[0]["val"] if validated else ():
-        found[metric] = [(r["epoch"], 100 * r["val"][metric]) for r in validated]
-    return found
+    records = [r for r in log if r.get("script") == "train"]
+    starts = [i for i, r in enumerate(records) if r.get("step") == 1]
+    records = records[starts[-1] :] if starts else []
+    # a training that was stopped goes on after its last whole epoch: what stands twice counts as
+    # it was the second time
+    steps = {r["step"]: r for r in records if "task_loss" in r}
+    epochs = {r["epoch"]: r["val"] for r in records if "val" in r}
+    last = max((r["epoch"] for r in steps.values()), default=1)
+    per_epoch = max(steps, default=1) / last
+    curves = {"training loss": [(n / per_epoch, steps[n]["task_loss"]) for n in sorted(steps)]}
+    for epoch in sorted(epochs):
+        for name, value in epochs[epoch].items():
+            label, scale = ("validation loss", 1) if name == "loss" else (name, 100)
+            curves.setdefault(label, []).append((epoch, scale * value))
+    return curves
 
 
 def once(found: dict[str, Curve]) -> dict[str, Curve]:
@@ -85,7 +105,7 @@ def once(found: dict[str, Curve]) -> dict[str, Curve]:
     return {" = ".join(same): list(points) for points, same in labels.items()}
 
 
-def said(line: dict, who: str) -> str:
+def answer_of(line: dict, who: str) -> str:
     """What a model answered to an item of predictions.jsonl: its text, or the given answer that it
     finds most probable."""
     if "prediction" in line[who]:
@@ -95,29 +115,22 @@ def said(line: dict, who: str) -> str:
     return answers[max(range(len(answers)), key=scores.__getitem__)].strip()
 
 
+def gold_of(line: dict) -> str:
+    """The right answer: of several the first; a number as it was given."""
+    first = next(iter(line.get("references") or line.get("right") or [line["answer"]]))
+    return f"{line['value']:g}" if "value" in line else first.strip()
+
+
 def pick_answers(lines: list[dict], metric: str) -> list[dict]:
-    """A dozen items: of those that became right, became wrong, and stayed, in turn."""
-    kinds: dict[str, list[dict]] = {"became right": [], "became wrong": [], "stayed": []}
+    """A dozen items, each with the gold answer and whether the two models' are right."""
+    kinds: dict[str, list[dict]] = {kind: [] for kind in SHOWN}
     for line in lines:
-        before, after = line["base"][metric], line["tuned"][metric]
-        kind = "became right" if after > before else "became wrong" if after < before else "stayed"
-        was, now = said(line, "base"), said(line, "tuned")
-        question = line["prompt"].strip()
-        kinds[kind].append({"question": question, "kind": kind} | marked(was, now))
-    shares = {"became right": SHOWN // 2, "became wrong": SHOWN // 4, "stayed": SHOWN // 4}
-    picked = [item for kind, n in shares.items() for item in kinds[kind][:n]]
-    return picked
-
-
-def marked(was: str, now: str) -> dict[str, Markup]:
-    """Both answers as HTML, the words that differ in <del> and <ins>; all text is escaped."""
-    one, two = (re.findall(r"\s+|\S+", text) for text in (was, now))
-    before, after = [], []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, one, two, autojunk=False).get_opcodes():
-        old, new = escape("".join(one[a:b])), escape("".join(two[c:d]))
-        before.append(old if kind == "equal" or not old else Markup("<del>{}</del>").format(old))
-        after.append(new if kind == "equal" or not new else Markup("<ins>{}</ins>").format(new))
-    return {"was": Markup("").join(before), "now": Markup("").join(after)}
+        before, after = (line[who][metric] == 1 for who in ("base", "tuned"))
+        kind = f"{'stayed' if before == after else 'became'} {'right' if after else 'wrong'}"
+        rows = {who: (answer_of(line, who), line[who][metric] == 1) for who in ("base", "tuned")}
+        item = {"kind": kind, "question": line["prompt"].strip(), "gold": gold_of(line)}
+        kinds[kind].append(item | {"answers": rows})
+    return [item for kind, n in SHOWN.items() for item in kinds[kind][:n]]
 
 
 def pictures(parts: list[Part]) -> list[tuple[str, str]] | None:
@@ -146,7 +159,7 @@ def pictures(parts: list[Part]) -> list[tuple[str, str]] | None:
             if part.scores is not None:
                 height = 0.9 + 0.16 * len(part.scores)
                 figure, axes = plt.subplots(figsize=(5, height), layout="constrained")
-                draw_heads(axes, part.scores, part.adapter.heads)
+                draw_heads(axes, part.scores, part.heads)
                 caption = "Score of every head in step 1; the chosen ones are framed"
                 add(f"{part.name}: {caption}" if part.name else caption, figure)
         for caption, of_loss in (("Loss of step 2, the offsets", True), ("Validation, %", False)):
@@ -170,100 +183,69 @@ def draw_heads(axes, scores: torch.Tensor, heads: list) -> None:
 
 
 def draw_curves(axes, parts: list[Part], of_loss: bool) -> None:
-    """The losses, or the scores, over epochs: a colour for each fold, where there are any. The
-    value axis starts at 0, unless all curves would be flat lines there."""
-    lines, styles = {}, {}
+    """The losses, or the scores, over epochs: a colour for each run, or for each curve of one run.
+    The value axis starts at 0, unless all curves would be flat lines there."""
     for n, part in enumerate(parts):
         mine = {k: points for k, points in part.curves.items() if k.endswith("loss") == of_loss}
         for i, (label, points) in enumerate(once(mine).items()):
-            lines[f"{part.name}: {label}" if part.name else label] = points
             style = {"color": f"C{n}", "ls": DASHES[i % 4]} if part.name else {"color": f"C{i}"}
             thin = label.startswith("training")
             style |= {"alpha": 0.5, "lw": 1, "ls": "-"} if thin else {"marker": "."}
-            styles.setdefault(tuple(points), style)
-    drawn = once(lines)
-    if not drawn:
+            label = f"{part.name}: {label}" if part.name else label
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    if not axes.lines:
         return
-    for label, points in drawn.items():
-        axes.plot(*zip(*points, strict=True), label=label, **styles[tuple(points)])
-    epochs, values = zip(*itertools.chain(*drawn.values()), strict=True)
-    axes.set(xlabel="epoch", xlim=limits_of_epochs(min(epochs), max(epochs)))
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    axes.set(xlabel="epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if not 0 < max(values) - min(values) < max(values) / 10:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
 
 
-def limits_of_epochs(first: float, last: float) -> tuple[float, float]:
-    """From 0 where steps of epoch 1 are shown, which lie below 1; else from 1, less a margin that
-    leaves room for the first dot."""
-    start = 0.0 if first < 1 else 1.0
-    margin = 0.03 * (last - start) or 0.5
-    return start - margin, last + margin
+def all_folds(parts: list[Part]) -> dict | None:
+    """The results of both folds of TruthfulQA together: each question was held out once."""
+    if sorted(str(part.info.get("task")) for part in parts) != ["truthfulqa-0", "truthfulqa-1"]:
+        return None
+    lines = [line for part in parts for line in part.answers]
+    if not all(part.results and part.answers for part in parts):
+        return None
+    metrics = tuple(parts[0].results["scores"]["base"])
+    scored = {who: [line[who] for line in lines] for who in ("base", "tuned")}
+    return {"split": parts[0].results["split"], "n": len(lines)} | summarize(scored, metrics)
 
 
-def read_part(name: str, path: Path, model: str | None) -> Part:
-    """A run or a fold, from the file of its offsets."""
-    run = path.parent
-    explained, adapter = explain_run(str(run), model, 5)
-    results, answers, log, scores = adapter.results(), [], [], None
-    if results and (run / PREDICTIONS).exists():
-        answers = [line for _, line in read_jsonl(run / PREDICTIONS)]
-    if (run / LOG).exists():
-        log = [record for _, record in read_jsonl(run / LOG)]
-    if (run / HEADS).exists():
-        scores = torch.tensor(read_json(run / HEADS)["scores"])
-    return Part(name, adapter, explained, results, answers, scores, read_curves(log))
-
-
-def read_parts(run: str, model: str | None) -> tuple[Path, list[Part]]:
-    """(the run's folder, the run as one part, or its trained folds). InputError if it holds no
-    offsets that fit their base model."""
-    folder = find_folder(run, wanted=(f"*{OFFSETS}",))
-    folds = [] if (folder / OFFSETS).exists() else sorted(folder.glob(f"fold*/{OFFSETS}"))
-    if folds:
-        names = {path.parent.name.replace("fold", "fold "): path for path in folds}
-        return folder, [read_part(name, path, model) for name, path in names.items()]
-    path = find_offsets(run)
-    return path.parent, [read_part("", path, model)]
-
-
-def read_results(folder: Path, parts: list[Part]) -> dict[str, dict]:
-    """What was evaluated, by what it is of: all folds together, if the joint results are of these
-    offsets, then each part."""
-    found = {part.name: part.results for part in parts if part.results}
-    hashes = [hash_of_offsets(part.adapter.heads, part.adapter.offsets) for part in parts]
-    joint = matching_results(folder / RESULTS, parts[0].adapter.info.get("fingerprint"), hashes)
-    return ({"all folds": joint} if joint else {}) | found
-
-
-def main_metric(task: str | None, results: dict[str, dict]) -> str:
-    """The metric to judge a task by; of a task of one's own the first. "" without results."""
-    metrics = list(next(iter(results.values()))["base"]) if results else [""]
-    main = TASKS[task].MAIN_METRIC if task in TASKS else ""
-    return main if main in metrics else metrics[0]
-
-
-def page(run: str, model: str | None = None) -> tuple[Path, str]:
-    """(where to write it, the page) of a run. InputError if it holds no offsets that fit their base
-    model."""
-    folder, parts = read_parts(run, model)
-    results = read_results(folder, parts)
-    # in turn of each fold
+def page(runs: list[str], model: str | None = None) -> tuple[Path, str]:
+    """(where to write it, the page) of one or more runs. InputError if one holds no offsets that
+    fit their base model."""
+    parts, out, names = [], None, [Path(run).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = runs
+    for run, name in zip(runs, names if runs[1:] else [""], strict=True):
+        tuned = open_tuned(run, model, device=pick_device("auto"))
+        out = out or tuned.folder_to_write / PAGE
+        parts.append(read_part(name, tuned))
+    whole = all_folds(parts)
+    results = {"both folds": whole} if whole else {}
+    results |= {part.name: part.results for part in parts if part.results}
+    # the first metric is the main one
+    metric = next(iter(next(iter(results.values()))["scores"]["base"])) if results else ""
+    # in turn of each run
     lines = [line for lines in itertools.zip_longest(*(p.answers for p in parts)) for line in lines]
-    metric = main_metric(parts[0].adapter.info.get("task"), results)
+    with reading(Path(runs[0]) / PREDICTIONS):
+        answers = pick_answers([line for line in lines if line and metric in line["base"]], metric)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        parts=parts, info=parts[0].adapter.info, results=results, metric=metric,
-        answers=pick_answers([line for line in lines if line], metric), pictures=pictures(parts),
+        parts=parts, info=parts[0].info, results=results, metric=metric, answers=answers,
+        pictures=pictures(parts),
     )  # fmt: skip
-    return replace(parts[0].adapter, folder=folder).folder_to_write() / PAGE, text
+    return out, text
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out, text = page(args.run, args.model)
-    write_text(out, text)
+    write(out, text)
     print(f"-> {out}")
 
 
