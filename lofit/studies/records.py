@@ -207,8 +207,8 @@ def measured(run: Run, folder: Path) -> tuple[dict[str, dict], list[Grid]]:
             found[script] = part | KEPT[script](files, paths)
             took = [spent(path, script.removesuffix(".py")) for path in paths]
         found[script] |= {"seconds": round(sum(t for t, _ in took), 2), "device": took[0][1]}
-    grids = [read_json(part / HEADS)["scores"] for part in folders] if run.kind == "select" else []
-    return found, grids
+    chose = folders if run.kind == "select" and found else []
+    return found, [read_json(part / HEADS)["scores"] for part in chose]
 
 
 def of_selection(files: list[dict], paths: list[Path]) -> dict:
