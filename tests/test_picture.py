@@ -12,6 +12,7 @@ from lofit.studies import picture
 from lofit.studies.records import Records, Run
 
 MODEL = "weights/made-up"
+MADE = {"seconds": 1.0, "device": "cpu"}
 BASE = Run("base", MODEL, "mquake", "data/real", 42, "float32")
 LOFIT = {"kind": "train", "model": MODEL, "task": "mquake", "data": "data/real", "seed": 42}
 LOFIT |= {"dtype": "float32", "method": "lofit", "by": "scales", "k": "10%"}
@@ -20,16 +21,16 @@ LOFIT |= {"dtype": "float32", "method": "lofit", "by": "scales", "k": "10%"}
 @pytest.fixture
 def records(tmp_path) -> Records:
     made = Records(tmp_path)
-    made.add(BASE, {"base": {"em": 0.5, "em_stripped": 0.01}, "seconds": {}, "device": {}})
+    made.add(BASE, {"eval.py": {"base": {"em": 0.5, "em_stripped": 0.01}} | MADE})
     return made
 
 
 def add(records, score, heads=((0, 0), (1, 1)), val=0.5, **run):
     """A run of LoFiT but for the fields given."""
     metric = "mc1" if run.get("task") == "truthfulqa" else "em_stripped"
-    found = {"heads": heads, "val": {metric: val}, "seconds": {}, "device": {}}
+    found = {"train.py": {"heads": heads, "val": {metric: val}} | MADE}
     if score is not None:
-        found["tuned"] = {metric: score, "em": 0.9}
+        found["eval.py"] = {"tuned": {metric: score, "em": 0.9}} | MADE
     records.add(Run(**LOFIT | run), found)
 
 

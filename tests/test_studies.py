@@ -1,8 +1,16 @@
 """Each study: on a tiny model its calls are the scripts' own and nothing is made twice; from the
 recorded runs of docs/results its table prints without a checkpoint."""
 
+import contextlib
+import importlib
+import io
 import json
-from dataclasses import replace
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,22 +19,45 @@ from conftest import REPO
 from lofit.errors import InputError
 from lofit.studies import text_loss
 from lofit.studies.__main__ import main, parse_args
+from lofit.studies.cells import WORK, training_flags
 from lofit.studies.page import filled
-from lofit.studies.records import Records
-from lofit.studies.rows import agreement
-from lofit.studies.runner import WORK, other_offsets
+from lofit.studies.records import Records, Run, other_offsets
+from lofit.studies.tables import agreement
+
+STEP = re.compile(r"\(test -e (\S+) \|\| python ([^)]*)\)")
 
 
 @pytest.fixture
-def study(tiny_folder, small_data, tmp_path, in_process, capsys):
-    """(study's name, flags) -> rows of its table as {column: text}, calls of the scripts."""
+def study(tiny_folder, small_data, tmp_path, monkeypatch, capsys):
+    """(study's name, flags) -> rows of its table as {column: text}, calls of the scripts. The lines
+    of --missing run in this process, which spares many starts of torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(words: list[str]) -> list[str]:
+        name, *args = words[1:] if words[0] == "-m" else words
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(name.removesuffix(".py")).main(args)
+        return [name.removeprefix("lofit.studies."), *args]
 
     def run(name, *flags, tasks=("mquake",), seeds=("1",)):
         common = ["--model", str(tiny_folder), "--data", str(small_data), "--task", *tasks]
-        common += ["--seeds", *seeds, "--records", str(run.records), "--device", "cpu"]
-        before = len(in_process)
-        main([name, *common, "--train-flags=--epochs 1", "--select-flags=--epochs 1", *flags])
-        return table_of(capsys.readouterr().out), in_process[before:]
+        common += ["--seeds", *seeds, "--records", str(run.records)]
+        common += ["--train-flags=--epochs 1", "--select-flags=--epochs 1", *flags]
+        calls = []
+        while lines := missing(name, *common):
+            for line in lines:
+                steps = [
+                    shlex.split(c) for file, c in STEP.findall(line) if not Path(file).exists()
+                ]
+                calls += map(call, steps)
+                call(shlex.split(line.rsplit(" && ")[-1])[1:])
+        main([name, *common])
+        return table_of(capsys.readouterr().out), calls
+
+    def missing(*argv):
+        capsys.readouterr()
+        main([*argv, "--missing"])
+        return capsys.readouterr().out.splitlines()
 
     run.records = tmp_path / "records"
     return run
@@ -39,7 +70,7 @@ def table_of(printed: str) -> list[dict]:
 
 
 def recorded(printed_by, capsys) -> list[dict]:
-    main([*printed_by.split(), "--jobs", "0", "--records", str(REPO / "docs" / "results")])
+    main([*printed_by.split(), "--records", str(REPO / "docs" / "results")])
     return table_of(capsys.readouterr().out)
 
 
@@ -54,20 +85,21 @@ def test_sweep_prints_what_the_scripts_measured(study, tmp_path):
     assert [(row["heads"], row["values"]) for row in rows] == [
         ("5", "40"), ("2", "16"), ("12", "96"),
     ]  # fmt: skip
-    files = [json.loads(path.read_text()) for path in tmp_path.glob("work/**/results.json")]
+    files = [json.loads(p.read_text()) for p in tmp_path.glob("runs/**/results.json")]
     for row in rows:
-        mine = [f for f in files if "tuned" in f and len(f["heads"]) == int(row["heads"])]
-        drawn = [f for f in mine if f["settings"]["heads"] == "random"]
+        mine = [f for f in files if len(f["adapters"]["tuned"]["heads"]) == int(row["heads"])]
+        drawn = [f for f in mine if "_random_" in f["adapters"]["tuned"]["offsets"]]
         for column, part in (
             ("LoFiT", [f for f in mine if f not in drawn]),
             ("random heads", drawn),
         ):
-            each = [100 * f["tuned"]["em_stripped"] for f in sorted(part, key=lambda f: f["seed"])]
+            part = sorted(part, key=lambda f: f["seed"])
+            each = [100 * f["scores"]["tuned"]["em_stripped"] for f in part]
             if part:
                 text = " ".join(f"{x:.1f}" for x in each)
                 assert row[column].endswith(f": {text}") and len(each) == 2
                 assert row[column].startswith(f"{sum(each) / 2:.1f}%")
-        assert row["base"] == f"{mine[0]['base']['em_stripped']:.1%}"
+        assert row["base"] == f"{mine[0]['scores']['base']['em_stripped']:.1%}"
     # one selection a seed serves both numbers of heads; the base model is asked once
     assert scripts(calls).count("select_heads.py") == 2 and scripts(calls).count("train.py") == 10
     asked = [call for call in calls if "--base-only" in call]
@@ -113,7 +145,7 @@ def test_tasks_has_a_row_a_metric_and_the_always_one_answer_score(study, tmp_pat
     # each row is of its own metric
     lora["hits"] |= {"em": "1111", "accuracy": "0000"}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows, _ = study("tasks", "--heads", "2", "--jobs", "0", tasks=(str(tmp_path),))
+    rows, _ = study("tasks", "--heads", "2", tasks=(str(tmp_path),))
     assert [row["LoRA"] for row in rows] == ["100.0", "0.0"]
     assert rows[0]["less LoRA"].startswith("-") and not rows[1]["less LoRA"].startswith("-")
 
@@ -144,7 +176,7 @@ def test_heads_takes_the_best_lr_on_validation_for_all_draws(study):
         best = max(tried, key=lambda line: line["val"]["em_stripped"])
         (tested,) = [line for line in tried if "tuned" in line]
         assert len(tried) == 2 and tested["val"] == best["val"]
-    again, calls = study("heads", *flags, "--jobs", "0")
+    again, calls = study("heads", *flags)
     assert (again, calls) == (rows, [])
 
 
@@ -181,12 +213,20 @@ def test_transfer_and_forgets_use_the_same_runs(study):
         ("mquake", "offsets", "truthfulqa"), ("truthfulqa", "heads", "truthfulqa"),
     ]  # fmt: skip
     (asked,) = [call for call in calls if "--offsets" in call]
-    assert asked[asked.index("--offsets") + 1].endswith("/fold0")
-    taken = [c for c in calls if c[0] == "train.py" and c[c.index("--heads") + 1].endswith("fold0")]
-    assert len(taken) == 1 and taken[0][taken[0].index("--task") + 1] == "mquake"
+    assert asked[asked.index("--offsets") + 1].endswith("/truthfulqa-0")
+    taken = [
+        c
+        for c in calls
+        if c[0] == "train.py" and c[c.index("--heads") + 1].endswith("truthfulqa-0")
+    ]
+    assert {c[c.index("--task") + 1] for c in taken} == {"mquake", "truthfulqa-0"}
     flags = ("--methods", "lofit 2", "--lr-factors", "1", "--tuned", "mquake")
     rows, calls = study("forgets", *flags, tasks=("mquake", "truthfulqa"))
-    assert scripts(calls) == ["eval.py", "text_loss"]
+    assert scripts(calls) == [
+        "eval.py",
+        "eval.py",
+        "text_loss",
+    ]  # both folds, whose prompts are one
     assert [row["asked"] for row in rows] == ["truthfulqa (mc1)"] and " → " in rows[0][
         "loss of text"
     ]
@@ -204,25 +244,77 @@ def test_layers_counts_where_heads_sit(study):
 @pytest.mark.slow
 def test_files_that_a_clone_lacks_are_made_again_and_the_records_stay(study, tmp_path):
     study("sweep", "--heads", "2")
-    before = {path.name: path.read_bytes() for path in study.records.iterdir()}
-    (tmp_path / "work").rename(tmp_path / "elsewhere")
+    before = {p.name: p.read_bytes() for p in study.records.glob("*.jsonl")}
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert study("sweep", "--heads", "2")[1] == []
     _, calls = study("sweep", "--heads", "3")
-    # three heads need the selection and the base model's answers, not the runs of two heads
-    assert sorted(scripts(calls)) == sorted(
-        ["select_heads.py", "eval.py", *2 * ["train.py", "eval.py"]]
-    )
+    # three heads need the selection, not the runs of two heads
+    assert sorted(scripts(calls)) == sorted(["select_heads.py", *2 * ["train.py", "eval.py"]])
     (path,) = study.records.glob("*.jsonl")
     assert path.read_bytes().startswith(before[path.name])
 
 
-def test_a_call_that_fails_is_named_with_its_reason(study, tmp_path, capsys):
-    flags = ("--heads", "2", "--data", str(tmp_path / "nowhere"), "--lr-factors", "1")
-    with pytest.raises(InputError, match="calls that failed: 6"):
-        study("sweep", *flags)
-    lines = capsys.readouterr().err.splitlines()
-    assert any("select_heads.py" in line and "no such file" in line for line in lines)
-    assert sum("what it needs failed" in line for line in lines) == 3
+@pytest.mark.slow
+def test_lines_run_by_sh_and_repeat_and_lose_no_record(tiny_folder, small_data, tmp_path):
+    """Two at once, after one was killed in its training, as xargs and a job array run them."""
+    for script in ("select_heads.py", "train.py", "eval.py"):
+        (tmp_path / script).symlink_to(REPO / script)
+    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    more = {"cwd": tmp_path, "env": env, "text": True}
+    command = [sys.executable, "-m", "lofit.studies", "sweep", "--model", str(tiny_folder)]
+    command += ["--data", str(small_data), "--task", "mquake", "--seeds", "1", "--heads", "2"]
+    command += ["--train-flags=--epochs 1", "--select-flags=--epochs 1", "--records", "records"]
+    found = subprocess.run([*command, "--missing"], capture_output=True, check=True, **more)
+    lines = found.stdout.splitlines()
+    assert len(lines) == 3  # the base model, chosen heads, random ones
+    assert not any(c in found.stdout for c in "'\"\\")  # which xargs takes for itself
+    chosen = lines[1].split(" && ")
+    assert subprocess.run(["sh", "-c", " && ".join([chosen[0], "exit 9"])], **more).returncode == 9
+    xargs = ["xargs", "-P", "2", "-I{}", "sh", "-c", "{}"]
+    done = subprocess.run(xargs, input=found.stdout, capture_output=True, **more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("learning a scale for every head") == 0  # it was there
+    recorded = [json.loads(line) for line in (tmp_path / "records" / "tiny.jsonl").open()]
+    kinds = sorted((x["kind"], x.get("by", "")) for x in recorded)
+    assert kinds == [("base", ""), ("select", "scales"), ("train", "random"), ("train", "scales")]
+    for line in recorded:
+        assert line["data_hash"] and set(line["device"].values()) == {"cpu"}
+        assert all(0 < seconds < 600 for seconds in line["seconds"].values())
+    assert subprocess.run([*command, "--missing"], capture_output=True, **more).stdout == ""
+    before = (tmp_path / "records" / "tiny.jsonl").read_bytes()
+    assert subprocess.run(["sh", "-c", lines[2]], capture_output=True, **more).returncode == 0
+    assert (tmp_path / "records" / "tiny.jsonl").read_bytes() == before
+    table = subprocess.run(command, capture_output=True, check=True, **more).stdout
+    assert table_of(table)[0]["random heads"] != "–"
+
+
+def test_ways_that_are_gone_are_left_out_in_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "mquake", "--heads", "3%", "--lr-factors", "1", "--records", "none"]
+    main(["heads", "--model", "m/tiny", *flags, "--by", "gates", "gradient", "--missing"])
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line == "left out, by ways of choosing that are gone (gates): 3"
+    assert len(printed.out.splitlines()) == 4 and "gates" not in printed.out
+    assert printed.out.count("--by gradient") == 3
+
+
+def test_a_step_that_fails_ends_its_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "mquake", "--heads", "2", "--seeds", "1", "--records", "none", "--missing"]
+    main(["sweep", "--model", "m/tiny", *flags])
+    line = capsys.readouterr().out.splitlines()[1]
+    (tmp_path / "python").write_text("#!/bin/sh\necho $1 >> calls\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["sh", "-c", line], env=env).returncode == 3
+    assert (tmp_path / "calls").read_text() == "select_heads.py\n"
+
+
+def test_flags_of_older_records_are_printed_as_they_are_now():
+    run = Run("train", "m", "mquake", "d", 1, "float32", "iti", train="--top 3 --alpha 15")
+    assert training_flags(run, "") == ["--method", "iti", "--top", "3", "--strength", "15"]
 
 
 def test_recorded_tables_print_without_a_checkpoint(capsys, tmp_path, monkeypatch):
@@ -248,7 +340,7 @@ def test_recorded_tables_print_without_a_checkpoint(capsys, tmp_path, monkeypatc
 def test_runs_with_options_that_are_gone_still_print(capsys):
     """Offsets in units of sigma, and heads chosen by offsets: the code has neither any more."""
     flags = "--model weights/gemma-3-270m --data data/real --task mquake --heads 3%".split()
-    records = ["--records", str(REPO / "docs" / "results"), "--jobs", "0"]
+    records = ["--records", str(REPO / "docs" / "results")]
     main(["sweep", *flags, *records, "--train-flags=--unit sigma --lr 0.3 --epochs 5"])
     (row,) = table_of(capsys.readouterr().out)
     assert row["LoFiT"].endswith(": 47.2 45.4 46.1")
@@ -287,8 +379,8 @@ def test_recorded_tests_are_of_the_recorded_offsets():
     for path in sorted(records.folder.glob("*.jsonl")):
         for run, found in records.of_model(path.stem).items():
             if run.kind == "asked":
-                trained = records.of(replace(run, kind="train", tested=""))
-                other += [(run.method, run.tested)] * other_offsets(trained, found)
+                differ = other_offsets(records.of(run.training), {"eval.py": found})
+                other += [(run.method, run.tested)] * differ
     assert sorted(other) == [*3 * [("lofit", "truthfulqa")], *3 * [("lora", "truthfulqa")]]
 
 
@@ -308,7 +400,7 @@ def test_a_seed_that_comes_twice_is_one_run():
     assert parse_args(["sweep", "--seeds", "42", "43", "42"]).seeds == [42, 43]
 
 
-@pytest.mark.parametrize("flags", [("sweep", "--jobs", "-1"), ("heads", "--draws", "0")])
+@pytest.mark.parametrize("flags", [("heads", "--draws", "0"), ("heads", "--draws", "x")])
 def test_numbers_that_make_no_sense(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_args(list(flags))

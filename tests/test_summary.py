@@ -5,17 +5,17 @@ import sys
 import pytest
 import torch
 
-from lofit.files import write_atomic
 from lofit.run.summary import (
     by_answer,
     by_group,
     head_map,
-    head_picture,
     paired_bootstrap,
     results_table,
+    save_picture,
 )
-from lofit.tasks import Example
+from lofit.tasks import Example, find_tasks
 
+(TASK,) = find_tasks("boolq")
 SCORES = torch.tensor([[0.0, 1.0, 0.5], [0.2, 0.0, 0.9]])
 
 
@@ -32,13 +32,15 @@ def test_head_map_of_equal_zero_scores():
 
 def test_head_map_as_a_picture(tmp_path):
     pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
-    write_atomic(tmp_path / "heads.png", head_picture(SCORES, [(0, 1)], "title", "score"))
+    assert save_picture(tmp_path / "heads.png", SCORES, [(0, 1)], "title") == ", heads.png"
     assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_picture_without_matplotlib(monkeypatch):
+def test_no_picture_without_matplotlib_and_no_old_one(monkeypatch, tmp_path):
+    (tmp_path / "heads.png").touch()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert head_picture(SCORES, [(0, 1)], "title", "score") is None
+    assert save_picture(tmp_path / "heads.png", SCORES, [(0, 1)], "title") == ""
+    assert not (tmp_path / "heads.png").exists()
 
 
 def test_bootstrap_interval_is_the_textbooks():
@@ -52,25 +54,28 @@ def test_bootstrap_interval_is_the_textbooks():
 
 
 def test_results_table():
-    results = {
+    differences = {
+        "em": {"value": 0.75, "ci95": [0.7, 0.8]},
+        "old_answer": {"value": -0.5, "ci95": [-0.6, -0.4]},
+    }
+    scores = {
         "base": {"em": 0.125, "old_answer": 0.5},
         "tuned": {"em": 0.875, "old_answer": 0.0},
-        "difference": {
-            "em": {"value": 0.75, "ci95": [0.7, 0.8]},
-            "old_answer": {"value": -0.5, "ci95": [-0.6, -0.4]},
-        },
     }
+    results = {"scores": scores, "differences": {"tuned": differences}}
     lines = results_table(results).splitlines()
     assert lines[1].split() == ["em", "12.5%", "87.5%", "+75.0", "[+70.0,", "+80.0]"]
     assert lines[2].split() == ["old_answer", "50.0%", "0.0%", "-50.0", "[-60.0,", "-40.0]"]
-    assert results_table({"base": results["base"]}).splitlines()[1].split() == ["em", "12.5%"]
+    assert results_table({"scores": {"base": scores["base"]}}).splitlines()[1].split() == [
+        "em", "12.5%",
+    ]  # fmt: skip
 
 
 def test_by_answer_counts_what_was_generated():
     options = {"right": (" true",), "wrong": (" false",)}
     examples = [Example("Q:", " true", references=(" true",), **options)] * 3
     said = ["true", "so false, not true", "untold"]
-    found = by_answer(examples, {"base": [{"prediction": text} for text in said]})
+    found = by_answer(TASK, examples, {"base": [{"prediction": text} for text in said]})
     assert found["always"] == {"answer": "true", "share": 1}
     assert found["given"] == {"base": {"false": 1, "true": 1, "other": 1}}
 
@@ -81,7 +86,7 @@ def test_by_answer_counts_the_most_probable_option():
         for right, wrong in ((" a", (" b", " c")), (" b", (" a", " c")))
     ]
     rows = [{"log_probs": {"right": [-2.0], "wrong": wrong}} for wrong in ([-3, -1], [-1, -3])]
-    found = by_answer(examples, {"base": rows, "tuned": rows})
+    found = by_answer(TASK, examples, {"base": rows, "tuned": rows})
     assert found["given"]["tuned"] == {"a": 1, "b": 0, "c": 1, "other": 0}
     assert found["always"]["share"] == 0.5
 
@@ -89,16 +94,16 @@ def test_by_answer_counts_the_most_probable_option():
 def test_by_answer_of_texts_leaves_case_out_and_skips_free_answers():
     examples = [Example("Q:", f" Word{i % 20}", references=("x",)) for i in range(40)]
     rows = [{"prediction": "word3"}] * 39 + [{"prediction": "none of them"}]
-    given = by_answer(examples, {"base": rows})["given"]["base"]
+    given = by_answer(TASK, examples, {"base": rows})["given"]["base"]
     assert (given["Word3"], given["other"], sum(given.values())) == (39, 1, 40)
     one_more = [*examples, Example("Q:", "another", references=("x",))]
-    assert by_answer(one_more, {"base": [*rows, rows[0]]}) == {}
+    assert by_answer(TASK, one_more, {"base": [*rows, rows[0]]}) == {}
 
 
 def test_by_answer_of_numbers_counts_values():
     examples = [Example("Q:", f" {n} + 0 = {n}", value=n) for n in (1200, 1200, 3.0)]
     rows = [{"prediction": text} for text in ("1,200.0", "0 and 3", "none")]
-    found = by_answer(examples, {"base": rows})
+    found = by_answer(TASK, examples, {"base": rows})
     assert found["always"] == {"answer": "1200", "share": 2 / 3}
     assert found["given"]["base"] == {"1200": 1, "3": 1, "other": 1}
 

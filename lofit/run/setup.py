@@ -146,6 +146,9 @@ def _runs(args: argparse.Namespace, first: Run, tasks: list[Task], suffix: str) 
                 f"{source.name}: {run.n_base:,} parameters, {layers} layers x {heads} heads,"
                 f" {info['settings']['dtype']} on {run.model.lm_head.weight.device} -> {folder}/"
             )
+            device = run.model.lm_head.weight.device
+            cuda = device.type == "cuda"
+            run.log({"device": torch.cuda.get_device_name(device) if cuda else device.type})
             yield run
 
 

@@ -1,20 +1,20 @@
 """The studies behind docs/results.md.
 
-    python -m lofit.studies sweep              # both miniatures, all three tasks
+    python -m lofit.studies sweep               # the table of what is recorded
+    python -m lofit.studies sweep --missing     # a shell line for each run that is not
     python -m lofit.studies heads --model weights/mini-llama --task mquake
-    python -m lofit.studies sweep --jobs 0     # the table of what is recorded; runs nothing
 
-Studies: sweep, heads, methods, tasks, data, transfer, forgets, layers.
+Studies: sweep, heads, methods, tasks, data, transfer, forgets, layers. docs/results/README.md says
+how to run the lines.
 """
 
 import argparse
 from pathlib import Path
 
 from lofit import errors
-from lofit.run.arguments import int_at_least
+from lofit.studies.cells import missing_lines
 from lofit.studies.grid import STUDIES
 from lofit.studies.records import Records
-from lofit.studies.runner import run_missing
 from lofit.studies.tables import markdown
 
 INTERVALS = "Intervals: 95 %, over items and runs. °: of one run, without how runs vary."
@@ -38,13 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for script in ("select", "train"):
             text = 'more flags of its calls, like "--epochs 5"'
             arg(f"--{script}-flags", default="", help=text)
-        arg("--device", default="auto")
-        arg(
-            "--jobs",
-            type=int_at_least(0),
-            default=1,
-            help="calls side by side; 0: print what is recorded",
-        )
+        arg("--missing", action="store_true", help="print shell lines instead of the table")
         arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
         for flag, about in study.arguments.items():
             arg(flag, **about)
@@ -55,12 +49,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def printed(args: argparse.Namespace, records: Records) -> str:
+def printed(args: argparse.Namespace) -> str:
     """A study's caption and table, of what is recorded."""
     study = STUDIES[args.study]
     values = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
     header = [title.format(**values) for title in (*study.labels, *study.columns)]
-    table = markdown(header, study.table(study.rows(args), records))
+    table = markdown(header, study.table(study.rows(args), Records(args.records)))
     about = study.about.format(**values)
     about += f". {INTERVALS}" if "interval" in about else "."
     return f"{about}\n\n{table}"
@@ -68,18 +62,13 @@ def printed(args: argparse.Namespace, records: Records) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    records, rows = Records(args.records), list(STUDIES[args.study].rows(args))
-    picks = dict.fromkeys(p for row in rows for p in (*row.picks, *row.less, *row.others))
-
-    def missing() -> list:
-        return [call for pick in picks for call in pick.missing(records)]
-
-    failed = run_missing(missing, records, args.jobs, args.device)
-    print(f"\n{printed(args, records)}")
-    if failed:
-        raise errors.InputError(
-            f"calls that failed: {failed}; see their logs, then start the study again"
-        )
+    if not args.missing:
+        print(printed(args))
+        return
+    rows = STUDIES[args.study].rows(args)
+    picks = (pick for row in rows for pick in (*row.picks, *row.less, *row.others))
+    for line in missing_lines(picks, Records(args.records)):
+        print(line)
 
 
 if __name__ == "__main__":

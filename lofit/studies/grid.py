@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lofit.run.arguments import find_task, int_at_least
-from lofit.studies import rows, tables
+from lofit.run.arguments import natural
+from lofit.studies import tables
+from lofit.studies.cells import Pick
 from lofit.studies.records import Records, Run
-from lofit.studies.rows import Column, Pick, Row
-from lofit.tasks.own import OwnTask
+from lofit.studies.tables import Column, Row
+from lofit.tasks import find_tasks, main_metric
 
-DRAWN = ("random", "spread")  # ways of choosing that draw heads
-WAYS = ["scales", "gradient", "gates", "probe", *DRAWN]
-# of train.py --method: the flag, and what is tried on validation
+DRAWN = ("random", "spread")  # ways of choosing that draw heads; the second is only recorded
+# of train.py --method: the flag, as the records have it (--alpha is --strength), and what is tried
 BASELINES = {
     "lora": ("--lr", ["1e-4", "5e-4", "2e-3"]),
     "red": ("--lr", ["1e-3", "5e-3", "2e-2"]),
@@ -91,7 +91,7 @@ def tested_on(task: str, picks: list[Pick], kind: str = "asked") -> list[Pick]:
 
 
 def names(model: str, task: str) -> list[str]:
-    return [Path(model).name, f"{task} ({tables.metric_of(task)})"]
+    return [Path(model).name, f"{task} ({main_metric(task)})"]
 
 
 def sweep_rows(args) -> Iterable[Row]:
@@ -123,9 +123,9 @@ def tasks_rows(args) -> Iterable[Row]:
         run = Run("train", model, task, args.data, args.seeds[0], args.dtype, "lora")
         run = replace(run, train=f"{args.train_flags} --lr {args.lora_lr}".strip())
         lora = [Pick((run,), seed) for seed in args.seeds]
-        known = find_task(task)[1]
-        metrics = known.METRICS if isinstance(known, OwnTask) else (known.MAIN_METRIC,)
-        for metric in metrics:
+        found = find_tasks(task)[0]
+        # of the paper's tasks the one that the paper reports
+        for metric in found.metrics[:1] if found.max_length else found.metrics:
             labels = [Path(model).name, f"{task} ({metric})"]
             yield Row(labels, ours, drawn, tuple(lora), metric)
 
@@ -179,10 +179,10 @@ STUDIES = {
     "sweep": Study(
         f"Chosen heads beside as many random ones, test split. Heads by {{by}}: {SCORE}",
         ["model", "task"],
-        {"base": rows.of_one(rows.base, True), "heads": rows.of_one(rows.n_heads, True),
-         "values": rows.of_one(rows.values, True), "LoFiT": rows.score,
-         "random heads": rows.score_of_less,
-         "LoFiT − random": rows.difference},
+        {"base": tables.of_one(tables.base, True), "heads": tables.of_one(tables.n_heads, True),
+         "values": tables.of_one(tables.values, True), "LoFiT": tables.score,
+         "random heads": tables.score_of_less,
+         "LoFiT − random": tables.less},
         sweep_rows,
         {"--heads": {"nargs": "+", "default": ["10%", "3%"]}, "--by": BY},
     ),
@@ -190,21 +190,21 @@ STUDIES = {
         f"Does it matter which heads? Test split: {SCORE}, or of {{draws}} seeds where heads are"
         f" drawn; less random draws; ± runs: standard deviation of the runs, in points; {LR}",
         ["model", "task", "heads", "chosen by"],
-        {"score": rows.score, "less random": rows.difference, "± runs": rows.spread,
-         "lr": rows.chosen},
+        {"score": tables.score, "less random": tables.less, "± runs": tables.spread,
+         "lr": tables.chosen},
         heads_rows,
         {"--heads": {"nargs": "+", "default": ["1%", "3%", "10%", "30%"]},
-         "--by": {"nargs": "+", "default": WAYS},
-         "--draws": {"type": int_at_least(1), "default": 5}},
+         "--by": {"nargs": "+", "default": ["scales", "gradient", "probe", "random"]},
+         "--draws": {"type": natural, "default": 5}},
     ),
     "methods": Study(
         f"LoFiT beside baselines, test split: {SCORE}; less the first row's; the learning rate (of"
         " iti and repe the strength) is the first seed's best on validation; seconds: one selection"
         " and one training, the quickest",
         ["model", "task", "method"],
-        {"values": rows.of_one(rows.values), "seconds": rows.seconds, "score": rows.score,
-         "less LoFiT": rows.difference,
-         "chosen": rows.chosen},
+        {"values": tables.of_one(tables.values), "seconds": tables.seconds, "score": tables.score,
+         "less LoFiT": tables.less,
+         "chosen": tables.chosen},
         methods_rows,
         {"--heads": {"nargs": "+", "default": ["10%", "3%", "all"], "help": "of LoFiT"},
          "--methods": {"nargs": "*", "default": list(BASELINES), "type": known_method},
@@ -216,9 +216,10 @@ STUDIES = {
         " {by}, beside as many random ones, and LoRA with lr {lora_lr}. Test split, mean of the"
         " seeds {seeds} in percent; differences in points [95 % interval]",
         ["model", "task"],
-        {"base": rows.base_mean, "one answer": rows.always, "random heads": rows.mean_of("less"),
-         "LoRA": rows.mean_of("others"), "LoFiT": rows.mean_of("picks"), "less base": rows.gain,
-         "less random": rows.difference, "less LoRA": rows.less_others},
+        {"base": tables.base_mean, "one answer": tables.always,
+         "random heads": tables.mean_of("less"), "LoRA": tables.mean_of("others"),
+         "LoFiT": tables.mean_of("picks"), "less base": tables.gain, "less random": tables.less,
+         "less LoRA": tables.less_others},
         tasks_rows,
         {"--heads": HEADS, "--by": BY, "--lora-lr": {"default": "5e-4", "help": "of LoRA"}},
     ),
@@ -227,7 +228,7 @@ STUDIES = {
         " selected for each number of examples, and a learning rate is chosen on the whole"
         " validation split with the first seed",
         ["model", "task", "examples", "method"],
-        {"score": rows.score, "less {methods[0]}": rows.difference, "chosen": rows.chosen},
+        {"score": tables.score, "less {methods[0]}": tables.less, "chosen": tables.chosen},
         data_rows,
         {"--examples": {"nargs": "+", "default": ["10", "25", "50", "100", "all"]},
          "--methods": METHODS | {"default": ["lofit 10%", "lora", "red"]}},
@@ -237,7 +238,7 @@ STUDIES = {
         " less the task's own. Heads: chosen on one task, offsets trained on another. Offsets:"
         " trained on one task, tested on another",
         ["model", "tested on", "what", "from"],
-        {"score": rows.score, "less own": rows.difference},
+        {"score": tables.score, "less own": tables.less},
         transfer_rows,
         {"--heads": HEADS, "--by": BY, "--tested": {"nargs": "+", "help": "tasks (default: all)"}},
     ),
@@ -247,8 +248,8 @@ STUDIES = {
         " of text (the other task's prompts, or --text) before and after [interval of the"
         " difference]",
         ["model", "tuned on", "by", "asked"],
-        {"base": rows.of_one(rows.base), "change": rows.gain, "less {methods[0]}": rows.difference,
-         "loss of text": rows.text_loss},
+        {"base": tables.of_one(tables.base),
+         "change": tables.gain, "less {methods[0]}": tables.less, "loss of text": tables.text_loss},
         forgets_rows,
         {"--methods": METHODS | {"default": ["lofit 3%", "lofit 10%", "lofit all", "lora", "red"]},
          "--tuned": {"nargs": "+", "help": "tasks (default: all)"},
@@ -259,7 +260,7 @@ STUDIES = {
         " range; the share of heads that two selections have in common (of one task: two seeds or"
         " folds; by chance {heads}), and the rank correlation of all heads' scores",
         ["model", "heads", "task", "beside"],
-        {"mean layer | layers": rows.layers, "shared | correlation": rows.shared},
+        {"mean layer | layers": tables.layers, "shared | correlation": tables.shared},
         layers_rows,
         {"--heads": HEADS, "--by": BY},
     ),

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import write_text
-from lofit.llm.files import read_text
+from lofit.files import read_text, write
 from lofit.studies.__main__ import parse_args, printed
-from lofit.studies.records import Records
 
 PLACE = re.compile(
     r"```\npython -m lofit\.studies (?P<flags>[^\n]*)\n```\n\n"
@@ -33,7 +31,7 @@ def filled(text: str) -> str:
         return (
             f"```\npython -m lofit.studies {found['flags']}\n```\n\n"
             f"<details><summary>{found['title']}</summary>\n\n"
-            f"{printed(args, Records(args.records))}\n\n</details>\n"
+            f"{printed(args)}\n\n</details>\n"
         )
 
     return PLACE.sub(one, text)
@@ -43,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1:
         raise InputError("expected one page, like docs/results.md")
-    write_text(Path(argv[0]), filled(read_text(Path(argv[0]))))
+    write(Path(argv[0]), filled(read_text(Path(argv[0]))))
 
 
 if __name__ == "__main__":

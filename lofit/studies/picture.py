@@ -10,16 +10,19 @@ learning rate that did best on validation.
 
 import argparse
 import hashlib
+import io
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import write_atomic
+from lofit.files import write
 from lofit.run.summary import mean
-from lofit.studies import rows, tables
+from lofit.studies.cells import validation
 from lofit.studies.records import Records, Run
+from lofit.studies.tables import n_heads
+from lofit.tasks import main_metric
 
 # how heads were chosen -> legend, colour (Okabe and Ito's, which colour-blind readers can tell
 # apart), marker, place beside its number of heads
@@ -69,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_panel(records: Records, model: str, task: str, data: str, dtype: str) -> Panel:
     """The recorded runs of a model and task."""
-    metric, found = tables.metric_of(task), Panel()
+    metric, found = main_metric(task), Panel()
     dots, lora = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for run, line in records.of_model(model).items():
         if (run.task, run.data, run.dtype) != (task, data, dtype):
@@ -80,9 +83,9 @@ def read_panel(records: Records, model: str, task: str, data: str, dtype: str) -
             continue
         score = 100 * line["tuned"][metric]
         if run.method == "lofit" and run.by in WAYS and is_plain(run):
-            dots[run.by][int(rows.n_heads(run, line)), run.k].append(score)
+            dots[run.by][int(n_heads(run, line)), run.k].append(score)
         if run.method == "lora" and is_rate_alone(run.train):
-            lora[run.train].append((rows.validation(records, run), score))
+            lora[run.train].append((validation(records, run), score))
     found.dots = {by: dict(sorted(dots[by].items())) for by in WAYS if by in dots}
     if lora:
         best = max(lora.values(), key=lambda runs: mean([val for val, _ in runs]))
@@ -126,7 +129,7 @@ def draw(panels: dict[tuple[str, str], Panel], path: Path) -> None:
                 draw_panel(axes, panel, heads)
             line[0].set_ylabel(f"{Path(model).name}\ntest accuracy, %")
         for task, axes in zip(tasks, grid[0], strict=True):
-            metric = tables.metric_of(task)
+            metric = main_metric(task)
             axes.set_title(f"{TITLES.get(task, task)}, {TITLES.get(metric, metric)}", fontsize=10)
         for axes in grid[-1]:
             axes.set_xlabel("number of heads")
@@ -134,7 +137,9 @@ def draw(panels: dict[tuple[str, str], Panel], path: Path) -> None:
         legend(figure, grid.flat)
         # of what it shows, so that a test can tell an old picture; pixels depend on matplotlib
         shows = {"Description": hashlib.sha256(repr(panels).encode()).hexdigest()}
-        write_atomic(path, lambda p: figure.savefig(p, dpi=100, format="png", metadata=shows))
+        data = io.BytesIO()
+        figure.savefig(data, dpi=100, format="png", metadata=shows)
+        write(path, data.getvalue())
         plt.close(figure)
 
 
@@ -185,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         if not any(panels[model, task].dots for task in args.task):
             raise InputError(
                 f"{args.records}: no tested LoFiT run of {model} on {args.data} with the recipe's"
-                " learning rate; run python -m lofit.studies sweep first"
+                " learning rate; see python -m lofit.studies sweep --missing"
             )
     draw(panels, args.out)
     print(f"-> {args.out}")

@@ -1,26 +1,34 @@
 """Recorded runs: MODEL.jsonl, one line a run, and MODEL.scores.json.gz, the scores of all heads.
 
+    python -m lofit.studies.records FOLDER ...     # record the runs of these folders
+
 A line starts with what identifies the run (`Run`, without what has its default); then stands what
-was measured: settings, heads, trained values, scores, hits, and by script the seconds and the
-device. Hits are the items' scores in the order of the data: a string of digits where each is 0 or
-1, else a list of numbers. The base model's hits stand once, in the line of kind "base".
+was measured, see docs/results/README.md.
 """
 
-import fcntl
+import argparse
 import gzip
+import itertools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from filelock import FileLock
+
+from lofit import errors
 from lofit.errors import InputError
-from lofit.files import read_jsonl, write_atomic, write_text
-from lofit.llm.files import parse_json, read_json
-from lofit.run.artefacts import ADAPTER_CONFIG, HEADS, RESULTS, results_files
+from lofit.files import hash_of, parse_json, read_json, read_jsonl, read_tensors, reading, write
+from lofit.run.files import HEADS, OFFSETS, PREDICTIONS, RESULTS
+from lofit.run.summary import mean
+from lofit.tasks import find_tasks
 
 Grid = list[list[float]]  # [layer][head]
 BASE_SEED = 42  # nothing is drawn when the base model is asked: one seed serves all
+CELL = "cell.json"  # in the folder of a run: which run it is
+BASE_RESULTS, BASE_PREDICTIONS = "results-base.json", "predictions-base.jsonl"
+TEXT_LOSS = "text_loss.json"
+SCRIPTS = {HEADS: "select_heads.py", OFFSETS: "train.py", RESULTS: "eval.py"}  # file -> its script
+SCRIPTS |= {BASE_RESULTS: "eval.py", TEXT_LOSS: "text_loss"}
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,29 @@ class Run:
         of = (self.model, self.heads_of or self.task, self.data, self.seed, self.dtype)
         return Run("select", *of, by=self.by, select=self.select)
 
+    @property
+    def training(self) -> "Run":
+        """The run that trained what this one tests."""
+        return replace(self, kind="train", tested="")
+
     def as_dict(self) -> dict:
         """The fields that are not at their default."""
         found = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
         return {name: value for name, (value, default) in found.items() if value != default}
+
+    def parts(self, folder: Path) -> dict[str, Path]:
+        """The tasks that it calls the scripts with, folds each for itself, and their folders."""
+        name = self.tested or self.task
+        if self.kind == "text":  # folds share their prompts; a text of its own needs no task
+            name = self.task if Path(name).is_file() else name
+            return {_names(name)[0]: folder}
+        names = _names(name)
+        return {name: folder} if len(names) == 1 else {fold: folder / fold for fold in names}
+
+
+def _names(task: str) -> list[str]:
+    found = find_tasks(task)
+    return [task] if len(found) == 1 else [each.name for each in found]
 
 
 class Records:
@@ -79,48 +106,16 @@ class Records:
     def done(self, run: Run, script: str) -> bool:
         return script in self.of(run).get("seconds", {})
 
-    def seconds_of(self, model: str, script: str) -> list[float]:
-        """What each run of a script took for a model."""
-        found = [line.get("seconds", {}) for line in self.of_model(model).values()]
-        return [seconds[script] for seconds in found if script in seconds]
-
-    def grids(self, run: Run) -> list[Grid]:
-        """The scores of all heads of a run of kind select, of each fold; [] if there are none."""
-        return self._read_grids(run.model).get(run.title, [])
-
-    def add(self, run: Run, found: dict, grids: list[Grid] | None = None) -> None:
-        """Add to a run's line, and write the file whole, so that a kill leaves the old one."""
-        with self._locked(run.model):
-            runs = self._runs[_name(run.model)] = self._read(run.model)
-            old = runs.get(run, {})
-            merged = {key: old.get(key, {}) | found[key] for key in ("seconds", "device")}
-            runs[run] = old | found | merged
-            if grids:
-                kept = self._read_grids(run.model) | {run.title: grids}
-                text = json.dumps(kept, separators=(",", ":"))
-                data = gzip.compress(text.encode(), mtime=0)
-                write_atomic(self._path(run.model, "scores.json.gz"), lambda p: p.write_bytes(data))
-            write_text(self._path(run.model, "jsonl"), "".join(map(as_line, runs.items())))
-
-    def forget(self) -> None:
-        """Read the files again when they are asked for next: another study may have written."""
-        self._runs = {}
-
     def of_model(self, model: str) -> dict[Run, dict]:
         """All recorded runs of a model, and what was measured of each."""
-        name = _name(model)
-        if name not in self._runs:
-            self._runs[name] = self._read(model)
-        return self._runs[name]
-
-    def _path(self, model: str, suffix: str) -> Path:
-        return self.folder / f"{_name(model)}.{suffix}"
-
-    def _read(self, model: str) -> dict[Run, dict]:
         path = self._path(model, "jsonl")
-        return dict(map(from_line, read_jsonl(path))) if path.exists() else {}
+        if path.name not in self._runs:
+            lines = read_jsonl(path) if path.exists() else []
+            self._runs[path.name] = dict(from_line(*line) for line in lines)
+        return self._runs[path.name]
 
-    def _read_grids(self, model: str) -> dict[str, list[Grid]]:
+    def grids(self, model: str) -> dict[str, list[Grid]]:
+        """The scores of all heads of a model's selections, by the title: one of each fold."""
         path = self._path(model, "scores.json.gz")
         if not path.exists():
             return {}
@@ -128,35 +123,59 @@ class Records:
             text = gzip.decompress(path.read_bytes()).decode()
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not readable ({error}); restore it from git") from None
-        return parse_json(text, str(path))
+        return parse_json(text, str(path), dict)
 
-    @contextmanager
-    def _locked(self, model: str) -> Iterator[None]:
-        """Hold a model's files, which other studies write too."""
+    def add(self, run: Run, found: dict[str, dict], grids: list[Grid] | None = None) -> None:
+        """Add what each script measured to a run's line; what is recorded already stays. The file
+        is written whole, under a lock: no process loses what another adds at the same time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._path(model, "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        with FileLock(self._path(run.model, "lock")):
+            self._runs = {}  # others may have written
+            runs = self.of_model(run.model)
+            if other_offsets(runs.get(run.training, {}), found):
+                raise InputError(
+                    f"{run.title}: its offsets are not those of the recorded training, and it is"
+                    " not recorded; with another folder for --records both are made anew"
+                )
+            line = runs.setdefault(run, {"seconds": {}, "device": {}})
+            for script, part in found.items():
+                if self.done(run, script):
+                    continue
+                both = {
+                    key: line.get(key, {}) | {script: part[key]} for key in ("seconds", "device")
+                }
+                line |= part | both
+            if grids and run.title not in (kept := self.grids(run.model)):
+                text = json.dumps(kept | {run.title: grids}, separators=(",", ":"))
+                data = gzip.compress(text.encode(), mtime=0)
+                write(self._path(run.model, "scores.json.gz"), data)
+            lines = (json.dumps(r.as_dict() | f, ensure_ascii=False) for r, f in runs.items())
+            write(self._path(run.model, "jsonl"), "".join(f"{line}\n" for line in lines))
+
+    def _path(self, model: str, suffix: str) -> Path:
+        return self.folder / f"{Path(model).name}.{suffix}"
 
 
-def _name(model: str) -> str:
-    return Path(model).name
-
-
-def as_line(item: tuple[Run, dict]) -> str:
-    run, found = item
-    return json.dumps(run.as_dict() | found, ensure_ascii=False) + "\n"
-
-
-def from_line(item: tuple[str, dict]) -> tuple[Run, dict]:
-    """Inverse of `as_line`, of a line and where it stands. InputError if it names no run."""
-    where, line = item
+def from_line(where: str, line: dict) -> tuple[Run, dict]:
+    """A run, and what was measured of it. InputError if the line names no run."""
     names = {field.name for field in fields(Run)}
     try:
         run = Run(**{key: value for key, value in line.items() if key in names})
     except TypeError as error:
         raise InputError(f"{where}: not a recorded run ({error})") from None
     return run, {key: value for key, value in line.items() if key not in names}
+
+
+def other_offsets(trained: dict, found: dict[str, dict]) -> bool:
+    """Whether a test has other offsets than its recorded training, as far as both are known; a task
+    in folds may be tested with one fold's."""
+
+    def hashes(part: dict) -> set[str]:
+        known = part.get("offsets_hash", [])
+        return {known} if isinstance(known, str) else {*known}
+
+    was = hashes(trained)
+    return bool(was) and any(not hashes(part) <= was for part in found.values())
 
 
 def pack(scores: list[float]) -> str | list[float]:
@@ -171,44 +190,74 @@ def unpack(hits: str | list[float]) -> list[float]:
     return [float(hit) for hit in hits]
 
 
-def read_selection(folder: Path) -> tuple[dict, list[Grid]]:
-    """(what a record keeps of select_heads.py's folder, the scores of all heads of each fold)."""
-    found = [read_json(path) for path in _of_folds(folder, HEADS)]
-    kept = {"fingerprint": found[0]["fingerprint"], "settings": _settings(found[0])}
-    return kept | {"heads": _one([f["heads"] for f in found])}, [f["scores"] for f in found]
+def measured(run: Run, folder: Path) -> tuple[dict[str, dict], list[Grid]]:
+    """({script: what a record keeps of what it left in a run's folder}, the scores of all heads).
+    Of a task in folds lists, one entry a fold."""
+    found: dict[str, dict] = {}
+    folders = list(run.parts(folder).values())
+    for name, script in SCRIPTS.items():
+        paths = [part / name for part in folders]
+        if not all(path.exists() for path in paths):
+            continue
+        with reading(paths[0]):
+            files = [
+                read_tensors(path)[1] if name == OFFSETS else read_json(path) for path in paths
+            ]
+            part = {key: files[0].get(key) for key in ("fingerprint", "data_hash")}
+            found[script] = part | KEPT[script](files, paths)
+            took = [spent(path, script.removesuffix(".py")) for path in paths]
+        found[script] |= {"seconds": round(sum(t for t, _ in took), 2), "device": took[0][1]}
+    chose = folders if run.kind == "select" and found else []
+    return found, [read_json(part / HEADS)["scores"] for part in chose]
 
 
-def read_training(folder: Path) -> dict:
-    """What a record keeps of train.py's folder; of a task in folds lists, one entry a fold."""
-    found = [read_json(path) for path in _of_folds(folder, ADAPTER_CONFIG)]
-    kept = {"fingerprint": found[0]["fingerprint"], "settings": _settings(found[0])}
-    for key in ("heads", "trained_values", "offsets_hash", "val"):
-        if key in found[0]:
-            kept[key] = _one([f[key] for f in found])
-    return kept
+def of_selection(files: list[dict], paths: list[Path]) -> dict:
+    return {"settings": _settings(files[0]), "heads": _one([f["heads"] for f in files])}
 
 
-def read_evaluation(folder: Path) -> dict:
-    """What a record keeps of eval.py's folder: mean scores, and the items' where it asked the base
-    model alone, or the tuned one's."""
-    names = results_files("test", not (folder / RESULTS).exists())
-    results = read_json(folder / names[0])
-    lines = [line for p in _of_folds(folder, names[1]) for _, line in read_jsonl(p)]
-    who = "tuned" if "tuned" in results else "base"
-    parts = [read_json(path) for path in _of_folds(folder, names[0])]
-    kept = {"n": _one([part["n"] for part in parts]), "fingerprint": results["fingerprint"]}
-    kept["base"] = results["base"]
-    if who == "tuned":
-        hashes = [part["offsets_hash"] for part in parts]
-        values = results["trained_values"]
-        kept |= {"tuned": results["tuned"], "trained_values": values, "offsets_hash": _one(hashes)}
-    kept |= {key: results[key] for key in ("always", "given", "groups") if key in results}
-    metrics = results[who]
+def of_training(files: list[dict], paths: list[Path]) -> dict:
+    kept = {"settings": _settings(files[0]), "offsets_hash": _one([hash_of(p) for p in paths])}
+    for key in ("heads", "val"):
+        if key in files[0]:
+            kept[key] = _one([f[key] for f in files])
+    return kept | {"trained_values": files[0]["trained_values"]}
+
+
+def of_evaluation(files: list[dict], paths: list[Path]) -> dict:
+    """Mean scores; the items' are of the tuned model, or of the base model where it was alone."""
+    names = [PREDICTIONS if p.name == RESULTS else BASE_PREDICTIONS for p in paths]
+    both = zip(paths, names, strict=True)
+    lines = [line for path, name in both for _, line in read_jsonl(path.with_name(name))]
+    whos, metrics = files[0]["scores"], list(files[0]["scores"]["base"])
+    kept = {"n": _one([f["n"] for f in files])}
+    kept |= {who: {m: mean([line[who][m] for line in lines]) for m in metrics} for who in whos}
+    if "tuned" in whos:
+        about = [f["adapters"]["tuned"] for f in files]
+        kept["trained_values"] = about[0]["trained_values"]
+        kept["offsets_hash"] = _one([each["offsets_hash"] for each in about])
+    if len(files) == 1:
+        kept |= {key: files[0][key] for key in ("always", "given", "groups") if key in files[0]}
+    who = "tuned" if "tuned" in whos else "base"
     return kept | {"hits": {m: pack([line[who][m] for line in lines]) for m in metrics}}
 
 
-def _of_folds(folder: Path, name: str) -> list[Path]:
-    return sorted(folder.glob(f"fold*/{name}")) or [folder / name]
+def of_text(files: list[dict], paths: list[Path]) -> dict:
+    losses = {who: [round(loss, 6) for loss in files[0][who]] for who in ("base", "tuned")}
+    return {"losses": losses}
+
+
+KEPT = {"select_heads.py": of_selection, "train.py": of_training}
+KEPT |= {"eval.py": of_evaluation, "text_loss": of_text}
+
+
+def spent(path: Path, script: str) -> tuple[float, str]:
+    """(the seconds from the opened model to the file, without the time in which a killed script lay
+    still; the device)."""
+    lines = [line for _, line in read_jsonl(path.with_name("log.jsonl"))]
+    lines = [line for line in lines if line["script"] == script]
+    steps = ((a["time"], b["time"]) for a, b in itertools.pairwise(lines) if "device" not in b)
+    last = max(path.stat().st_mtime - lines[-1]["time"], 0)
+    return sum(b - a for a, b in steps) + last, lines[0]["device"]
 
 
 def _one(values: list):
@@ -219,3 +268,23 @@ def _one(values: list):
 def _settings(found: dict) -> dict:
     """Without what the run's identity says already."""
     return {k: v for k, v in found["settings"].items() if k not in ("heads", "by")}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="+", type=Path, help="of a line of --missing")
+    parser.add_argument("--records", type=Path, default=Path("docs/results"))
+    args = parser.parse_args(argv)
+    for folder in args.folder:
+        run, _ = from_line(str(folder / CELL), read_json(folder / CELL))
+        found, grids = measured(run, folder)
+        if not found:
+            raise InputError(f"{folder}: nothing is in it to record; run its line first")
+        Records(args.records).add(run, found, grids)
+        print(f"recorded: {run.title}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

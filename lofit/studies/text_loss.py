@@ -12,14 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from lofit import errors
-from lofit.files import write_json
+from lofit.files import read_text, write_json
 from lofit.heads import edits_off
-from lofit.llm.files import read_text
 from lofit.llm.model import CausalLM
-from lofit.run.adapters import find_offsets
-from lofit.run.arguments import common_parser, find_task
-from lofit.run.artefacts import load_offsets
-from lofit.run.session import Session
+from lofit.run.arguments import common_parser
+from lofit.run.files import load_offsets
+from lofit.run.setup import open_runs
 
 N_TEXTS = 200
 
@@ -45,25 +43,22 @@ def text_losses(model: CausalLM, texts: list[list[int]]) -> list[float]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if find_task(args.task)[1].FOLDS:
-        args.fold = "0"  # the folds of a task share their prompts
-    run = Session(args, "text_loss")
-    next(run.folds())
-    if args.text:
-        texts = [line for line in read_text(args.text).splitlines() if line.strip()]
-    else:
-        texts = [example.prompt for example in run.read("test")]
-    limit = run.model.config.max_position_embeddings
-    ids = [run.tokenizer.encode(text)[:limit] for text in texts[:N_TEXTS]]
-    ids = [each for each in ids if len(each) > 1]
-    if not ids:
-        raise errors.InputError(f"{args.text or args.task}: no text of two tokens or more")
-    load_offsets(find_offsets(args.offsets), run.model)
-    tuned = text_losses(run.model, ids)
-    with edits_off(run.model):
-        base = text_losses(run.model, ids)
-    folder = args.run or run.folder
-    write_json(folder / "text_loss.json", run.info() | {"base": base, "tuned": tuned})
+    with open_runs(args, "text_loss") as runs:
+        run = next(runs)  # of one fold: they share their prompts
+        if args.text:
+            texts = [line for line in read_text(args.text).splitlines() if line.strip()]
+        else:
+            texts = [example.prompt for example in run.read("test")]
+        limit = run.model.config.max_position_embeddings
+        ids = [run.tokenizer.encode(text)[:limit] for text in texts[:N_TEXTS]]
+        ids = [each for each in ids if len(each) > 1]
+        if not ids:
+            raise errors.InputError(f"{args.text or args.task}: no text of two tokens or more")
+        load_offsets(args.offsets, run.model)
+        tuned = text_losses(run.model, ids)
+        with edits_off(run.model):
+            base = text_losses(run.model, ids)
+        write_json(run.folder / "text_loss.json", run.info | {"base": base, "tuned": tuned})
     print(f"{len(ids)} texts: {sum(base) / len(ids):.4f} -> {sum(tuned) / len(ids):.4f}")
 
 
