@@ -1,6 +1,6 @@
 """Own data for docs/own-model.md: dates in words, to be written as numbers.
 
-python examples/dates.py DIR       # -> DIR/train.jsonl (200 lines), val.jsonl (50), test.jsonl (100)
+python examples/dates.py DIR   # -> DIR/train.jsonl (200 lines), val.jsonl (50), test.jsonl (100)
 """
 
 import json
