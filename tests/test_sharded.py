@@ -10,7 +10,7 @@ import torch
 from conftest import difference, end_group, random_model, start_group
 from test_parallel import alone, assert_same, calls, flags  # noqa: F401
 
-from lofit.distributed import Shards, join
+from lofit.distributed import Sharded, join
 from lofit.heads import attach_offsets, attach_scales, random_init
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import load_model, save_model
@@ -60,7 +60,7 @@ def main(folders: list[str]) -> None:
     """One process of those that the test looks at."""
     join("cpu")
     for folder in folders:
-        split = load_model(folder, shards=Shards("cpu"))
+        split = load_model(folder, way=Sharded)
         sys.__stdout__.write(json.dumps(examine(load_model(folder), split)) + "\n")
 
 
