@@ -100,15 +100,16 @@ def less_others(row: Row, records: Records) -> str:
 
 
 def _between(row: Row, ones: Iterable[Pick], others: Iterable[Pick], records: Records) -> str:
-    both = (tables.scores_of(records, runs(part, records), row.metric) for part in (ones, others))
-    return tables.difference(*both)
+    done = [runs(part, records) for part in (ones, others)]
+    both = (tables.scores_of(records, part, row.metric) for part in done)
+    return tables.difference(*both, groups=tables.groups_of(records, done[0]))
 
 
 def gain(row: Row, records: Records) -> str:
     done = runs(row.picks, records)
     base = tables.scores_of(records, [done[0].base], row.metric) if done else []
     scores = tables.scores_of(records, done, row.metric)
-    return tables.difference(scores, base, of_base=True)
+    return tables.difference(scores, base, True, tables.groups_of(records, done))
 
 
 def mean_of(part: str) -> Column:

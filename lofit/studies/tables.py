@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from lofit.run.arguments import find_task
 from lofit.run.summary import mean
-from lofit.studies.intervals import Scores, interval
+from lofit.studies.intervals import Groups, Scores, interval
 from lofit.studies.records import Records, Run, unpack
 
 NONE = "–"
@@ -28,13 +28,18 @@ def mean_items(runs: Scores) -> list[float]:
     return [mean(list(each)) for each in zip(*runs, strict=True)]
 
 
-def difference(ones: Scores, others: Scores, of_base: bool = False) -> str:
+def groups_of(records: Records, runs: list[Run]) -> Groups:
+    """What the items of their test share, where it is recorded (clusters.py)."""
+    return records.of(runs[0].base).get("clusters") if runs else None
+
+
+def difference(ones: Scores, others: Scores, of_base: bool = False, groups: Groups = None) -> str:
     """ "+62.8 [+58.5, +67.1]": mean of `ones` less that of `others`, in percentage points. of_base:
-    the others are the base model, which does not vary."""
+    the others are the base model, which does not vary. groups: of the items."""
     if not ones or not others:
         return NONE
     found = mean(mean_items(ones)) - mean(mean_items(others))
-    found, low, high = map(points, (found, *interval(ones, others)))
+    found, low, high = map(points, (found, *interval(ones, others, groups=groups)))
     return f"{found} [{low}, {high}]{mark(ones, [] if of_base else others)}"
 
 
@@ -52,7 +57,8 @@ def score(records: Records, runs: list[Run]) -> str:
     if not runs:
         return NONE
     scores = scores_of(records, runs)
-    gain = difference(scores, scores_of(records, [runs[0].base]), of_base=True)
+    base, groups = scores_of(records, [runs[0].base]), groups_of(records, runs)
+    gain = difference(scores, base, of_base=True, groups=groups)
     means = [mean(items) for items in scores]
     return f"{mean(means):.1%} ({gain}): {' '.join(f'{100 * each:.1f}' for each in means)}"
 
