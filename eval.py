@@ -111,6 +111,9 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
     units = [e.unit for e in examples] if examples[0].unit else None
     results |= summarize(scored, metrics, units) | by_answer(run.task, examples, scored)
     results |= by_rule(run.task, examples) | by_group(examples, scored, metrics)
+    if units:  # a number for each, which says what its items share
+        numbers = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+        results["clusters"] = [numbers[unit] for unit in units]
     print(f"\n{run.title}, {args.split} split ({len(examples)} items)")
     for label, about in adapters.items():
         n, what = about["trained_values"], about.get("method") or f"{len(about['heads'])} heads"

@@ -4,8 +4,18 @@ import math
 
 import pytest
 import torch
+from interval_coverage import MIXES, covered
 
-from lofit.studies.intervals import interval, t_quantile
+from lofit.studies.intervals import (
+    Difference,
+    Spread,
+    difference,
+    holm,
+    interval,
+    pooled,
+    run_spread,
+    t_quantile,
+)
 
 N_ITEMS, N_STUDIES = 400, 2000
 BASE = 0
@@ -80,3 +90,78 @@ def test_t_quantile_is_the_textbooks(df, t):
 
 def test_one_item_has_no_interval():
     assert all(map(math.isnan, interval([[1.0], [0.0]], [[0.0]])))
+
+
+SIZES = [49, 32, 28, 27, 27, 22, *10 * [10], *40 * [4], *419 * [1]]  # much like MQuAKE's edits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [1, 3, 5])
+@pytest.mark.parametrize("mix", ["two methods", "method, base"])
+def test_intervals_by_group_cover_the_truth_where_those_by_item_do_not(mix, runs):
+    groups = torch.arange(len(SIZES)).repeat_interleave(torch.tensor(SIZES))
+    of_base = mix == "method, base"
+    found = [covered(MIXES[mix], runs, groups, i, runs == 1, of_base) for i in range(400)]
+    by_item, by_group = (sum(hit for hit, _ in each) / 400 for each in zip(*found, strict=True))
+    assert 0.92 <= by_group <= 0.98 and by_item < 0.91
+
+
+def test_groups_of_one_item_change_nothing_and_copies_of_items_count_once():
+    generator = torch.Generator().manual_seed(0)
+    ones, others, _ = simulated((3, 5), (0.02, 0.09), generator)
+    plain = interval(ones, others)
+    numbers = torch.randperm(N_ITEMS, generator=generator)
+    assert interval(ones, others, groups=numbers.tolist()) == pytest.approx(plain, abs=1e-12)
+    three = [side.repeat_interleave(3, dim=1) for side in (ones, others)]
+    of = torch.arange(N_ITEMS).repeat_interleave(3)
+    assert interval(*three, groups=of.tolist()) == pytest.approx(plain, abs=1e-12)
+    low, high = interval(*three)
+    assert high - low < plain[1] - plain[0]
+
+
+def test_one_group_has_no_interval():
+    assert all(map(math.isnan, interval([[1.0, 0.0]], [[0.0, 0.0]], groups=[7, 7])))
+
+
+def test_the_spread_of_runs_is_what_their_means_vary_by_and_can_be_borrowed():
+    """Items that are all alike leave the runs alone: the variance of their means."""
+    cells = [[[x] * 4 for x in runs] for runs in ([0.1, 0.3], [0.5, 0.5, 0.8], [0.4])]
+    spread = run_spread(cells)
+    assert spread.df == 3 and spread.variance == pytest.approx((0.02 + 0.06) / 3)
+    assert run_spread(cells[2:]) is None
+    ones, base = [[0.0, 1.0, 1.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]]
+    alone, lent = (difference(ones, base, borrowed=(each, None)) for each in (None, spread))
+    assert alone.runs.variance == 0 and lent.runs.variance == pytest.approx(spread.variance)
+    assert lent.items == alone.items and lent.error > alone.error
+    several = difference(2 * ones, base, borrowed=(spread, None))
+    assert several.runs.variance == 0  # two runs tell for themselves
+
+
+def test_p_is_one_less_the_level_whose_interval_ends_at_zero():
+    found = Difference(2.1, Spread(1.0, 20), Spread(0.5, 3))
+    ends = found.interval(1 - found.p)
+    assert ends[0] == pytest.approx(0, abs=1e-6) and 0 < found.p < 1
+    # 2.086 is the t of 20 degrees of freedom
+    assert Difference(-2.086, Spread(1.0, 20), Spread(0.0, 1)).p == pytest.approx(0.05, abs=1e-4)
+    assert Difference(0.0, Spread(0.0, 9), Spread(0.0, 1)).p == 1
+
+
+def test_holm_corrects_for_the_number_of_comparisons():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_pooled_differences_have_the_weights_of_fixed_or_of_random_effects():
+    alike = [
+        Difference(1.0, Spread(1.0, 9), Spread(0.0, 1)),
+        Difference(2.0, Spread(4.0, 9), Spread(0.0, 1)),
+    ]
+    mean, low, high, between = pooled(alike)
+    assert (mean, between) == (pytest.approx(1.2), 0.0)
+    assert high - mean == pytest.approx(
+        12.706 * 0.8**0.5, abs=1e-2
+    ) and low + high == pytest.approx(2.4)
+    apart = [Difference(x, Spread(0.01, 9), Spread(0.0, 1)) for x in (0.0, 2.0, 4.0)]
+    mean, low, high, between = pooled(apart)
+    assert mean == pytest.approx(2) and between == pytest.approx((4 - 0.01) ** 0.5)
+    assert high - mean == pytest.approx(4.303 * (4 / 3) ** 0.5, abs=1e-2)

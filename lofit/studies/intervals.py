@@ -6,47 +6,173 @@ the last; that of the runs is estimated without the last (a two-way layout witho
 Searle, Casella and McCulloch, Variance Components, 1992). Runs are few, so that a bootstrap over
 them is too narrow: they have the t quantile of Welch's degrees of freedom, items their own, and
 the sum has the mean of both quantiles, weighted by the variances (Cochran, Biometrics 20, 1964).
+
+Items that share something, like MQuAKE's questions about one edit, are right or wrong together:
+with groups it is these that vary. The variance is then that of sums over groups, each corrected for
+its own share in the mean (CR2 of Bell and McCaffrey, Survey Methodology 28, 2002); of groups of one
+item it is the ordinary one.
 """
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 Scores = list[list[float]]  # [run][item], the same items everywhere
+Groups = Sequence[int] | None  # of each item, the number of its group; None: all are apart
 
 
-def interval(ones: Scores, others: Scores, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the mean of `ones` less that of `others`.
+@dataclass(frozen=True)
+class Spread:
+    """An estimated variance and its degrees of freedom."""
+
+    variance: float
+    df: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two means: its value, and how it varies with the items and with the runs."""
+
+    mean: float
+    items: Spread
+    runs: Spread
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return math.sqrt(self.items.variance + self.runs.variance)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        parts = [part for part in (self.items, self.runs) if part.variance]
+        quantiles = sum(t_quantile(part.df, level) * part.variance for part in parts)
+        half = quantiles / self.error if quantiles else 0.0
+        return self.mean - half, self.mean + half
+
+    @property
+    def p(self) -> float:
+        """One less the level of the interval that ends at 0."""
+        if math.isnan(self.error) or not self.error:
+            return math.nan if self.mean or math.isnan(self.error) else 1.0
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            ends = self.interval(middle)
+            low, high = (low, middle) if ends[0] <= 0 <= ends[1] else (middle, high)
+        return 1 - high
+
+
+def interval(
+    ones: Scores,
+    others: Scores,
+    level: float = 0.95,
+    groups: Groups = None,
+    borrowed: Sequence[Spread | None] = (None, None),
+) -> tuple[float, float]:
+    """Confidence interval of the mean of `ones` less that of `others`; see `difference`."""
+    return difference(ones, others, groups, borrowed).interval(level)
+
+
+def difference(
+    ones: Scores,
+    others: Scores,
+    groups: Groups = None,
+    borrowed: Sequence[Spread | None] = (None, None),
+) -> Difference:
+    """The mean of `ones` less that of `others`.
 
     The runs of the two are drawn independently; the items are the same, and are compared in pairs.
-    A side of one run says nothing of how runs vary: the interval then holds for that very run. The
-    base model is one run that does not vary. NaN with less than two items.
+    A side of one run says nothing of how runs vary: the interval then holds for that very run,
+    unless the spread of one run is borrowed for this side (`run_spread` of others like it). The
+    base model is one run that does not vary. NaN with less than two items or groups.
     """
-    one, other = (torch.as_tensor(s, dtype=torch.float64) for s in (ones, others))
-    differences = one.mean(0) - other.mean(0)
-    n = len(differences)
-    if n < 2:
-        return math.nan, math.nan
-    items = differences.var().item() / n  # with what one run does on one item
-    parts = [_of_runs(side) for side in (one, other) if len(side) > 1]
-    runs = sum(variance for variance, _ in parts)
-    quantiles = t_quantile(n - 1, level) * items
-    if runs:
-        df = runs**2 / sum(variance**2 / df for variance, df in parts)
-        quantiles += t_quantile(df, level) * runs
-    half = quantiles / math.sqrt(runs + items) if runs + items else 0.0
-    middle = differences.mean().item()
-    return middle - half, middle + half
+    sides = [torch.as_tensor(s, dtype=torch.float64) for s in (ones, others)]
+    differences = sides[0].mean(0) - sides[1].mean(0)
+    groups = _groups(groups, len(differences))
+    mean, n_groups = differences.mean().item(), int(groups.max()) + 1
+    if n_groups < 2:
+        return Difference(mean, Spread(math.nan, 1), Spread(0.0, 1))
+    items = Spread(_of_sums(differences - mean, groups), n_groups - 1)
+    parts = [
+        _of_runs(side, groups) if len(side) > 1 else spread
+        for side, spread in zip(sides, borrowed, strict=True)
+    ]
+    return Difference(mean, items, _sum([part for part in parts if part]))
 
 
-def _of_runs(scores: torch.Tensor) -> tuple[float, int]:
-    """(variance of the mean over runs, without what single items add to it, at least 0; its degrees
-    of freedom) of scores [run, item]."""
-    runs, n = scores.shape
-    means = scores.mean(1)
+def run_spread(cells: Iterable[Scores], groups: Groups = None) -> Spread | None:
+    """How single runs vary about their cell's mean, over cells of runs that differ by the seed
+    alone; None without a cell of several runs."""
+    found = []
+    for cell in (torch.as_tensor(cell, dtype=torch.float64) for cell in cells):
+        if len(cell) > 1:
+            of_mean = _of_runs(cell, _groups(groups, cell.shape[1]))
+            found.append(Spread(of_mean.variance * len(cell), of_mean.df))
+    df = sum(part.df for part in found)
+    return Spread(sum(part.variance * part.df for part in found) / df, df) if found else None
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm, 1979), in the order given."""
+    corrected, worst = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = worst
+    return corrected
+
+
+def pooled(found: Sequence[Difference], level: float = 0.95) -> tuple[float, float, float, float]:
+    """(mean, low, high, standard deviation between them) of several differences, two at least.
+
+    Random effects: what they differ by beyond their errors is estimated (DerSimonian and Laird,
+    1986), and the interval has the t quantile of their number, with an error that is not below that
+    of fixed effects (Knapp and Hartung, 2003).
+    """
+    means, errors = (torch.tensor([getattr(each, key) for each in found], dtype=torch.float64)
+                     for key in ("mean", "error"))  # fmt: skip
+    df, weights = len(found) - 1, errors**-2
+    fixed = (weights * means).sum() / weights.sum()
+    excess = (weights * (means - fixed) ** 2).sum() - df
+    between = max(0.0, (excess / (weights.sum() - (weights**2).sum() / weights.sum())).item())
+    weights = 1 / (errors**2 + between)
+    mean = (weights * means).sum() / weights.sum()
+    scale = max(1.0, ((weights * (means - mean) ** 2).sum() / df).item())
+    half = t_quantile(df, level) * math.sqrt(scale / weights.sum().item())
+    return mean.item(), mean.item() - half, mean.item() + half, math.sqrt(between)
+
+
+def _groups(groups: Groups, n: int) -> torch.Tensor:
+    """The groups of n items as numbers from 0."""
+    return (
+        torch.arange(n)
+        if groups is None
+        else torch.as_tensor(groups).unique(return_inverse=True)[1]
+    )
+
+
+def _of_sums(left: torch.Tensor, groups: torch.Tensor) -> float:
+    """The variance of the mean of items by group, from each item's deviation."""
+    sizes, n = groups.bincount(), len(groups)
+    sums = torch.zeros(len(sizes), dtype=left.dtype).index_add_(0, groups, left)
+    return (sums.square() / (1 - sizes / n)).sum().item() / n**2
+
+
+def _of_runs(scores: torch.Tensor, groups: torch.Tensor) -> Spread:
+    """The variance of the mean over runs, without what single items or groups add to it, at least
+    0, of scores [run, item]."""
+    runs, means = len(scores), scores.mean(1)
     left = scores - means[:, None] - scores.mean(0) + scores.mean()
-    left_variance = left.square().sum().item() / ((runs - 1) * (n - 1))
-    return max(means.var().item() - left_variance / n, 0.0) / runs, runs - 1
+    of_items = sum(_of_sums(each, groups) for each in left) / (runs - 1)
+    return Spread(max(means.var().item() - of_items, 0.0) / runs, runs - 1)
+
+
+def _sum(parts: list[Spread]) -> Spread:
+    """The variance of a sum, with Welch's degrees of freedom."""
+    variance = sum(part.variance for part in parts)
+    if not variance:
+        return Spread(0.0, 1)
+    return Spread(variance, variance**2 / sum(part.variance**2 / part.df for part in parts))
 
 
 def t_quantile(df: float, level: float = 0.95) -> float:

@@ -236,7 +236,11 @@ def of_evaluation(files: list[dict], paths: list[Path]) -> dict:
         kept["trained_values"] = about[0]["trained_values"]
         kept["offsets_hash"] = _one([each["offsets_hash"] for each in about])
     if len(files) == 1:
-        kept |= {key: files[0][key] for key in ("always", "given", "groups") if key in files[0]}
+        kept |= {
+            key: files[0][key]
+            for key in ("always", "given", "groups", "clusters", "rules")
+            if key in files[0]
+        }
     who = "tuned" if "tuned" in whos else "base"
     return kept | {"hits": {m: pack([line[who][m] for line in lines]) for m in metrics}}
 

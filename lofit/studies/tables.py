@@ -12,7 +12,7 @@ from lofit.heads import rank_heads
 from lofit.recipes import count_heads
 from lofit.run.summary import mean
 from lofit.studies.cells import Pick
-from lofit.studies.intervals import Scores, interval
+from lofit.studies.intervals import Groups, Scores, interval
 from lofit.studies.records import Records, Run, unpack
 from lofit.tasks import main_metric
 
@@ -53,22 +53,28 @@ def mean_items(runs: Scores) -> list[float]:
     return [mean(list(each)) for each in zip(*runs, strict=True)]
 
 
+def groups_of(records: Records, runs: list[Run]) -> Groups:
+    """What the items of their test share (MQuAKE's edits), where it is recorded."""
+    return records.of(runs[0].base).get("clusters") if runs else None
+
+
 def between(
-    ones: Scores, others: Scores, say: Callable[[float], str], of_base: bool = False
-) -> str:
+    ones: Scores, others: Scores, say: Callable[[float], str], of_base: bool = False,
+    groups: Groups = None,
+) -> str:  # fmt: skip
     """ "[+58.5, +67.1]": the interval of the mean of `ones` less that of `others`. of_base: the
-    others are the base model, which does not vary."""
-    low, high = map(say, interval(ones, others))
+    others are the base model, which does not vary; groups: of the items."""
+    low, high = map(say, interval(ones, others, groups=groups))
     one_run = len(ones) == 1 or (len(others) == 1 and not of_base)
     return f"[{low}, {high}]{ONE_RUN if one_run else ''}"
 
 
-def difference(ones: Scores, others: Scores, of_base: bool = False) -> str:
+def difference(ones: Scores, others: Scores, of_base: bool = False, groups: Groups = None) -> str:
     """ "+62.8 [+58.5, +67.1]", in percentage points."""
     if not ones or not others:
         return NONE
     found = mean(mean_items(ones)) - mean(mean_items(others))
-    return f"{points(found)} {between(ones, others, points, of_base)}"
+    return f"{points(found)} {between(ones, others, points, of_base, groups)}"
 
 
 def points(share: float) -> str:
@@ -82,7 +88,8 @@ def score(row: Row, records: Records, part: str = "picks") -> str:
     if not done:
         return NONE
     scores = scores_of(records, done)
-    gain = difference(scores, scores_of(records, [done[0].base]), of_base=True)
+    base = scores_of(records, [done[0].base])
+    gain = difference(scores, base, True, groups_of(records, done))
     means = [mean(items) for items in scores]
     return f"{mean(means):.1%} ({gain}): {' '.join(f'{100 * each:.1f}' for each in means)}"
 
@@ -96,8 +103,9 @@ def less(row: Row, records: Records, part: str = "less") -> str:
     others = list(getattr(row, part))
     if others == row.picks:
         return NONE
-    both = (scores_of(records, runs(picks, records), row.metric) for picks in (row.picks, others))
-    return difference(*both)
+    done = [runs(picks, records) for picks in (row.picks, others)]
+    both = (scores_of(records, part, row.metric) for part in done)
+    return difference(*both, groups=groups_of(records, done[0]))
 
 
 def less_others(row: Row, records: Records) -> str:
@@ -108,7 +116,7 @@ def gain(row: Row, records: Records) -> str:
     done = runs(row.picks, records)
     base = scores_of(records, [done[0].base], row.metric) if done else []
     scores = scores_of(records, done, row.metric)
-    return difference(scores, base, of_base=True)
+    return difference(scores, base, True, groups_of(records, done))
 
 
 def mean_of(part: str) -> Column:

@@ -1,0 +1,536 @@
+"""A second opinion on the numbers of README.md and docs/results.md, with numpy alone.
+
+    python docs/results/audit.py [FOLDER]        # another copy of the repository
+
+Nothing of lofit is imported. The lines of docs/results/*.jsonl are read anew. Every table that
+stands under a command is computed again from them, cell by cell, with the flags of the command and
+the labels of the row. Then the text: a number with a decimal point or a comma must be one of those
+that were recomputed for the tables of its section (in README.md and above the first table: for
+any table), and an interval must be one as a whole; sentences of CLAIMS are computed; ELSEWHERE
+lists what no record holds. Other whole numbers are counted, not checked. Exit code 1, and a line
+for each difference, if anything differs.
+"""
+
+import gzip
+import itertools
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+# (page, part of the heading) -> numbers of its text that come from no record
+ELSEWHERE = {
+    ("README.md", "Your own data"): "0.001",
+    ("docs/results.md", "How it was"): "0.01 0.03 0.1 2.13 2.11",  # rates, versions of torch
+    ("docs/results.md", "1 and 7"): "+1.7",  # section 5 has its table
+    ("docs/results.md", "5 How"): "0.03",
+    ("docs/results.md", "8 What"): "0.03",
+    ("docs/results.md", "9 What"): "23.5 45.5 0.4.13",  # lm-evaluation-harness
+    ("docs/results.md", "What surprised"): "100.0 67.7 69.7 98.0 1.7 27.3 82.7 57.7 3.3 0.3 23.3"
+    " 99.3 17.7 24.6 2.5 96.2 0.0",  # weights.probes
+    ("docs/results.md", "The learning rate"): "0.005 0.01 0.03 0.1 0.3 36.8 32.6 40.0 38.9 45.3"
+    " 42.1 48.4 49.5 47.4 52.6 0.0 17.1 25.6 28.0 15.9 0.16 0.53 0.14 0.64 4.87 4.49",
+}
+FIELDS = "kind model task data seed dtype method by k heads_of select train lr_factor tested"
+TASKS = {"MQuAKE": "mquake", "CLUTRR": "clutrr", "TruthfulQA": "truthfulqa", "ListOps": "listops"}
+METRIC = {"mquake": "em_stripped", "truthfulqa": "mc1", "svamp": "accuracy", "gsm8k": "accuracy"}
+HEADS = {"smollm2-135m-instruct": 270, "gemma-3-270m": 72, "mini-llama": 128}
+DRAWN = ("random", "spread")
+TRIED = {
+    "lora": "--lr 1e-4 5e-4 2e-3",
+    "red": "--lr 1e-3 5e-3 2e-2",
+    "bias": "--lr 1e-3 5e-3 2e-2",
+    "post_block": "--lr 5e-3 2e-2 8e-2",
+    "iti": "--alpha 5 15 30",
+    "repe": "--alpha 0.5 2 8",
+}
+DEFAULTS = (
+    "--model weights/mini-llama --task mquake clutrr truthfulqa --data data/mini --seeds 42 43 44"
+    " --dtype float32 --select-flags --train-flags --by scales --heads 10% --draws 5"
+    " --lora-lr 5e-4 --chosen-on --methods 'lofit 10%'"
+)
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+TABLE = re.compile(r"```\npython -m lofit\.studies (.*?)\n```\n\n<details>.*?\n\n(\|.*?)\n\n", re.S)
+INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
+
+
+class Records:
+    """All lines, by what identifies a run, and the scores of all heads."""
+
+    def __init__(self, folder: Path):
+        self.lines, self.grids = {}, {}
+        for path in sorted(folder.glob("*.jsonl")):
+            for line in map(json.loads, path.read_text().splitlines()):
+                self.lines[self.key(line)] = line
+        for path in sorted(folder.glob("*.scores.json.gz")):
+            for title, grids in json.loads(gzip.decompress(path.read_bytes())).items():
+                self.grids[path.name.split(".")[0], title] = grids
+
+    @staticmethod
+    def key(run: dict) -> tuple:
+        return tuple(run.get(name, 1.0 if name == "lr_factor" else "") for name in FIELDS.split())
+
+    def get(self, run: dict) -> dict:
+        return self.lines.get(self.key(run), {})
+
+    def base(self, run: dict) -> dict:
+        of = {name: run[name] for name in ("model", "data", "dtype")}
+        return self.get(of | {"kind": "base", "task": run.get("tested") or run["task"], "seed": 42})
+
+
+def metric_of(run: dict) -> str:
+    return METRIC.get(run.get("tested") or run["task"], "em")
+
+
+def hits_of(line: dict, metric: str) -> np.ndarray:
+    return np.array([float(hit) for hit in line["hits"][metric]])
+
+
+# Statistics
+
+
+@lru_cache(None)
+def t_value(df: float) -> float:
+    """t with 95 % of Student's distribution between -t and t, by bisection of Simpson's rule."""
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    low, high = 0.0, 50.0
+    for _ in range(60):
+        t = (low + high) / 2
+        y = (1 + np.linspace(0, t, 4001) ** 2 / df) ** (-(df + 1) / 2)
+        mass = 2 * scale * t / 12000 * (y[0] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum() + y[-1])
+        low, high = (t, high) if mass < 0.95 else (low, t)
+    return low
+
+
+def of_mean(deviations: np.ndarray, groups: np.ndarray) -> float:
+    """The variance of a mean of items that vary by group."""
+    n, sizes = len(groups), np.bincount(groups)
+    sums = np.bincount(groups, deviations)
+    return (sums**2 / (1 - sizes / n))[sizes > 0].sum() / n**2
+
+
+def interval(ones, others, groups: list[int] | None = None) -> tuple[float, float, float]:
+    """(difference of the means, its 95 % interval) over items or groups, and over runs."""
+    ones, others = np.array(ones), np.array(others)
+    each = ones.mean(0) - others.mean(0)
+    groups = np.arange(len(each)) if groups is None else np.array(groups)
+    middle, items, runs, by_df = each.mean(), of_mean(each - each.mean(), groups), 0.0, 0.0
+    for side in (side for side in (ones, others) if len(side) > 1):
+        df = len(side) - 1
+        rest = side - side.mean(1, keepdims=True) - side.mean(0) + side.mean()
+        left = sum(of_mean(row, groups) for row in rest) / df
+        part = max(0.0, side.mean(1).var(ddof=1) - left) / len(side)
+        runs, by_df = runs + part, by_df + part**2 / df
+    width = t_value(len(np.unique(groups)) - 1) * items
+    width += t_value(runs**2 / by_df) * runs if runs else 0.0
+    half = width / math.sqrt(items + runs) if items + runs else 0.0
+    return middle, middle - half, middle + half
+
+
+class Command:
+    """The flags of a study, the runs that they name, and what is said of runs: a cell's text with
+    all digits, None where nothing is recorded."""
+
+    def __init__(self, text: str, records: Records):
+        self.records, self.flags, name = records, {}, ""
+        self.study, *words = shlex.split(text)
+        for word in [*shlex.split(DEFAULTS), *words]:
+            if word.startswith("--") and " " not in word:
+                name = word[2:]
+                self.flags[name] = []
+            else:
+                self.flags[name].append(word)
+        factors = [1.0] if self.study in ("sweep", "tasks") else [0.3, 1.0, 3.0]
+        self.factors = [float(x) for x in self.flags.get("lr-factors", factors)]
+        self.seeds = [int(seed) for seed in self.flags["seeds"]]
+
+    def one(self, name: str) -> str:
+        return " ".join(self.flags[name])
+
+    def run(self, model: str, task: str, **more) -> dict:
+        model = next((m for m in self.flags["model"] if m.endswith("/" + model)), "")
+        found = {"kind": "train", "model": model, "task": task}
+        return found | {"data": self.one("data"), "dtype": self.one("dtype")} | more
+
+    def best(self, tried, seeds=(), task="", tested="", kind="asked") -> list[dict]:
+        """For each seed the run that did best on validation with the first."""
+        seeds = seeds or self.seeds
+        known = [self.records.get(run | {"seed": seeds[0]}).get("val") for run in tried]
+        if len(tried) > 1 and None in known:
+            return []
+
+        def validation(i: int) -> float:
+            folds = known[i] if isinstance(known[i], list) else [known[i]]
+            return float(np.mean([val[metric_of(tried[i])] for val in folds]))
+
+        run = tried[max(range(len(tried)), key=validation) if len(tried) > 1 else 0]
+        run |= {"task": task or run["task"]}
+        run |= {"tested": tested, "kind": kind} if tested else {}
+        return [run | {"seed": seed} for seed in seeds]
+
+    def lofit(self, model, task, by, k, more="", heads_of="", **test) -> list[dict]:
+        by = "all" if k == "all" else by
+        select = "" if by in ("all", *DRAWN) else more
+        if by in ("scales", "gates"):
+            select = f"{more} {self.one('select-flags')}".strip()
+        run = self.run(model, task, method="lofit", by=by, k=k, heads_of=heads_of, select=select)
+        run |= {"train": f"{more} {self.one('train-flags')}".strip()}
+        return self.best([run | {"lr_factor": factor} for factor in self.factors], **test)
+
+    def method(self, model, task, name, more="", **test) -> list[dict]:
+        name, _, k = name.partition(" ")
+        if name == "lofit":
+            return self.lofit(model, task, "scales", k, more=more, **test)
+        flag, *values = TRIED[name].split()
+        more = f"{more} --top {k}".strip() if k else more
+        if flag == "--lr":
+            more = f"{more} {self.one('train-flags')}".strip()
+        first = self.run(model, flag == "--lr" and self.one("chosen-on") or task, method=name)
+        tried = [first | {"train": f"{more} {flag} {value}".strip()} for value in values]
+        return self.best(tried, task=task, **test)
+
+    def done(self, runs: list[dict]) -> list[dict]:
+        return [run for run in runs if "eval.py" in self.records.get(run).get("seconds", {})]
+
+    def hits(self, runs: list[dict], metric: str = "") -> list[np.ndarray]:
+        return [hits_of(self.records.get(r), metric or metric_of(r)) for r in self.done(runs)]
+
+    def less(self, ones: list[dict], others: list[dict] | None, metric: str = "") -> str | None:
+        """others None: the base model, which does not vary."""
+        one, runs = self.hits(ones, metric), self.done(ones)
+        base = self.records.base(runs[0]) if runs else {}
+        if others is None and one:
+            other = [hits_of(base, metric or metric_of(runs[0]))]
+        else:
+            other = self.hits(others or [], metric)
+        if not one or not other:
+            return None
+        single = len(one) == 1 or others is not None and len(other) == 1
+        found = [100 * value for value in interval(one, other, base.get("clusters"))]
+        return "{:+.9f} [{:+.9f}, {:+.9f}]".format(*found) + "°" * single
+
+    def score(self, runs: list[dict]) -> str | None:
+        found = [100 * hits.mean() for hits in self.hits(runs)]
+        each = " ".join(f"{value:.9f}" for value in found)
+        return f"{np.mean(found):.9f}% ({self.less(runs, None)}): {each}" if found else None
+
+    def mean(self, runs: list[dict], metric: str = "") -> str | None:
+        hits = self.hits(runs, metric)
+        return f"{100 * np.mean(hits):.9f}" if hits else None
+
+    def base(self, runs: list[dict], metric: str = "", sign: str = "%") -> str | None:
+        found = self.records.base(runs[0]) if runs else {}
+        name = metric or (metric_of(runs[0]) if runs else "")
+        return f"{100 * found['base'][name]:.9f}{sign}" if found else None
+
+    def values(self, runs: list[dict]) -> str | None:
+        return next((f"{self.records.get(r)['trained_values']:,}" for r in self.done(runs)), None)
+
+    def seconds(self, runs: list[dict]) -> str | None:
+        found, of = [], ("model", "task", "data", "seed", "dtype", "by", "select")
+        for run in self.done(runs):
+            chosen = self.records.get({key: run.get(key, "") for key in of} | {"kind": "select"})
+            first = chosen.get("seconds", {}).get("select_heads.py", 0)
+            found.append(first + self.records.get(run)["seconds"]["train.py"])
+        return f"{min(found):.9f}" if found else None
+
+    def chosen(self, runs: list[dict]) -> str | None:
+        words = []
+        for run in self.done(runs):
+            rate = f"lr{self.records.get(run)['settings'].get('lr', 0):.3g}"
+            ours = "recipe" if run.get("lr_factor") == 1 else rate
+            flags = "".join(run["train"].split()[-2:]).removeprefix("--")
+            words.append(ours if run["method"] == "lofit" else flags)
+        if self.one("chosen-on") and words and words[0].startswith("lr"):
+            words.append(f"(of {self.one('chosen-on')})")
+        return " ".join(words) or None
+
+    def spread(self, runs: list[dict]) -> str | None:
+        means = [100 * hits.mean() for hits in self.hits(runs)]
+        return f"{statistics.stdev(means):.9f}" if len(means) > 1 else None
+
+    def text_loss(self, runs: list[dict]) -> str | None:
+        found = [line["losses"] for line in map(self.records.get, runs) if line]
+        if not found:
+            return None
+        base, tuned = np.array([found[0]["base"]]), np.array([line["tuned"] for line in found])
+        _, low, high = interval(tuned, base)
+        text = f"{base.mean():.9f} → {tuned.mean():.9f} [{low:+.9f}, {high:+.9f}]"
+        return text + "°" * (len(tuned) == 1)
+
+    def grids(self, model: str, task: str) -> list[np.ndarray]:
+        data, dtype, by = (self.one(key) for key in ("data", "dtype", "by"))
+        titles = [f"select {task} {data} {seed} {dtype} {by}" for seed in self.seeds]
+        return [np.array(g) for t in titles for g in self.records.grids.get((model, t), [])]
+
+
+def count(k: str, model: str) -> int:
+    """How many heads "10%", "all" or "13" are."""
+    if "%" in k:
+        return max(1, round(float(k[:-1]) * HEADS[model] / 100))
+    return HEADS[model] if k == "all" else int(k)
+
+
+def best(grid: np.ndarray, k: int) -> np.ndarray:
+    return np.argsort(-grid.ravel(), kind="stable")[:k]
+
+
+def named(columns: str, found: list) -> dict:
+    return dict(zip(columns.split("|"), found, strict=True))
+
+
+def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
+    """Column -> what the records say, for the row with these labels."""
+    model, by, k = row["model"], c.one("by"), c.one("heads")
+    task, _, metric = row.get("task", row.get("tested on", "")).rstrip(")").partition(" (")
+    if c.study == "sweep":
+        k = next(k for k in c.flags["heads"] if count(k, model) == int(row["heads"]))
+        ours, drawn = c.lofit(model, task, by, k), c.lofit(model, task, "random", k)
+        drawn = [] if k == "all" else drawn
+        some = c.done(ours) or c.done(drawn)
+        found = [c.base(some), c.values(some), c.score(ours), c.score(drawn), c.less(ours, drawn)]
+        return named("base|values|LoFiT|random heads|LoFiT − random", found)
+    if c.study == "heads":
+        draws = range(c.seeds[0], c.seeds[0] + int(c.one("draws")))
+        way, k = row["chosen by"], row["heads"]
+        ours = c.lofit(model, task, way, k, seeds=draws if way in DRAWN else ())
+        drawn = c.lofit(model, task, "random", k, seeds=draws) if "random" in c.flags["by"] else []
+        less = None if way == "random" else c.less(ours, drawn)
+        found = [c.score(ours), less, c.spread(ours), c.chosen(ours)]
+        return named("score|less random|± runs|lr", found)
+    if c.study in ("methods", "data"):
+        more = "" if row.get("examples", "all") == "all" else f"--n-train {row['examples']}"
+        first = c.flags["methods"][0] if c.study == "data" else f"lofit {c.flags['heads'][0]}"
+        ours, others = (c.method(model, task, name, more) for name in (row["method"], first))
+        less = None if row["method"] == first else c.less(ours, others)
+        found = [c.score(ours), c.chosen(ours), less, less, c.values(ours), c.seconds(ours)]
+        return named(f"score|chosen|less {first}|less LoFiT|values|seconds", found)
+    if c.study == "tasks":
+        ours, drawn = c.lofit(model, task, by, k), c.lofit(model, task, "random", k)
+        lora = c.run(model, task, method="lora")
+        lora |= {"train": f"{c.one('train-flags')} --lr {c.one('lora-lr')}".strip()}
+        lora, always = c.best([lora]), c.records.base(ours[0]).get("always")
+        found = {"one answer": f"{100 * always['share']:.9f}" if always else None}
+        found |= {"base": c.base(ours, metric, ""), "less base": c.less(ours, None, metric)}
+        for name, runs in (("random heads", drawn), ("LoRA", lora), ("LoFiT", ours)):
+            found[name] = c.mean(runs, metric)
+            found[f"less {name.split()[0]}"] = c.less(ours, runs, metric)
+        return found
+    if c.study == "transfer":
+        own, source = c.lofit(model, task, by, k), row["from"]
+        if row["what"] == "heads":
+            ours = c.lofit(model, task, by, k, heads_of=source * (source != task))
+        else:
+            ours = c.lofit(model, source, by, k, tested=task)
+        return {"score": c.score(ours), "less own": None if source == task else c.less(ours, own)}
+    if c.study == "forgets":
+        asked, tuned, first = row["asked"].split(" (")[0], row["tuned on"], c.flags["methods"][0]
+        ours, others = (c.method(model, tuned, name, tested=asked) for name in (row["by"], first))
+        text = c.method(model, tuned, row["by"], tested=asked, kind="text")
+        less = None if ours == others else c.less(ours, others)
+        found = {"base": c.base(c.done(ours)), "change": c.less(ours, None), f"less {first}": less}
+        return found | {"loss of text": c.text_loss(text)}
+    one, two = (c.grids(model, row[column]) for column in ("task", "beside"))  # study layers
+    k = count(row["heads"], model)
+    same_task = row["task"] == row["beside"]
+    shared, ranks = [], []
+    for pair in itertools.combinations(one, 2) if same_task else itertools.product(one, two):
+        shared.append(len({*best(pair[0], k)} & {*best(pair[1], k)}) / k)
+        ranks.append(np.corrcoef(*(grid.ravel().argsort().argsort() for grid in pair))[0, 1])
+    layer = np.array([best(grid, k) for grid in one]) // one[0].shape[1]
+    found = [f"{layer.mean():.9f}", f"{layer.min()} to {layer.max()}"]
+    found += [f"{np.mean(values):.9f}" for values in (shared, ranks)]
+    return named("mean layer|layers|shared|correlation", found)
+
+
+def claims(records: Records) -> list[tuple[str, list[float]]]:
+    """Sentences of docs/results.md whose numbers stand in no table, and those numbers."""
+    real, model = "--model weights/smollm2-135m-instruct --data data/real", "smollm2-135m-instruct"
+    three, one, options = (
+        Command(f"{study} {real}{more}", records)
+        for study, more in (("data", ""), ("data", " --lr-factors 1"), ("tasks", "-300 --seeds 42"))
+    )
+    ours = [float(c.mean(c.lofit(model, "mquake", "scales", "10%"))) for c in (three, one)]
+    costs, lines = [], {}
+    for name in ("lofit 10%", "lora"):
+        runs = three.method(model, "mquake", name, tested="truthfulqa", kind="text")
+        losses = [records.get(run)["losses"] for run in runs]
+        costs.append(np.mean([line["tuned"] for line in losses]) - np.mean(losses[0]["base"]))
+    for task, by in (("listops", "gradient"), ("winogrande", "scales"), ("siqa", "scales")):
+        lines[task] = records.get(options.lofit(model, task, by, "10%")[0])
+    depths = [lines["listops"]["groups"][f"depth {i}"]["tuned"]["em"] for i in range(1, 5)]
+    two, first = lines["winogrande"]["given"]["tuned"], lines["siqa"]["given"]["tuned"]
+    return [
+        (r"it has ([\d.]+) % instead of ([\d.]+) %", ours),
+        (r"costs LoFiT's model ([\d.]+) more and LoRA's ([\d.]+) more", costs),
+        (r"right in (\d+) % of the expressions, with two levels in (\d+) %, with three and four in"
+         r" (\d+) and (\d+) %", [100 * x for x in depths]),
+        (r"\*option2\* to (\d+) of (\d+) items", [two["option2"], sum(two.values())]),
+        (r"\*answer1\* to (\d+) of (\d+)", [first["answer1"], sum(first.values())]),
+    ]  # fmt: skip
+
+
+def plain(text: str) -> str:
+    return text.replace("−", "-")
+
+
+def close(printed: str, found: str) -> bool:
+    """Whether a number is another one, rounded to as many decimals as it has; both come from
+    approximate quantiles, which may differ by 0.0001."""
+    decimals = len(printed.partition(".")[2]) if "e" not in printed else 12
+    error = abs(float(printed.replace(",", "")) - float(found.replace(",", "")))
+    return error <= 0.5 * 10**-decimals + 1e-4 * ("." in printed)
+
+
+def same(printed: str, found: str) -> bool:
+    """Whether a cell says the same but for rounding."""
+    both = [NUMBER.findall(plain(text)) for text in (printed, found)]
+    alike = NUMBER.sub("#", plain(printed)) == NUMBER.sub("#", plain(found))
+    return alike and all(map(close, *both))
+
+
+def unsigned(number: str) -> str:
+    return number.lstrip("+-")
+
+
+class Audit:
+    def __init__(self, root: Path):
+        self.pages = {name: (root / name).read_text() for name in ("docs/results.md", "README.md")}
+        self.records = Records(root / "docs" / "results")
+        self.wrong: list[str] = []
+        self.found: list[tuple[int, str]] = []  # (line of results.md, recomputed cell)
+        self.in_tables = self.in_text = self.elsewhere = self.unchecked = self.gone = 0
+
+    def differs(self, page: str, number: int, printed: str, found: str) -> None:
+        found = re.sub(r"\d+\.\d{9}", lambda m: f"{float(m[0]):.3f}", found)
+        self.wrong.append(f"{page}:{number}: printed {printed}, recomputed {found}")
+
+    def cell(self, page: str, number: int, column: str, printed: str, found: str | None) -> None:
+        self.in_tables += len(NUMBER.findall(plain(printed)))
+        if not same(printed, found or "–"):
+            self.differs(page, number, f"{printed} ({column})", found or "–")
+
+    def tables(self) -> None:
+        """Every table under a command of docs/results.md."""
+        page = "docs/results.md"
+        for match in TABLE.finditer(self.pages[page]):
+            command = Command(match[1], self.records)
+            above = self.pages[page][: match.start(2)].count("\n") + 3
+            header, _, *rows = (line[2:-2].split(" | ") for line in match[2].splitlines())
+            for number, cells in enumerate(rows, above):
+                row = dict(zip(header, cells, strict=True))
+                try:
+                    found = expected(command, row)
+                except (LookupError, ValueError, StopIteration) as error:
+                    self.differs(page, number, " | ".join(cells), f"no such run ({error!r})")
+                    continue
+                for column in (column for column in header if column in found):
+                    self.cell(page, number, column, row[column], found[column])
+                    self.found.append((number, found[column] or ""))
+
+    def readme(self) -> None:
+        """The README's table of results, and the output of its first command, whose interval comes
+        from a bootstrap: ours is to be within 0.5 points."""
+        page, model = "README.md", ""
+        calls = re.findall(r"^python -m lofit\.studies (tasks .*)$", self.pages[page], re.M)
+        commands = [Command(call, self.records) for call in calls]
+        first = Command("tasks", self.records).lofit("mini-llama", "mquake", "scales", "10%")[0]
+        tuned, base = self.records.get(first), self.records.base(first)
+        both = [[hits_of(line, "em_stripped")] for line in (tuned, base)]
+        middle, low, high = (100 * x for x in interval(*both))
+        for number, line in enumerate(plain(self.pages[page]).splitlines(), 1):
+            label = re.match(r"\| (?:(S\w+-135M-Instruct|Gemma-3-270M), |– )(\w+)[^|]* \|", line)
+            if label:
+                model, task = (label[1] or model).lower(), TASKS[label[2]]
+                command = next(c for c in commands if task in c.flags["task"])
+                found = expected(command, {"model": model, "task": f"{task} ()"})
+                columns = [found["base"], found["random heads"], found["LoRA"]]
+                columns.append(f"{found['LoFiT']} ({found['less base']})".replace("°", ""))
+                for printed, value in zip(line[2:-2].split(" | ")[1:], columns, strict=True):
+                    self.cell(page, number, label[2], printed, value)
+            elif match := re.match(r"epoch 30/30 .* val em_stripped (.*)%", line):
+                self.cell(page, number, "val", match[1], f"{100 * tuned['val']['em_stripped']:.9f}")
+            elif match := re.match(r"em_stripped +(\S+% +\S+% +\S+) \[(\S+), (\S+)\]", line):
+                means = [100 * part[0].mean() for part in both[::-1]]
+                found = "{:.9f}% {:.9f}% {:+.9f}".format(*means, middle)
+                self.cell(page, number, "example", " ".join(match[1].split()), found)
+                for printed, value in ((match[2], low), (match[3], high)):
+                    self.in_tables += 1
+                    if abs(float(printed) - value) > 0.5:
+                        self.differs(page, number, printed, f"about {value:+.1f}")
+
+    def sentences(self) -> None:
+        page = "docs/results.md"
+        text = re.sub(r"\s", " ", self.pages[page])
+        for pattern, values in claims(self.records):
+            match = re.search(pattern, text)
+            self.gone += match is None
+            for printed, value in zip(match.groups() if match else (), values, strict=False):
+                self.in_text += 1
+                if not close(printed, f"{value:.9f}"):
+                    number = self.pages[page][: match.start()].count("\n") + 1
+                    self.differs(page, number, f"{printed} in “{match[0]}”", f"{value:.9f}")
+
+    def text(self, page: str) -> None:
+        """The numbers of a page's text, against what was recomputed for its section."""
+        of_claims = "|".join(pattern for pattern, _ in claims(self.records))
+        text = re.sub(of_claims, lambda m: re.sub(r"[\d.]+", " ", m[0]), plain(self.pages[page]))
+        text = TABLE.sub(lambda m: "\n" * m[0].count("\n"), text)
+        text = re.sub(r"^```.*?^```", lambda m: "\n" * m[0].count("\n"), text, flags=re.S | re.M)
+        text = re.sub(
+            r"`[^`]*`|\]\([^)]*\)|arXiv \S+|<[^>]*>", lambda m: re.sub(r"\S", "", m[0]), text
+        )
+        sections = [i for i, line in enumerate(text.splitlines(), 1) if line.startswith("## ")]
+        heading = ""
+        for number, line in enumerate(text.splitlines(), 1):
+            heading = line.lstrip("# ") if line.startswith("#") else heading
+            told = next((v for (p, h), v in ELSEWHERE.items() if p == page and h in heading), "")
+            if page == "README.md" and re.match(r"\| (S\w+-135M|Gemma-3-270M|–)", line):
+                continue
+            begin = max((s for s in sections if s <= number), default=0)
+            end = min((s for s in sections if s > number), default=math.inf)
+            own = page == "docs/results.md" and number > min(at for at, _ in self.found)
+            cells = [plain(cell) for at, cell in self.found if not own or begin < at < end]
+            self.line(page, number, line, cells, told.split())
+
+    def line(self, page: str, number: int, line: str, cells: list[str], told: list[str]) -> None:
+        whole = [match.groups() for cell in cells for match in INTERVAL.finditer(cell)]
+        for match in INTERVAL.finditer(line):
+            self.in_text += 3
+            if not any(all(map(close, match.groups(), of)) for of in whole):
+                self.differs(page, number, match[0], "no interval of these tables")
+        values = {unsigned(x) for cell in cells for x in NUMBER.findall(cell)}
+        for printed in NUMBER.findall(INTERVAL.sub(" ", line)):
+            if printed in told:
+                self.elsewhere += 1
+            elif not re.search(r"\.\d|,\d{3}", printed):
+                self.unchecked += 1
+            elif any(close(unsigned(printed), value) for value in values):
+                self.in_text += 1
+            else:
+                self.differs(page, number, printed, "no number of these tables")
+
+    def report(self) -> int:
+        self.tables()
+        self.readme()
+        self.sentences()
+        for page in self.pages:
+            self.text(page)
+        print(*self.wrong, sep="\n", end="\n" * bool(self.wrong))
+        print(
+            f"{self.in_tables} numbers of tables and {self.in_text} of the text were recomputed:"
+            f" {len(self.wrong)} differences. {self.elsewhere} numbers of the text have no record"
+            f" (ELSEWHERE), {self.unchecked} whole numbers of the text are tied to nothing,"
+            f" {self.gone} sentences of CLAIMS are gone."
+        )
+        return int(bool(self.wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(Audit(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parents[2]).report())

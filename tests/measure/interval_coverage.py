@@ -1,0 +1,114 @@
+"""How often the studies' 95 % intervals hold the truth, in simulated studies.
+
+python tests/measure/interval_coverage.py --records docs/results
+
+Each study compares two methods, or a method with the base model, on 864 items that share edits as
+the recorded ones of MQuAKE do (or on as many single items). Whether a run is right on an item
+depends on edit and item, on what edit and item are for this method, on the run, on what the edit
+and the item are for this run: normal effects above a threshold, so that the true difference is
+known. Where a side has one run, the spread of runs is borrowed from eight other cells of three.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+
+import torch
+
+from lofit.studies.intervals import Spread, interval, run_spread
+
+# Shares of the variance: edit, item; the same for one method; the run; edit and item for one run.
+# How alike a difference is within an edit (0.3 and 0.5) is as in the recorded runs.
+MIXES = {
+    "two methods": (0.35, 0.15, 0.20, 0.06, 0.0025, 0.10, 0.1375),
+    "method, base": (0.10, 0.05, 0.55, 0.04, 0.0025, 0.10, 0.1575),
+    "two methods, runs of sd 10": (0.35, 0.15, 0.15, 0.05, 0.0625, 0.10, 0.1375),
+    "single items": (0.0, 0.50, 0.0, 0.20, 0.0025, 0.0, 0.2975),
+}
+LEVELS = (-0.05, -0.2)  # of the two methods, in standard deviations from the threshold
+LEVEL_OF_BASE = -1.5
+
+
+class Study:
+    """One simulated benchmark: what edits and items are, the same for all methods."""
+
+    def __init__(self, mix: tuple[float, ...], groups: torch.Tensor, generator: torch.Generator):
+        self.sd, self.groups, self.generator = [share**0.5 for share in mix], groups, generator
+        self.shared = self._of_edits(self.sd[0]) + self._of_items(self.sd[1])
+
+    def _draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def _of_edits(self, sd: float) -> torch.Tensor:
+        return sd * self._draw(int(self.groups.max()) + 1)[self.groups]
+
+    def _of_items(self, sd: float) -> torch.Tensor:
+        return sd * self._draw(len(self.groups))
+
+    def runs(self, level: float, n: int) -> torch.Tensor:
+        """Whether n runs of a new method are right: [run, item]."""
+        _, _, edit, item, run, edit_run, item_run = self.sd
+        method = level + self.shared + self._of_edits(edit) + self._of_items(item)
+        found = [
+            method + run * self._draw(1) + self._of_edits(edit_run) + self._of_items(item_run)
+            for _ in range(n)
+        ]
+        return (torch.stack(found) > 0).double()
+
+    def borrowed(self) -> Spread:
+        return run_spread([self.runs(LEVELS[0], 3) for _ in range(8)], self.groups)
+
+
+def covered(
+    mix: tuple[float, ...], n: int, groups: torch.Tensor, seed: int, lends: bool, of_base: bool
+) -> list[tuple[bool, float]]:
+    """Of one study: (whether the interval holds the truth, its width) by item, and by edit."""
+    study = Study(mix, groups, torch.Generator().manual_seed(seed))
+    ones = study.runs(LEVELS[0], n)
+    if of_base:  # one run that does not vary: what it is right on is part of the truth
+        others, level = study.runs(LEVEL_OF_BASE, 1), LEVEL_OF_BASE
+    else:
+        others, level = study.runs(LEVELS[1], n), LEVELS[1]
+    chance = NormalDist(0, math.sqrt(sum(mix))).cdf
+    truth = chance(LEVELS[0]) - chance(level)
+    spread = study.borrowed() if lends else None
+    sides = (spread, None if of_base else spread)
+    both = [interval(ones, others, groups=of, borrowed=sides) for of in (None, groups)]
+    return [(low <= truth <= high, high - low) for low, high in both]
+
+
+def clusters_of(folder: Path) -> list[int]:
+    """Of MQuAKE's items, as recorded by lofit.studies.clusters."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in map(json.loads, path.open()):
+            if line["kind"] == "base" and len(line.get("clusters", [])) == 864:
+                return line["clusters"]
+    raise SystemExit(f"{folder}: no clusters of MQuAKE; run python -m lofit.studies.clusters first")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, default=Path("docs/results"))
+    parser.add_argument("--studies", type=int, default=500)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    edits = torch.tensor(clusters_of(args.records))
+    print(f"{args.studies} studies each: % of intervals that hold the truth, mean width in points")
+    for name, mix in MIXES.items():
+        groups = torch.arange(len(edits)) if name == "single items" else edits
+        for n, lends in ((1, False), (1, True), (3, False), (5, False)):
+            of_base = name == "method, base"
+            found = [covered(mix, n, groups, i, lends, of_base) for i in range(args.studies)]
+            cells = []
+            for way, results in zip(("by item", "by edit"), zip(*found, strict=True), strict=True):
+                share = 100 * sum(hit for hit, _ in results) / len(results)
+                width = 100 * sum(width for _, width in results) / len(results)
+                cells.append(f"{way} {share:5.1f} ({width:4.1f})")
+            runs = f"{n} run{'s' * (n > 1)}{', spread borrowed' * lends}"
+            print(f"{name:27} {runs:23} {'   '.join(cells)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
