@@ -115,22 +115,151 @@ def of_mean(deviations: np.ndarray, groups: np.ndarray) -> float:
     return (sums**2 / (1 - sizes / n))[sizes > 0].sum() / n**2
 
 
-def interval(ones, others, groups: list[int] | None = None) -> tuple[float, float, float]:
-    """(difference of the means, its 95 % interval) over items or groups, and over runs."""
+def runs_of(side: np.ndarray, groups: np.ndarray) -> tuple[float, int]:
+    """(variance of the mean over runs, without what items add to it; degrees of freedom)."""
+    df = len(side) - 1
+    rest = side - side.mean(1, keepdims=True) - side.mean(0) + side.mean()
+    left = sum(of_mean(row, groups) for row in rest) / df
+    return max(0.0, side.mean(1).var(ddof=1) - left) / len(side), df
+
+
+def interval(ones, others, groups: list[int] | None = None, borrowed=(None, None)):
+    """(difference of the means, its 95 % interval) over items or groups, and over runs. borrowed:
+    (variance, degrees of freedom) of runs, for a side with one."""
+    middle, half, _ = parts_of(ones, others, groups, borrowed)
+    return middle, middle - half, middle + half
+
+
+def parts_of(ones, others, groups, borrowed) -> tuple[float, float, float]:
+    """(difference, half of its interval, standard error)."""
     ones, others = np.array(ones), np.array(others)
     each = ones.mean(0) - others.mean(0)
     groups = np.arange(len(each)) if groups is None else np.array(groups)
     middle, items, runs, by_df = each.mean(), of_mean(each - each.mean(), groups), 0.0, 0.0
-    for side in (side for side in (ones, others) if len(side) > 1):
-        df = len(side) - 1
-        rest = side - side.mean(1, keepdims=True) - side.mean(0) + side.mean()
-        left = sum(of_mean(row, groups) for row in rest) / df
-        part = max(0.0, side.mean(1).var(ddof=1) - left) / len(side)
-        runs, by_df = runs + part, by_df + part**2 / df
+    for side, spread in zip((ones, others), borrowed, strict=True):
+        if len(side) > 1 or spread:
+            part, df = runs_of(side, groups) if len(side) > 1 else spread
+            runs, by_df = runs + part, by_df + part**2 / df
     width = t_value(len(np.unique(groups)) - 1) * items
     width += t_value(runs**2 / by_df) * runs if runs else 0.0
-    half = width / math.sqrt(items + runs) if items + runs else 0.0
-    return middle, middle - half, middle + half
+    error = math.sqrt(items + runs)
+    return middle, width / error if error else 0.0, error
+
+
+class Verdicts:
+    """The table of `studies verdicts`: LoFiT − the other. A cell with all digits for each row."""
+
+    def __init__(self, records: Records):
+        self.records = records
+        self.runs = [
+            (dict(zip(FIELDS.split(), key, strict=True)), line)
+            for key, line in records.lines.items()
+            if key[0] == "train" and key[3] == "data/real" and key[-2] == 1.0
+            if "eval.py" in line.get("seconds", {}) and not key[1].endswith("mini-llama")
+        ]
+        self.spread = {drawn: self.spread_of(drawn) for drawn in (True, False)}
+
+    def side(self, model: str, task: str, label: str) -> list[tuple[dict, dict]]:
+        """The runs of a label like "10 %, 25 examples", "CLUTRR's heads", "lora --lr 5e-4"."""
+        wanted = dict.fromkeys(("heads_of", "train", "select"), "") | {"task": task}
+        name, _, flags = label.partition(" ")
+        if name in TRIED:
+            wanted |= {"method": name, "train": flags}
+        else:
+            all_heads, drawn = label == "all heads", label == "random"
+            by = "gradient" if "gradients" in label else "random" if drawn else "scales"
+            wanted |= {"method": "lofit", "by": "all" if all_heads else by}
+            wanted |= {"k": "all" if all_heads else "10%"}
+        if found := re.search(r"(\d+) examples", label):
+            wanted |= dict.fromkeys(("train", "select"), f"--n-train {found[1]}")
+        if found := re.match(r"(\w+)'s heads", label):
+            wanted |= {"heads_of": TASKS[found[1]]}
+        return self.which(model, wanted)
+
+    def which(self, model: str, wanted: dict) -> list[tuple[dict, dict]]:
+        return [
+            (run, line)
+            for run, line in self.runs
+            if run["model"].endswith(model) and wanted.items() <= run.items()
+        ]
+
+    def hits(self, side: list) -> np.ndarray:
+        return np.array([hits_of(line, metric_of(run)) for run, line in side])
+
+    def groups(self, side: list) -> np.ndarray:
+        groups = self.records.base(side[0][0]).get("clusters")
+        return np.arange(self.hits(side).shape[1]) if groups is None else np.array(groups)
+
+    def n_heads(self, line: dict) -> int:
+        return len(line["heads"] if isinstance(line["heads"][0][0], int) else line["heads"][0])
+
+    def spread_of(self, drawn: bool) -> tuple[float, int]:
+        """How single runs of LoFiT vary with seven heads or more."""
+        cells, ways = {}, ("random",) if drawn else ("scales", "gradient", "all")
+        for run, line in self.runs:
+            if run["method"] == "lofit" and run["by"] in ways and self.n_heads(line) >= 7:
+                key = Records.key(run | {"seed": 0})
+                cells.setdefault(key, []).append((run, line))
+        parts = [
+            (len(side) * runs_of(self.hits(side), self.groups(side))[0], len(side) - 1)
+            for side in cells.values()
+            if len(side) > 1
+        ]
+        df = sum(d for _, d in parts)
+        return sum(v * d for v, d in parts) / df, df
+
+    def compared(self, ours: list, theirs: list) -> tuple[float, float, float]:
+        """theirs: empty for the base model, which does not vary."""
+        other = self.hits(theirs) if theirs else self.of_base(ours)
+        borrowed = [
+            self.spread[side[0][0]["by"] == "random"] if len(side) == 1 else None
+            for side in (ours, theirs)
+        ]
+        return parts_of(self.hits(ours), other, self.groups(ours), borrowed)
+
+    def of_base(self, ours: list) -> np.ndarray:
+        return np.array([hits_of(self.records.base(ours[0][0]), metric_of(ours[0][0]))])
+
+    def expected(self, row: dict) -> dict[str, str]:
+        if row["claim"] == "2":
+            return {"LoFiT − other": self.pooled(row["LoFiT"].startswith("7 or more"))}
+        task = row["task"].split()[0]
+        ours = self.side(row["model"], task, row["LoFiT"])
+        base = row["the other"] == "base model"
+        theirs = [] if base else self.side(row["model"], task, row["the other"])
+        middle, half, _ = (100 * value for value in self.compared(ours, theirs))
+        means = [100 * self.hits(ours).mean()]
+        means.append(100 * (self.of_base(ours) if base else self.hits(theirs)).mean())
+        return {
+            "percent": "{:.9f} and {:.9f}".format(*means),
+            "LoFiT − other": f"{middle:+.9f} [{middle - half:+.9f}, {middle + half:+.9f}]",
+        }
+
+    def pooled(self, many: bool) -> str:
+        """Random effects of DerSimonian and Laird, with Knapp and Hartung's interval."""
+        found = []
+        for model in HEADS:
+            of = {(run["task"], run["k"]) for run, _ in self.which(model, {"by": "scales"})}
+            for task, k in of:
+                plain_ = dict.fromkeys(("heads_of", "train", "select"), "")
+                wanted = {"task": task, "k": k, "method": "lofit"} | plain_
+                ours, theirs = (
+                    self.which(model, wanted | {"by": by}) for by in ("scales", "random")
+                )
+                if len(ours) > 1 and len(theirs) > 1 and (self.n_heads(ours[0][1]) >= 7) == many:
+                    found.append(self.compared(ours, theirs))
+        means, _, errors = np.array(found).T
+        weights = errors**-2
+        fixed, df = (weights * means).sum() / weights.sum(), len(means) - 1
+        excess = (weights * (means - fixed) ** 2).sum() - df
+        between = max(0.0, excess / (weights.sum() - (weights**2).sum() / weights.sum()))
+        weights = 1 / (errors**2 + between)
+        middle = (weights * means).sum() / weights.sum()
+        scale = max(1.0, (weights * (means - middle) ** 2).sum() / df)
+        half = t_value(df) * math.sqrt(scale / weights.sum())
+        return "{:+.9f} [{:+.9f}, {:+.9f}]".format(
+            *(100 * x for x in (middle, middle - half, middle + half))
+        )
 
 
 class Command:
@@ -420,13 +549,14 @@ class Audit:
         """Every table under a command of docs/results.md."""
         page = "docs/results.md"
         for match in TABLE.finditer(self.pages[page]):
-            command = Command(match[1], self.records)
+            verdicts = match[1] == "verdicts"
+            command = Verdicts(self.records) if verdicts else Command(match[1], self.records)
             above = self.pages[page][: match.start(2)].count("\n") + 3
             header, _, *rows = (line[2:-2].split(" | ") for line in match[2].splitlines())
             for number, cells in enumerate(rows, above):
                 row = dict(zip(header, cells, strict=True))
                 try:
-                    found = expected(command, row)
+                    found = command.expected(row) if verdicts else expected(command, row)
                 except (LookupError, ValueError, StopIteration) as error:
                     self.differs(page, number, " | ".join(cells), f"no such run ({error!r})")
                     continue

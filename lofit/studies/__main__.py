@@ -4,20 +4,24 @@
     python -m lofit.studies sweep --missing     # a shell line for each run that is not
     python -m lofit.studies heads --model weights/mini-llama --task mquake
 
-Studies: sweep, heads, methods, tasks, data, transfer, forgets, layers. docs/results/README.md says
-how to run the lines.
+Studies: sweep, heads, methods, tasks, data, transfer, forgets, layers; verdicts compares runs.
+docs/results/README.md says how to run the lines.
 """
 
 import argparse
 from pathlib import Path
 
 from lofit import errors
+from lofit.studies import verdicts
 from lofit.studies.cells import missing_lines
 from lofit.studies.grid import STUDIES
 from lofit.studies.records import Records
 from lofit.studies.tables import markdown
 
-INTERVALS = "Intervals: 95 %, over items and runs. °: of one run, without how runs vary."
+INTERVALS = (
+    "Intervals: 95 %, over items (of MQuAKE over edits) and runs. °: of one run, without how runs"
+    " vary."
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +48,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             arg(flag, **about)
         if name in ("sweep", "tasks"):
             sub.set_defaults(lr_factors=[1.0])
+    sub = studies.add_parser("verdicts", description=verdicts.__doc__)
+    sub.add_argument("--records", type=Path, default=Path("docs/results"))
+    sub.set_defaults(missing=False, seeds=[])
     args = parser.parse_args(argv)
     args.seeds = list(dict.fromkeys(args.seeds))
     return args
@@ -51,6 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def printed(args: argparse.Namespace) -> str:
     """A study's caption and table, of what is recorded."""
+    if args.study == "verdicts":
+        return f"{verdicts.__doc__.strip()}\n\n{verdicts.table(Records(args.records))}"
     study = STUDIES[args.study]
     values = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
     header = [title.format(**values) for title in (*study.labels, *study.columns)]
