@@ -580,7 +580,9 @@ class Audit:
                 model, task = (label[1] or model).lower(), TASKS[label[2]]
                 command = next(c for c in commands if task in c.flags["task"])
                 found = expected(command, {"model": model, "task": f"{task} ()"})
-                columns = [found["base"], found["random heads"], found["LoRA"]]
+                rules = self.records.base(command.run(model, task, seed=42)).get("rules")
+                rule = f"{100 * next(iter(rules.values())):.9f}" if rules else found["base"]
+                columns = [rule, found["random heads"], found["LoRA"]]
                 columns.append(f"{found['LoFiT']} ({found['less base']})".replace("°", ""))
                 for printed, value in zip(line[2:-2].split(" | ")[1:], columns, strict=True):
                     self.cell(page, number, label[2], printed, value)
