@@ -209,9 +209,6 @@ def print_details(results: dict) -> None:
     for name, share in results.get("rules", {}).items():
         print(f"{name} would score {share:.1%}")
     for group, means in results.get("groups", {}).items():
-        scores = ", ".join(
-            f"{who} {', '.join(f'{m} {v:.1%}' for m, v in values.items())}"
-            for who, values in means.items()
-            if who != "n"
-        )
+        firsts = {who: next(iter(m.items())) for who, m in means.items() if who != "n"}
+        scores = ", ".join(f"{who} {metric} {value:.1%}" for who, (metric, value) in firsts.items())
         print(f"  {group} ({means['n']} items): {scores}")

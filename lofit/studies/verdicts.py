@@ -1,5 +1,5 @@
-"""LoFiT − the other, in points, on the paper's splits of the real models. Intervals (95 %) count what
-is independent: edits of MQuAKE, stories, questions, and runs. A side with one run (°) borrows
+"""LoFiT − the other, in points, on the paper's splits of the real models. Intervals (95 %) count
+what is independent: edits of MQuAKE, stories, questions, and runs. A side with one run (°) borrows
 how runs vary from LoFiT's own runs with seven heads or more. p is corrected for the number of
 comparisons (Holm). Claim 2 is pooled over cells of several runs (random effects)."""
 
