@@ -91,8 +91,10 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
     names = [] if args.base_only else args.offsets or [str(run.folder)]
     # all files are read and fit before anything is scored
     adapters, edits = {}, {}
+    short = [Path(name).name for name in names]
     for name in names:
-        label = name if len(names) > 1 else "tuned"
+        label = Path(name).name if len(set(short)) == len(names) else name
+        label = label if len(names) > 1 else "tuned"
         adapters[label], edits[label] = attach(args, run, name), get_edits(run.model)
     if args.compile:
         from lofit.fast.decoding import compiled_step

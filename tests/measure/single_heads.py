@@ -60,8 +60,7 @@ def every_head_alone(args, run) -> None:
         line = about | {"head": head} | measured | {"hits": pack(scores)}
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "
-")
+            file.write(json.dumps(line) + "\n")
         print(f"head {head}: {measured['score']:.1%}", flush=True)
 
 
