@@ -3,14 +3,16 @@
 python examples/dates.py DIR   # -> DIR/train.jsonl (200 lines), val.jsonl (50), test.jsonl (100)
 """
 
+import argparse
 import json
 import random
-import sys
 from datetime import date, timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
-    folder, draw = Path(sys.argv[1]), random.Random(0)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    folder, draw = parser.parse_args().folder, random.Random(0)
     days = draw.sample(range(365 * 120), 350)  # from 1920 on, none of them twice
     lines = []
     for day in (date(1920, 1, 1) + timedelta(days=n) for n in days):

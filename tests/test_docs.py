@@ -14,7 +14,9 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 FOLDERS = ("lofit", "weights", "data", "tests", "docs")
 # what commands make, and what is fetched
 MADE = ("data/real", "weights/smollm2-135m-instruct", "weights/gemma-3-270m")
-PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./%-]*\w|\b\w+\.(?:py|md)\b")
+PATH = re.compile(
+    rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./%-]*\w|(?<![\w./-])[\w-]+\.(?:py|md)\b"
+)
 
 
 def blocks(page: Path) -> list[str]:
@@ -78,3 +80,9 @@ def test_every_command_parses(page, monkeypatch, capsys):
 
 def test_there_is_something_to_check():
     assert sum(len(commands(page)) for page in PAGES) > 15
+
+
+def test_the_page_of_exported_names_is_made_from_their_docstrings():
+    import api
+
+    assert api.PAGE.read_text() == api.page(), "run python tests/measure/api.py"

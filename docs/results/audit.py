@@ -11,6 +11,7 @@ lists what no record holds. Other whole numbers are counted, not checked. Exit c
 for each difference, if anything differs.
 """
 
+import argparse
 import gzip
 import itertools
 import json
@@ -665,4 +666,6 @@ class Audit:
 
 
 if __name__ == "__main__":
-    sys.exit(Audit(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parents[2]).report())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", type=Path, nargs="?", default=Path(__file__).parents[2])
+    sys.exit(Audit(parser.parse_args().root).report())
