@@ -532,7 +532,8 @@ def unsigned(number: str) -> str:
 class Audit:
     def __init__(self, root: Path):
         self.pages = {name: (root / name).read_text() for name in ("docs/results.md", "README.md")}
-        self.records = Records(root / "docs" / "results")
+        self.folder = root / "docs" / "results"
+        self.records = Records(self.folder)
         self.wrong: list[str] = []
         self.found: list[tuple[int, str]] = []  # (line of results.md, recomputed cell)
         self.in_tables = self.in_text = self.elsewhere = self.unchecked = self.gone = 0
@@ -564,6 +565,19 @@ class Audit:
                 for column in (column for column in header if column in found):
                     self.cell(page, number, column, row[column], found[column])
                     self.found.append((number, found[column] or ""))
+
+    def alone(self) -> None:
+        """Section 2's numbers of single heads: the base model's score, and a layer's least, mean and
+        greatest."""
+        page = self.pages["docs/results.md"]
+        at, layers = page[: page.index("**Every head alone")].count("\n") + 1, {}
+        for line in (self.folder / "alone" / "mini-llama.jsonl").read_text().splitlines():
+            head = json.loads(line)
+            hits = np.mean([float(hit) for hit in head["hits"]])
+            layers.setdefault(head["head"] and head["head"][0], []).append(100 * hits)
+        for scores in layers.values():
+            found = (np.min(scores), np.mean(scores), np.max(scores))
+            self.found.append((at, " ".join(f"{value:.9f}" for value in found)))
 
     def readme(self) -> None:
         """The README's table of results, and the output of its first command, whose interval comes
@@ -651,6 +665,7 @@ class Audit:
 
     def report(self) -> int:
         self.tables()
+        self.alone()
         self.readme()
         self.sentences()
         for page in self.pages:
