@@ -567,8 +567,7 @@ class Audit:
                     self.found.append((number, found[column] or ""))
 
     def alone(self) -> None:
-        """Section 2's numbers of single heads: the base model's score, and a layer's least, mean and
-        greatest."""
+        """Section 2's numbers of single heads: a layer's least, mean and greatest score."""
         page = self.pages["docs/results.md"]
         at, layers = page[: page.index("**Every head alone")].count("\n") + 1, {}
         for line in (self.folder / "alone" / "mini-llama.jsonl").read_text().splitlines():

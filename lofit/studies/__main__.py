@@ -18,11 +18,6 @@ from lofit.studies.grid import STUDIES
 from lofit.studies.records import Records
 from lofit.studies.tables import markdown
 
-INTERVALS = (
-    "Intervals: 95 %, over items (of MQuAKE over edits) and runs. °: of one run, without how runs"
-    " vary."
-)
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -64,9 +59,7 @@ def printed(args: argparse.Namespace) -> str:
     values = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
     header = [title.format(**values) for title in (*study.labels, *study.columns)]
     table = markdown(header, study.table(study.rows(args), Records(args.records)))
-    about = study.about.format(**values)
-    about += f". {INTERVALS}" if "interval" in about else "."
-    return f"{about}\n\n{table}"
+    return f"{study.about.format(**values)}.\n\n{table}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -170,14 +170,14 @@ def layers_rows(args) -> Iterable[Row]:
 
 # Studies
 
-SCORE = "mean score, points above the base [95 % interval], each run of the seeds {seeds}"
-LR = "the learning rate is the first seed's best on validation, of {lr_factors} times the recipe's"
+SCORE = "mean (points above the base [interval]): each run of seeds {seeds}"
+LR = "lr: the first seed's best on validation"
 HEADS = {"default": "10%", "help": "how many heads (default: 10%%)"}
 BY = {"default": "scales", "help": "the way of choosing heads"}
 METHODS = {"nargs": "+", "type": known_method, "help": f'"lofit K", {", ".join(BASELINES)}'}
 STUDIES = {
     "sweep": Study(
-        f"Chosen heads beside as many random ones, test split. Heads by {{by}}: {SCORE}",
+        f"Heads by {{by}} beside as many random ones, test split: {SCORE}",
         ["model", "task"],
         {"base": tables.of_one(tables.base, True), "heads": tables.of_one(tables.n_heads, True),
          "values": tables.of_one(tables.values, True), "LoFiT": tables.score,
@@ -187,8 +187,8 @@ STUDIES = {
         {"--heads": {"nargs": "+", "default": ["10%", "3%"]}, "--by": BY},
     ),
     "heads": Study(
-        f"Does it matter which heads? Test split: {SCORE}, or of {{draws}} seeds where heads are"
-        f" drawn; less random draws; ± runs: standard deviation of the runs, in points; {LR}",
+        f"Test split: {SCORE}, of {{draws}} seeds where heads are drawn; ± runs: their standard"
+        f" deviation, in points; {LR}",
         ["model", "task", "heads", "chosen by"],
         {"score": tables.score, "less random": tables.less, "± runs": tables.spread,
          "lr": tables.chosen},
@@ -198,9 +198,8 @@ STUDIES = {
          "--draws": {"type": natural, "default": 5}},
     ),
     "methods": Study(
-        f"LoFiT beside baselines, test split: {SCORE}; less the first row's; the learning rate (of"
-        " iti and repe the strength) is the first seed's best on validation; seconds: one selection"
-        " and one training, the quickest",
+        f"Test split: {SCORE}; chosen: learning rate or strength, the first seed's best on"
+        " validation; seconds: the quickest selection and training",
         ["model", "task", "method"],
         {"values": tables.of_one(tables.values), "seconds": tables.seconds, "score": tables.score,
          "less LoFiT": tables.less,
@@ -212,9 +211,8 @@ STUDIES = {
                          " learning rate (default: each its own)"}},
     ),
     "tasks": Study(
-        "Each task: the base model, what always one answer would score, {heads} of the heads, by"
-        " {by}, beside as many random ones, and LoRA with lr {lora_lr}. Test split, mean of the"
-        " seeds {seeds} in percent; differences in points [95 % interval]",
+        "{heads} of the heads, by {by}, beside as many random ones, and LoRA with lr {lora_lr}."
+        " Test split, mean of the seeds {seeds} in percent; differences in points [interval]",
         ["model", "task"],
         {"base": tables.base_mean, "one answer": tables.always,
          "random heads": tables.mean_of("less"), "LoRA": tables.mean_of("others"),
@@ -224,9 +222,8 @@ STUDIES = {
         {"--heads": HEADS, "--by": BY, "--lora-lr": {"default": "5e-4", "help": "of LoRA"}},
     ),
     "data": Study(
-        f"How many examples does it take? Test split: {SCORE}; less the first method's. Heads are"
-        " selected for each number of examples, and a learning rate is chosen on the whole"
-        " validation split with the first seed",
+        f"Test split: {SCORE}. Heads are selected for each number of examples; learning rates on"
+        " the whole validation split, with the first seed",
         ["model", "task", "examples", "method"],
         {"score": tables.score, "less {methods[0]}": tables.less, "chosen": tables.chosen},
         data_rows,
@@ -234,19 +231,16 @@ STUDIES = {
          "--methods": METHODS | {"default": ["lofit 10%", "lora", "red"]}},
     ),
     "transfer": Study(
-        f"Do heads and offsets of one task serve another? Test split, {{heads}} of heads: {SCORE};"
-        " less the task's own. Heads: chosen on one task, offsets trained on another. Offsets:"
-        " trained on one task, tested on another",
+        f"Test split, {{heads}} of heads: {SCORE}. Heads: chosen on one task, trained on another."
+        " Offsets: trained on one task, tested on another",
         ["model", "tested on", "what", "from"],
         {"score": tables.score, "less own": tables.less},
         transfer_rows,
         {"--heads": HEADS, "--by": BY, "--tested": {"nargs": "+", "help": "tasks (default: all)"}},
     ),
     "forgets": Study(
-        "What does tuning on one task cost elsewhere? Test split, seeds {seeds}: change of another"
-        " task's score in points [95 % interval], less the first method's, and the loss of a token"
-        " of text (the other task's prompts, or --text) before and after [interval of the"
-        " difference]",
+        "Test split, seeds {seeds}: change of another task's score in points [interval], and the"
+        " loss of a token of text (the other task's prompts, or --text) before → after",
         ["model", "tuned on", "by", "asked"],
         {"base": tables.of_one(tables.base),
          "change": tables.gain, "less {methods[0]}": tables.less, "loss of text": tables.text_loss},
@@ -256,9 +250,8 @@ STUDIES = {
          "--text": {"help": "a file of plain text instead of prompts, one text a line"}},
     ),
     "layers": Study(
-        "Where do the chosen heads sit? {heads} of heads by {by}, seeds {seeds}: layers as mean and"
-        " range; the share of heads that two selections have in common (of one task: two seeds or"
-        " folds; by chance {heads}), and the rank correlation of all heads' scores",
+        "{heads} of heads by {by}, seeds {seeds}: their layers; the share that two selections have"
+        " in common (by chance {heads}), and the rank correlation of all heads' scores",
         ["model", "heads", "task", "beside"],
         {"mean layer | layers": tables.layers, "shared | correlation": tables.shared},
         layers_rows,
