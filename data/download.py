@@ -24,6 +24,7 @@ from data.sources import SEED, SOURCES, SUMS, convert, place_of, write_splits
 from lofit import errors
 from lofit.errors import InputError
 from lofit.files import write
+from lofit.run.arguments import natural
 
 ORIGIN = "https://raw.githubusercontent.com/"
 RETRIES = 3  # after a server's error or a transfer that was cut
@@ -90,17 +91,12 @@ def prepare(task: str, args: argparse.Namespace) -> None:
     if cut:
         print(f"  {args.source / missing[0]}: no such file: train and val are cut from test")
     splits = convert(task, args.out, missing)
-    splits["test"] = some_of(splits["test"], args.test)
+    if args.test and args.test < len(splits["test"]):  # drawn, in their order
+        drawn = random.Random(SEED).sample(range(len(splits["test"])), args.test)
+        splits["test"] = [splits["test"][i] for i in sorted(drawn)]
     write_splits(args.out / task, splits)
     counts = ", ".join(f"{split} {len(lines)}" for split, lines in splits.items())
     print(f"  {args.out / task}/: {counts}")
-
-
-def some_of(lines: list[dict], n: int | None) -> list[dict]:
-    """n lines drawn by SEED, in their order; all of them if n is None or larger."""
-    if n is None or n >= len(lines):
-        return lines
-    return [lines[i] for i in sorted(random.Random(SEED).sample(range(len(lines)), n))]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -112,7 +108,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "tasks", nargs="*", default=first, metavar="TASK", help=f"{', '.join(SOURCES)}, or all"
     )
     parser.add_argument("--out", type=Path, default=Path("data/real"))
-    parser.add_argument("--test", type=int, metavar="N", help="draw N test items (default: all)")
+    parser.add_argument(
+        "--test", type=natural, metavar="N", help="draw N test items (default: all)"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--source", type=Path, metavar="FOLDER", help="take the files from a folder")
     where.add_argument("--mirror", metavar="URL", help="a copy of such a folder")
@@ -121,8 +119,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.tasks = list(SOURCES)
     if unknown := [name for name in args.tasks if name not in SOURCES]:
         parser.error(f"{unknown[0]}: expected {', '.join(SOURCES)}, or all")
-    if args.test is not None and args.test < 1:
-        parser.error("--test: expected a number from 1")
     if args.test and (whole := [name for name in args.tasks if not SOURCES[name].line]):
         parser.error(f"--test: the files of {whole[0]} stay as they are; name other tasks")
     return args

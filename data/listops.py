@@ -21,6 +21,7 @@ from pathlib import Path
 from data.sources import write_splits
 from lofit import errors
 from lofit.errors import InputError
+from lofit.run.arguments import natural
 
 OPERATIONS = {
     "[MIN": min,
@@ -95,18 +96,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("data/real/listops"))
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--depth", type=int, default=20, help="at most (default: %(default)s)")
+    parser.add_argument("--depth", type=natural, default=20, help="at most (default: %(default)s)")
     parser.add_argument("--symbols", type=int, default=30, help="at most (default: %(default)s)")
     for split, n in (("train", 300), ("val", 100), ("test", 500)):
-        parser.add_argument(f"--{split}", type=int, default=n, help="items (default: %(default)s)")
+        parser.add_argument(f"--{split}", type=natural, default=n, help=f"items (default: {n})")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     sizes = {split: getattr(args, split) for split in ("train", "val", "test")}
-    if min(*sizes.values(), args.depth) < 1:
-        raise InputError("--depth, --train, --val and --test: expected numbers from 1")
     lines = make(sum(sizes.values()), args.seed, args.depth, args.symbols)
     write_splits(args.out, {s: [lines.pop() for _ in range(n)] for s, n in sizes.items()})
     print(f"{args.out}/: {', '.join(f'{split} {n}' for split, n in sizes.items())} expressions")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lofit.errors import InputError
-from lofit.files import read_json_list, read_jsonl, write_jsonl
+from lofit.files import read_json_list, read_jsonl, reading, write_jsonl
 from lofit.tasks import last_number
 
 SEED = 42  # of the draw
@@ -273,7 +273,6 @@ def write_splits(folder: Path, splits: dict[str, list[dict]]) -> None:
 def _lines(path: Path, line: Callable[[dict], dict]) -> Iterator[dict]:
     read = read_json_list if path.suffix == ".json" else read_jsonl
     for where, item in read(path):
-        try:
-            yield line(item)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{where}: not an item of this data set: {error!r}") from None
+        with reading(where):
+            made = line(item)
+        yield made

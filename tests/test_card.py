@@ -22,6 +22,7 @@ def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
     text = card(tmp_path, "peft")
     for part in ("license: other", "license_name: mine", "library_name: peft", "pipeline_tag: text",
                  "| task | mquake |", "| seed | 7 |", "lr 0.5", "Not evaluated", "| 40 |",
+                 "|---|---|\n| base model |", "code |\n| task | mquake |\n| heads",
                  f'from_pretrained("{tiny_folder}")', '"out-0")'):  # fmt: skip
         assert part in text
     assert "base_model:" not in text  # a path is no name on the hub

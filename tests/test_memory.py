@@ -35,15 +35,29 @@ KINDS = {"untied": CONFIG, "tied": replace(CONFIG, tie_word_embeddings=True)}
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_those_of_a_real_model(kind, n):
     model = random_model(KINDS[kind])
-    found = memory.weight_bytes(KINDS[kind], torch.float32, n)
-    parameters, layers = list(model.parameters()), list(model.model.layers.parameters())
-    whole = sum(p.nbytes for p in parameters)
+    layers = list(model.model.layers.parameters())
     # FSDP2 gives the first process the first rows of each layer's tensors; the rest stays whole
-    own = whole - sum(p.nbytes for p in layers) + sum(p.chunk(n)[0].nbytes for p in layers)
+    own = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in layers)
+    own += sum(p.chunk(n)[0].nbytes for p in layers)
     block = sum(p.nbytes for p in model.model.layers[1].parameters())
-    assert found == {"all": whole, "own": own, "gathered": 2 * block}
-    halved = memory.weight_bytes(KINDS[kind], torch.bfloat16, n)
-    assert halved == {name: size // 2 for name, size in found.items()}
+    want = own + (2 * block if n > 1 else 0)
+    assert memory.weight_bytes(KINDS[kind], torch.float32, n) == want
+    assert memory.weight_bytes(KINDS[kind], torch.bfloat16, n) == want // 2
+
+
+def test_weights_in_4_bits_are_those_of_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes", reason='needs pip install -e ".[test]"')
+    config = replace(CONFIG, hidden_size=512, intermediate_size=1024, head_dim=64)
+    model, taken = random_model(config), 0
+    for p in model.parameters():
+        taken += p.nbytes
+    for p in (p for p in model.model.layers.parameters() if p.dim() == 2):
+        packed = bnb.nn.Params4bit(p.data, quant_type="nf4", compress_statistics=True).to("cpu")
+        state = packed.quant_state
+        taken += packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes - p.nbytes
+    taken += 512 * 1024 * 4  # the largest, unpacked while it is used
+    found = memory.weight_bytes(config, torch.float32, nf4=True)
+    assert found == pytest.approx(taken, rel=1e-3)
 
 
 def allocated(call) -> int:
@@ -99,45 +113,49 @@ def test_an_evaluation_is_that_of_real_tensors():
     assert found == pytest.approx(taken, rel=0.02)
 
 
-def printed(capsys, *flags) -> tuple[dict[str, list[str]], list[str]]:
-    """The table, and the lines on how to make it fit."""
+def printed(capsys, *flags) -> tuple[str, dict[str, str], list[str]]:
+    """The first line, the table, and the lines on how to make it fit."""
     memory.main([*map(str, flags)])
-    head, _, *lines = capsys.readouterr().out.splitlines()
-    table = {line[:28].strip(): line[28:].split() for line in lines[1:] if line[:2] != "  "}
-    return {"head": [head]} | table, [line for line in lines if line[:2] == "  "]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """config.json of a model of 1.2 GB in bf16."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 24576, "num_hidden_layers": 8}
-    write_json(tmp_path / "config.json", replace(CONFIG, **sizes).to_hf())
-    return tmp_path
+    head, _, _, *lines = capsys.readouterr().out.splitlines()
+    table = {line[:28].strip(): line[28:].strip() for line in lines if line[:2] != "  "}
+    return head, table, [line.strip() for line in lines if line[:2] == "  "]
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_told_what_would(folder, capsys):
-    flags = ["--model", folder, "--length", 100, "--batch-size", 1, "--memory"]
-    found, cures = printed(capsys, *flags, 4)
-    assert found["fits 4 GB"] == ["yes"] and not cures
-    weights, cuda, *steps = (float(cells[0]) for name, cells in found.items() if "GB" not in name
-                             and name not in ("head",))  # fmt: skip
+def test_what_does_not_fit_is_told_what_would(tmp_path, capsys):
+    """Of a model of 1.2 GB in bf16."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 24576, "num_hidden_layers": 8}
+    config = replace(CONFIG, **sizes)
+    write_json(tmp_path / "config.json", config.to_hf())
+    flags = ["--model", tmp_path, "--length", 100, "--batch-size", 16, "--memory"]
+    _, found, cures = printed(capsys, *flags, 4)
+    assert found["fits 4 GB"] == "yes" and not cures
+    weights, cuda, *steps = map(float, list(found.values())[:-1])
     for used, whole in (steps[:2], steps[2:]):
         assert whole == pytest.approx(weights + cuda + used, abs=2e-3)
     assert cuda == 0.5
-    found, cures = printed(capsys, *flags, 2, "--eval-batch", 512)
-    (line,) = cures
-    n = int(re.fullmatch(r"  to make it fit: eval.py --batch-size (\d+) fits", line)[1])
-    assert found["fits 2 GB"] == ["no"] and not printed(capsys, *flags, 2, "--eval-batch", n)[1]
-    assert printed(capsys, *flags, 2, "--eval-batch", 2 * n)[1]
-    found, cures = printed(capsys, *flags, 1, "--gpus", 8, "--eval-batch", 1)
-    assert found["fits 1 GB"] == ["no", "no"]  # 1.2 GB, and 0.15 GB + 2 * 0.15 GB + 0.5 GB
-    assert "no batch of train.py fits: more --gpus" in cures[0]
+    _, found, (trained, evaluated) = printed(capsys, *flags, 2)
+    assert found["fits 2 GB"] == "no"
+    parts = int(re.fullmatch(r"train.py --accumulate (\d+) fits", trained)[1])
+    n = int(re.fullmatch(r"eval.py --batch-size (\d+) fits", evaluated)[1])
+    room = 2e9 - memory.weight_bytes(config, torch.bfloat16) - 0.5e9
+    for at_once, fits in ((16 // parts, True), (32 // parts, False)):
+        rows = rows_of(at_once, 100, 16)
+        assert (memory.training_bytes(config, torch.bfloat16, rows) <= room) is fits
+    for at_once, fits in ((n, True), (2 * n, False)):
+        rows = rows_of(at_once, 84, 0)
+        assert (memory.evaluation_bytes(config, torch.bfloat16, rows, 16) <= room) is fits
+    _, found, cures = printed(capsys, *flags, 1, "--gpus", 8, "--shard")
+    assert found["fits 1 GB"] == "no"  # 0.15 GB + 2 * 0.15 GB + 0.5 GB, and a step
+    _, found, cures = printed(capsys, *flags, 1)
+    assert cures[0] == "no training fits: --quantize nf4, or --shard and --gpus"
+    _, found, _ = printed(capsys, *flags, 1, "--quantize", "nf4")
+    assert float(found["weights"]) < 0.4 * weights
 
 
 @pytest.mark.parametrize("task", slow_but(["clutrr"], ["clutrr", "mquake", "truthfulqa-0"]))
 def test_the_lengths_are_those_of_the_task(task, capsys):
-    found, _ = printed(capsys, "--model", MINI, "--task", task)
+    head, found, _ = printed(capsys, "--model", MINI, "--task", task)
     tokenizer, (task,) = load_tokenizer(MINI), find_tasks(task)
     train, test = (
         task.read(task.file(REPO / "data" / "mini", split), split, 42)
@@ -152,8 +170,8 @@ def test_the_lengths_are_those_of_the_task(task, capsys):
         longest(e.question, [*e.right, *e.wrong]) if e.right else len(tokenizer.encode(e.prompt))
         for e in test
     )
-    assert f"up to {n} tokens in training, {asked} in evaluation" in found["head"][0]
-    assert float(found["kept states (RAM), at most"][0]) > 0
+    assert f"up to {n} tokens in training, {asked} in evaluation" in head
+    assert float(found["kept states (RAM), at most"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -163,6 +181,7 @@ def test_the_lengths_are_those_of_the_task(task, capsys):
         (["--memory", "80GB"], "expected a whole number, found '80GB'"),
         (["--length", "16"], "--length: expected more than the 16 tokens of an answer"),
         (["--dtype", "int4"], "invalid choice: 'int4'"),
+        (["--shard", "--quantize", "nf4"], "not allowed with argument --shard"),
         (["--model", "./nowhere"], "./nowhere: no such folder"),
         (["--model", str(MINI), "--task", "mquake", "--chat"], "no chat template"),
         (["--task", "nowhere"], "--task nowhere: neither one of"),

@@ -14,11 +14,12 @@ run/arguments.py.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from lofit.compare.selection import contrast, last_z, probe_accuracy
+from lofit.compare.selection import contrast, last_z, probe_accuracy, read_texts
 from lofit.errors import InputError
 from lofit.heads import Edit, Head, attach_offsets, rank_heads, remove_edits
 from lofit.llm.config import ModelConfig
@@ -42,33 +43,27 @@ class Baseline(Edit):
         # in a tuple, so that the layer does not count as a part of its own edit; and hooks are
         # methods, so that a copy of the model has a copy of them, and can be pickled
         self.of = (block,)
-        for module, hook in self.hooks(block).items():
-            module.register_forward_hook(hook)
+        for module, change in self.changes(block).items():
+            module.register_forward_hook(partial(self.hook, change))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return z
 
-    def stands(self) -> bool:
-        return self.of[0].self_attn.head_out is self
+    def hook(self, change, module, args, y):
+        """What a module returns instead of y: change(x, y), x what it got."""
+        stands = self.of[0].self_attn.head_out is self
+        return change(args[0], y).to(y.dtype) if stands else y
 
 
 class LoRA(Baseline):
     """NAME_A: [r, D], NAME_B: [out, r] of q_proj and v_proj."""
 
-    def hooks(self, block: Block) -> dict:
-        return {block.self_attn.q_proj: self.add_to_q, block.self_attn.v_proj: self.add_to_v}
+    def changes(self, block: Block) -> dict:
+        return {getattr(block.self_attn, name): partial(self.add, name) for name in TARGETS}
 
-    def add_to_q(self, module, args, y):
-        return self.added("q_proj", args[0], y)
-
-    def add_to_v(self, module, args, y):
-        return self.added("v_proj", args[0], y)
-
-    def added(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if not self.stands():
-            return y
+    def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         a, b = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
-        return (y + (LORA_ALPHA / RANK) * (x.float() @ a.T @ b.T)).to(y.dtype)
+        return y + (LORA_ALPHA / RANK) * (x.float() @ a.T @ b.T)
 
     @staticmethod
     def start(config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -85,11 +80,11 @@ class LoRA(Baseline):
 class RED(Baseline):
     """scale, bias: [D]; 1 and 0 at first."""
 
-    def hooks(self, block: Block) -> dict:
-        return {block.mlp: self.changed}
+    def changes(self, block: Block) -> dict:
+        return {block.mlp: self.change}
 
-    def changed(self, module, args, y):
-        return (self.scale * y + self.bias).to(y.dtype) if self.stands() else y
+    def change(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.scale * y + self.bias
 
     @staticmethod
     def start(config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -99,11 +94,11 @@ class RED(Baseline):
 class Bias(Baseline):
     """bias: [D], 0 at first. W (z + v) = W z + W v, but in the hidden states' own coordinates."""
 
-    def hooks(self, block: Block) -> dict:
-        return {block.self_attn.o_proj: self.changed}
+    def changes(self, block: Block) -> dict:
+        return {block.self_attn.o_proj: self.change}
 
-    def changed(self, module, args, y):
-        return (y + self.bias).to(y.dtype) if self.stands() else y
+    def change(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.bias
 
     @staticmethod
     def start(config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -113,11 +108,11 @@ class Bias(Baseline):
 class Shift(Baseline):
     """shift: [D], 0 at first, or what repe found."""
 
-    def hooks(self, block: Block) -> dict:
-        return {block: self.changed}
+    def changes(self, block: Block) -> dict:
+        return {block: self.change}
 
-    def changed(self, module, args, y):
-        return (y + self.shift).to(y.dtype) if self.stands() else y
+    def change(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.shift
 
     @staticmethod
     def start(config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -150,7 +145,7 @@ def attach_method(
         return [], 0.0, origin
     config, generator = run.model.config, torch.Generator().manual_seed(run.seed)
     n = config.num_hidden_layers
-    layers = list(range(n))
+    layers = range(n)
     if top:  # of the layers, evenly spread: the middle one of each of k equal parts
         k = count_of(top, n, "layers")
         layers = run.info["settings"]["layers"] = [(2 * i + 1) * n // (2 * k) for i in range(k)]
@@ -231,7 +226,6 @@ def mass_mean_shift(z: torch.Tensor, heads: list[Head], alpha: float) -> torch.T
     return alpha * sigma[:, None] * theta
 
 
-@torch.no_grad()
 def last_hidden(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
     """What each layer returns at the last token of each text: [texts, layer, D] fp32 on CPU."""
     found: list[torch.Tensor] = []
@@ -239,12 +233,7 @@ def last_hidden(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
         block.register_forward_hook(lambda _, args, y: found.append(y[0, -1].float().cpu()))
         for block in model.model.layers
     ]
-    try:
-        for ids in texts:
-            model.model(torch.tensor([ids], device=model.lm_head.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    read_texts(model, texts, hooks)
     return torch.stack(found).unflatten(0, (len(texts), -1))
 
 

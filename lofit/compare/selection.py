@@ -5,6 +5,7 @@ standard deviation of z (`head_sigma`).
 """
 
 import random
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,16 @@ def hits_of_probes(
 
 
 @torch.no_grad()
+def read_texts(model: CausalLM, texts: list[list[int]], hooks: list) -> None:
+    """Let the model read texts (ids), one by one; then the hooks go."""
+    try:
+        for ids in texts:
+            model.model(torch.tensor([ids], device=model.lm_head.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def last_z(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
     """Each head's z at the last token of each text: [texts, layer, head, head_dim] fp32 on CPU."""
     found: list[torch.Tensor] = []
@@ -105,40 +116,28 @@ def last_z(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
         a.head_out.register_forward_pre_hook(lambda _, args: found.append(args[0][0, -1].float()))
         for a in attention_layers(model)
     ]
-    try:
-        for ids in texts:
-            model.model(torch.tensor([ids], device=model.lm_head.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    read_texts(model, texts, hooks)
     return torch.stack(found).unflatten(0, (len(texts), -1)).cpu()
 
 
-@torch.no_grad()
 def head_sigma(model: CausalLM, texts: list[list[int]]) -> torch.Tensor:
     """The standard deviation of each head's z over all positions of these texts (ids), pooled over
     head_dim: [layer, head] fp32 on CPU."""
-    layers, shape = attention_layers(model), (*head_grid(model), model.config.head_dim)
-    device = model.lm_head.weight.device
+    shape, device = (*head_grid(model), model.config.head_dim), model.lm_head.weight.device
     # float64, where sums lose nothing; Apple's GPUs have no more than float32
     wide = torch.float32 if device.type == "mps" else torch.float64
     total, square = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
 
-    def reader(layer: int):
-        def read(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-            z = args[0][0].to(wide)  # one text, so no padding: [position, n_heads, head_dim]
-            total[layer] += z.sum(0)
-            square[layer] += z.square().sum(0)
+    def add(layer: int, module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        z = args[0][0].to(wide)  # one text, so no padding: [position, n_heads, head_dim]
+        total[layer] += z.sum(0)
+        square[layer] += z.square().sum(0)
 
-        return read
-
-    hooks = [a.head_out.register_forward_pre_hook(reader(i)) for i, a in enumerate(layers)]
-    try:
-        for ids in texts:
-            model.model(torch.tensor([ids], device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = [
+        attention.head_out.register_forward_pre_hook(partial(add, layer))
+        for layer, attention in enumerate(attention_layers(model))
+    ]
+    read_texts(model, texts, hooks)
     n = sum(map(len, texts))
     return (square / n - (total / n).square()).clamp(min=0).mean(-1).sqrt().float().cpu()
 

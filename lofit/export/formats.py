@@ -12,10 +12,12 @@ RUN is what `eval.py --offsets` takes.
 import argparse
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from lofit.compare.baselines import LORA_ALPHA, RANK, TARGETS
@@ -71,26 +73,18 @@ def write_hf(tuned: Tuned, out: Path) -> None:
     write_json(out / "config.json", (raw if same else {}) | config)
     for path in out.glob("*.safetensors"):  # safetensors makes them unreadable for anybody else
         path.chmod((out / "config.json").stat().st_mode)
-    for pattern in COPIED:
-        for path in filter(Path.is_file, base.glob(pattern)):
-            check_inside(path, base)
-            shutil.copyfile(path, out / path.name)
+    # a link must not take along what lies elsewhere; those of the hub's cache lead to its blobs
+    root = base.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    for path in (path for pattern in COPIED for path in base.glob(pattern) if path.is_file()):
+        if not path.resolve().is_relative_to(root):
+            raise InputError(f"{path}: a link that leaves the folder; put the file in its place")
+        shutil.copyfile(path, out / path.name)
     if tuned.info.get("chat"):  # a server is to stop where eval.py did
         path = out / "generation_config.json"
         settings = read_json(path) if path.exists() else {}
         eos_ids = load_tokenizer(base, load_chat_template(base)[1]).eos_ids
         write_json(path, settings | {"eos_token_id": list(eos_ids)})
-
-
-def check_inside(path: Path, folder: Path) -> None:
-    """InputError for a link that leaves a model's folder (or, in the hub's cache, its repository):
-    an export is made to be given away, and must not take along what lies elsewhere."""
-    root = folder.resolve()
-    root = root.parent.parent if root.parent.name == "snapshots" else root
-    if not path.resolve().is_relative_to(root):
-        raise InputError(
-            f"{path}: a link that leaves the folder; replace it by the file, or remove it"
-        )
 
 
 def write_peft(tuned: Tuned, out: Path) -> None:
@@ -132,22 +126,15 @@ def write_gguf(tuned: Tuned, out: Path) -> None:
 WRITERS = {"hf": write_hf, "gguf": write_gguf, "peft": write_peft}
 
 
-def check_method(tuned: Tuned, form: str) -> None:
-    """InputError for edits that the format cannot express."""
-    if "method" in tuned.info and (tuned.method, form) != ("lora", "peft"):
-        cure = "take --format peft" if tuned.method == "lora" else "eval.py --offsets reads them"
-        raise InputError(f"--format {form}: edits of {tuned.method} are no offsets; {cure}")
-
-
 def export(args: argparse.Namespace) -> None:
     """Write DIR, whole or not at all."""
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"--out {args.out}: not an empty folder; name a new one")
-    if args.push_to_hub:
-        check_hub(args.push_to_hub)
     prompts = find_prompts(args.run, args.format) if args.check else []
     tuned, checked = open_tuned(args.run, args.model, args.dtype), ""
-    check_method(tuned, args.format)
+    if "method" in tuned.info and (tuned.method, args.format) != ("lora", "peft"):
+        cure = "take --format peft" if tuned.method == "lora" else "eval.py --offsets reads them"
+        raise InputError(f"--format {args.format}: edits of {tuned.method} are no offsets; {cure}")
     partial = args.out.absolute().with_name(f".{args.out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -170,35 +157,27 @@ def export(args: argparse.Namespace) -> None:
         print(checked)
 
 
-def check_hub(repo: str) -> None:
-    """InputError before any work unless the name is one and a token is there."""
+@contextmanager
+def hub(repo: str, cure: str) -> Iterator[huggingface_hub.HfApi]:
+    """The hub; InputError with this cure for what it refuses."""
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
-        huggingface_hub.HfApi().whoami()
-    except (hub_errors.HFValidationError, hub_errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise InputError(f"--push-to-hub {repo}: {_first_line(error)}; set HF_TOKEN?") from None
-
-
-def push(folder: Path, repo: str) -> None:
-    """Upload a folder as a model repository, made if need be. InputError if that fails."""
-    api = huggingface_hub.HfApi()
-    try:
-        url = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder)
-    except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise InputError(
-            f"--push-to-hub {repo}: {_first_line(error)}; {folder} is complete: upload it with"
-            f" `hf upload {repo} {folder}`"
-        ) from None
-    print(f"-> {url}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        yield huggingface_hub.HfApi()
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"--push-to-hub {repo}: {why}; {cure}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    repo = args.push_to_hub
+    if repo:  # before any work: is it a name, and is a token there?
+        with hub(repo, "set HF_TOKEN?") as api:
+            huggingface_hub.utils.validate_repo_id(repo)
+            api.whoami()
     export(args)
-    if args.push_to_hub:
-        push(args.out, args.push_to_hub)
+    if repo:
+        cure = f"{args.out} is complete: upload it with `hf upload {repo} {args.out}`"
+        with hub(repo, cure) as api:
+            url = api.create_repo(repo, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=args.out)
+        print(f"-> {url}")

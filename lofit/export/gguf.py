@@ -56,18 +56,15 @@ def convert(tuned: Tuned, checkpoint: Path, path: Path) -> None:
     command = [sys.executable, "-m", "convert_hf_to_gguf", str(checkpoint)]
     command += ["--outfile", str(path), "--outtype", OUT_TYPES[tuned.model.lm_head.weight.dtype]]
     command += ["--model-name", f"{Path(tuned.base).name} with LoFiT offsets"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    # `-m` looks in the working directory first: a folder named gguf must not be found
     done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        cwd=path.parent,  # `-m` looks here first: a folder named gguf must not be found
+        command, capture_output=True, text=True, errors="replace", env=env, cwd=path.parent
     )
     if done.returncode or not path.exists():
-        last = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
+        last = done.stderr.strip().rpartition("\n")[2]
         raise InputError(
-            f"--format gguf: llama.cpp's converter does not take {tuned.base} ({last[0]}); take"
+            f"--format gguf: llama.cpp's converter does not take {tuned.base} ({last}); take"
             " --format hf"
         )
     check_biases(fold(tuned.model), path)

@@ -25,26 +25,23 @@ def add_offsets(model, name: str | Path) -> list:
     """
     path = find_edits(name)
     tensors, info = read_tensors(path)
+    if "method" in info:
+        raise InputError(f"{path}: made by --method {info['method']}; expected LoFiT's offsets")
     layers, hooks = model.get_decoder().layers, []
+    n_heads = model.config.get_text_config().num_attention_heads
     with reading(path):
-        if "method" in info:
-            raise InputError(f"{path}: made by --method {info['method']}; expected LoFiT's offsets")
-        heads, offsets = tensors["heads"].tolist(), tensors["offsets"]
-        n_heads = model.config.get_text_config().num_attention_heads
-        if max(layer for layer, _ in heads) >= len(layers) or max(h for _, h in heads) >= n_heads:
+        (at_layer, at_head), offsets = tensors["heads"].T, tensors["offsets"]
+        v = torch.zeros(len(layers), n_heads, offsets.shape[1])
+        known = at_layer.max() < len(layers) and at_head.max() < n_heads
+        if not known or v[0].numel() != layers[0].self_attn.o_proj.in_features:
             raise InputError(f"{path}: of a model with other heads than {type(model).__name__}")
-        for layer in sorted({layer for layer, _ in heads}):
-            o_proj = layers[layer].self_attn.o_proj
-            v = torch.zeros(n_heads, offsets.shape[1])
-            for (at, head), offset in zip(heads, offsets, strict=True):
-                if at == layer:
-                    v[head] = offset
-            v = v.flatten().to(o_proj.weight.device)
-            if len(v) != o_proj.in_features:
-                raise InputError(f"{path}: offsets of another size than {type(model).__name__}'s")
-            hooks.append(
-                o_proj.register_forward_pre_hook(
-                    lambda _, args, v=v: ((args[0] + v).to(args[0].dtype), *args[1:])
-                )
+        v[at_layer, at_head] = offsets
+    for layer in at_layer.unique().tolist():
+        o_proj = layers[layer].self_attn.o_proj
+        shift = v[layer].flatten().to(o_proj.weight.device)
+        hooks.append(
+            o_proj.register_forward_pre_hook(
+                lambda _, args, shift=shift: ((args[0] + shift).to(args[0].dtype), *args[1:])
             )
+        )
     return hooks

@@ -10,14 +10,15 @@ with --task they get it in the prompt of the run's task.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 
 from lofit import errors
 from lofit.errors import InputError
 from lofit.heads import edits_off
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES
-from lofit.llm.generate import generate_all
+from lofit.llm.generate import generate
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.arguments import natural
 from lofit.run.setup import pick_device
@@ -45,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
     """What answers a question: text -> {"base": answer, "tuned": answer}. InputError."""
     tuned = open_tuned(args.run, args.model, args.dtype, pick_device(args.device))
-    task = _task(str(tuned.info.get("task"))) if args.task else None
+    task = find_task(str(tuned.info.get("task"))) if args.task else None
     chat = bool(tuned.info.get("chat"))
     wrap, end_of_turn = load_chat_template(tuned.base) if chat else (str, None)
     tokenizer = load_tokenizer(tuned.base, end_of_turn)
@@ -58,9 +59,7 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
                 f"the question has {len(ids)} tokens, and the model {positions} positions; ask a"
                 " shorter one, or take a smaller --max-new-tokens"
             )
-        new = generate_all(
-            tuned.model, [ids], args.max_new_tokens, tokenizer.eos_ids, 1, "answering"
-        )[0]
+        (new,) = generate(tuned.model, [ids], args.max_new_tokens, tokenizer.eos_ids)
         # decoded together: SentencePiece drops the space in front of a first word
         text = tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
         return task.extract(Example(prompt, ""), text) if task and task.extract else text
@@ -74,27 +73,16 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
     return both
 
 
-def _task(name: str) -> Task:
-    try:
+def find_task(name: str) -> Task:
+    """The task of this name, whose `ask` makes a prompt of a question. InputError if it has none,
+    as tasks of one's own folders."""
+    with suppress(InputError):
         (task,) = find_tasks(name)
-    except InputError:  # of a folder of one's own
-        task = None
-    if task is None or task.ask is None:
-        raise InputError(
-            f"--task: the run's task ({name}) asks its prompts as they stand; leave --task out"
-        )
-    return task
-
-
-def questions() -> Iterator[str]:
-    """What is typed, line by line, up to Ctrl-D."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if line.strip():
-            yield line
+        if task.ask:
+            return task
+    raise InputError(
+        f"--task: the run's task ({name}) asks its prompts as they stand; leave --task out"
+    )
 
 
 def show(answers: dict[str, str]) -> None:
@@ -109,11 +97,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.question is not None:
         show(both(args.question))
         return
-    for question in questions():
-        try:
-            show(both(question))
-        except InputError as error:  # the next one may be better
-            print(f"error: {error}", file=sys.stderr)
+    with suppress(EOFError):  # Ctrl-D
+        while True:
+            question = input("> " if sys.stdin.isatty() else "")
+            try:
+                if question.strip():
+                    show(both(question))
+            except InputError as error:  # the next one may be better
+                print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def head_write(model: CausalLM, layer: int, head: int, v: torch.Tensor) -> torch
 
 @torch.no_grad()
 def lens(model: CausalLM, layer: int, shift: torch.Tensor) -> torch.Tensor:
-    """A shift [hidden_size] of a layer's attention output -> logits [V] fp32, by the final norm and
-    lm_head; Gemma 2 and 3 norm the attention's output first. Norms make its length immaterial."""
-    block = model.model.layers[layer]
-    shift = shift.to(model.lm_head.weight)
-    shift = block.post_attention_layernorm(shift) if block.sandwich else shift
+    """A shift [hidden_size] of a layer's attention output -> logits [V] fp32. Norms make its length
+    immaterial."""
+    block, shift = model.model.layers[layer], shift.to(model.lm_head.weight)
+    if block.sandwich:  # Gemma 2 and 3 norm the attention's output first
+        shift = block.post_attention_layernorm(shift)
     return model.lm_head(model.model.norm(shift)).float()
 
 

@@ -1,7 +1,7 @@
 """The memory that a run will take, computed from config.json alone: no weights are read.
 
     python -m lofit.inspect.memory --model meta-llama/Llama-3.1-8B --memory 24 --task clutrr --chat
-    python -m lofit.inspect.memory --model meta-llama/Llama-3.1-70B --gpus 8
+    python -m lofit.inspect.memory --model meta-llama/Llama-3.1-70B --gpus 8 --shard
 
 With --task the texts are the longest of its data (the tokenizer is read as well); without they have
 --length tokens, as many as the paper's tasks allow. A training step (selection, which edits every
@@ -12,7 +12,6 @@ time is counted. What torch's allocator leaves unused, a few percent, is not.
 import argparse
 import math
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +38,7 @@ from lofit.tasks import find_tasks
 
 GB = 10**9
 GATHERED = 2  # times the bytes of a layer: as it comes from all processes, and as it is used
+NF4 = 4.127  # bits of a weight with its share of the two scales
 CONTEXT = GB // 2  # what CUDA and its libraries take in each process
 ANSWER = 16  # tokens
 Rows = list[list[Encoded]]  # what becomes a row of a batch: one text, or several with one beginning
@@ -55,26 +55,22 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if torch.is_tensor(t)):
+            if storage not in self.seen:
+                self.seen.add(storage)
+                weakref.finalize(storage, self.add, -storage.nbytes())
+                self.add(storage.nbytes())
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self.seen:
-            self.seen.add(storage)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, n: int) -> None:
-        self.now -= n
+    def add(self, n: int) -> None:
+        self.now += n
+        self.peak = max(self.peak, self.now)
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype) -> CausalLM:
     """A frozen model; without values, for it is made inside a FakeTensorMode or on meta."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype)  # fake parameters cannot be cast
     try:
         return CausalLM(config).requires_grad_(False)
     finally:
@@ -104,62 +100,53 @@ def evaluation_bytes(config: ModelConfig, dtype: torch.dtype, rows: Rows, new: i
     with FakeTensorMode():
         model = empty_model(config, dtype)
         with Alive(model) as alive:
-            if not new:
+            if new:
+                n, length = len(rows), max(map(size, rows))
+                cache = KVCache(model, n, length + new)
+                ids = torch.ones(n, length, dtype=torch.int64)
+                prefill(model, ids, torch.full((n,), length), cache)
+            else:
                 losses(model, rows)
-                return alive.peak
-            n = max(len(ids) for ((ids, _),) in rows)
-            cache = KVCache(model, len(rows), n + new)
-            ids = torch.ones(len(rows), n, dtype=torch.int64)
-            prefill(model, ids, torch.full((len(rows),), n), cache)
-            return alive.peak
+        return alive.peak
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, n: int) -> dict[str, int]:
-    """All weights; with --shard on n processes what one keeps, its rows of each layer and the rest
-    whole, and what it gathers beside them, a layer at a time."""
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, gpus: int = 1, nf4: bool = False) -> int:
+    """What the weights take in one process. gpus: with --shard it keeps its rows of each layer, all
+    of the rest, and gathers a layer at a time; nf4: the blocks' linear layers are in 4 bits, and
+    one at a time is unpacked."""
     with torch.device("meta"):
         model = empty_model(config, dtype)
-    layers = [p for layer in model.model.layers for p in layer.parameters()]
-    whole, split = sum(p.nbytes for p in model.parameters()), sum(p.nbytes for p in layers)
-    rows = sum(p.nbytes // p.shape[0] * math.ceil(p.shape[0] / n) for p in layers)
-    block = sum(p.nbytes for p in model.model.layers[0].parameters())
-    return {"all": whole, "own": whole - split + rows, "gathered": GATHERED * block}
+    layers = list(model.model.layers.parameters())
+    rest = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in layers)
+    if nf4:
+        kept = sum(int(p.numel() * NF4 / 8) if p.dim() == 2 else p.nbytes for p in layers)
+        return rest + kept + max(p.nbytes for p in layers)
+    own = rest + sum(p.chunk(gpus)[0].nbytes for p in layers)
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    return own + (GATHERED * layer if gpus > 1 else 0)
 
 
-class Texts:
-    """What batches are made of: a task's texts, the longest first, or one that is made up.
+def read_rows(args: argparse.Namespace, folder: Path) -> tuple[Rows, Rows, int]:
+    """The rows of training and of evaluation, the longest first, and how many tokens are generated:
+    0 where answers are given."""
+    if not args.task:
+        ids, labels = [1] * args.length, [IGNORE] * (args.length - ANSWER) + [1] * ANSWER
+        return [[(ids, labels)]] * args.batch_size, [[(ids[ANSWER:], [])]] * BATCH, ANSWER
+    wrap, end = load_chat_template(folder) if args.chat else (str, None)
+    tokenizer, task = load_tokenizer(folder, end), find_tasks(args.task)[0]
 
-    train, asked: rows; new: tokens to generate, 0 for given answers; n_tokens: of all of train.
-    """
+    def row(prompt: str, *answers: str) -> list[Encoded]:
+        return [encode_example(tokenizer, wrap(prompt), answer) for answer in answers]
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
-        self.new, self.n_tokens = ANSWER, 0
-        if not args.task:
-            ids, labels = [1] * args.length, [IGNORE] * (args.length - ANSWER) + [1] * ANSWER
-            self.train, self.asked = [[(ids, labels)]], [[(ids[ANSWER:], [])]]
-            return
-        wrap, end = load_chat_template(folder) if args.chat else (str, None)
-        tokenizer, task = load_tokenizer(folder, end), find_tasks(args.task)[0]
-
-        def row(prompt: str, *answers: str) -> list[Encoded]:
-            return [encode_example(tokenizer, wrap(prompt), answer) for answer in answers]
-
-        train, test = (task.read(task.file(args.data, s), s, args.seed) for s in ("train", "test"))
-        self.train = [row(e.prompt, e.answer, *([e.rejected] if e.rejected else [])) for e in train]
-        self.n_tokens = sum(map(size, self.train))
-        if test[0].generated:
-            self.new = task.max_new_tokens
-            self.asked = [[(tokenizer.encode(wrap(e.prompt)), [])] for e in test]
-        else:
-            self.new = 0
-            self.asked = [row(e.question, *e.right, *e.wrong) for e in test]
-        self.train.sort(key=size, reverse=True)
-        self.asked.sort(key=size, reverse=True)
-
-    def longest(self, rows: Rows, n: int) -> Rows:
-        """The n longest, or as many rows as have n given answers."""
-        n = n if rows is self.train else math.ceil(n / len(rows[0]))
-        return rows[:n] if len(rows) > 1 else rows * n
+    train, test = (task.read(task.file(args.data, s), s, 42) for s in ("train", "test"))
+    trained = [row(e.prompt, e.answer, *([e.rejected] if e.rejected else [])) for e in train]
+    generated = test[0].generated
+    if generated:
+        asked = [[(tokenizer.encode(wrap(e.prompt)), [])] for e in test]
+    else:
+        asked = [row(e.question, *e.right, *e.wrong) for e in test]
+    trained, asked = (sorted(rows, key=size, reverse=True) for rows in (trained, asked))
+    return trained, asked, task.max_new_tokens if generated else 0
 
 
 def size(row: list[Encoded]) -> int:
@@ -173,7 +160,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arg, shared = parser.add_argument, common_parser("").parse_args([])
-    parser.set_defaults(seed=shared.seed)
     arg("--model", default=shared.model, help="a folder, or a hub id (default: %(default)s)")
     arg("--task", help="whose data has the texts (default: none)")
     arg("--data", type=Path, default=shared.data, help="as of the scripts (default: data/mini)")
@@ -185,64 +171,53 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("--dtype", default="bfloat16", choices=DTYPES, help="(default: %(default)s)")
     arg("--batch-size", type=natural, default=8, help="of a training step, over all processes"
         " (default: %(default)s)")  # fmt: skip
-    arg("--eval-batch", type=natural, default=BATCH, help="of each process (default: 64)")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--quantize", choices=["nf4"], help="as of the scripts")
+    way.add_argument("--shard", action="store_true", help="as of the scripts, over --gpus")
     args = parser.parse_args(argv)
     if args.length <= ANSWER:
         parser.error(f"--length: expected more than the {ANSWER} tokens of an answer")
     return args
 
 
-def cure(need: Callable[[int], int], n: int, room: int, script: str) -> str:
-    """The largest batch that fits, of the halves of n."""
-    while n > 1:
-        n //= 2
-        if need(n) <= room:
-            more = "; in training it changes the recipe" if script == "train.py" else ""
-            return f"{script} --batch-size {n} fits{more}"
-    return f"no batch of {script} fits: more --gpus (torchrun, --shard), or a smaller --dtype"
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folder = find_folder(args.model, ("*.json", "tokenizer.model", "*.jinja"))
     config, dtype = ModelConfig.from_file(folder / "config.json"), DTYPES[args.dtype]
-    texts, weights = Texts(args, folder), weight_bytes(config, dtype, args.gpus)
+    trained, asked, new = read_rows(args, folder)
+    nf4 = bool(args.quantize or config.stored_in_4_bits)
+    weights = weight_bytes(config, dtype, args.gpus if args.shard else 1, nf4)
 
     def training(n: int) -> int:
-        return training_bytes(config, dtype, texts.longest(texts.train, math.ceil(n / args.gpus)))
+        return training_bytes(config, dtype, trained[:n])
 
-    def evaluation(n: int) -> int:
-        return evaluation_bytes(config, dtype, texts.longest(texts.asked, n), texts.new)
+    def evaluation(n: int) -> int:  # n counts given answers, of which a row has several
+        return evaluation_bytes(config, dtype, asked[: math.ceil(n / len(asked[0]))], new)
+
+    table, cures = {"weights": weights, "CUDA": CONTEXT}, []
+    room, own = args.memory * GB - weights - CONTEXT, math.ceil(args.batch_size / args.gpus)
+    for name, need, n in (("training", training, own), ("evaluation", evaluation, BATCH)):
+        used = table[f"{name}, {n} at once"] = need(n)
+        table[f"all in {name}"] = weights + CONTEXT + used
+        if used > room:
+            halves = (n >> i for i in range(1, n.bit_length()))
+            fits = next((half for half in halves if need(half) <= room), 0)
+            cure = f"eval.py --batch-size {fits} fits"
+            if need is training and fits:  # a smaller batch would be another recipe
+                cure = f"train.py --accumulate {math.ceil(n / fits)} fits"
+            cures.append(cure if fits else f"no {name} fits: --quantize nf4, or --shard and --gpus")
+    if args.task:
+        states = sum(map(size, trained)) * config.hidden_size * dtype.itemsize
+        table["kept states (RAM), at most"] = min(states, MAX_BYTES)
 
     print(
         f"{args.model}, {args.dtype}, {args.gpus} processes, {args.task or 'made-up texts'}: rows"
-        f" of up to {size(texts.train[0])} tokens in training, {size(texts.asked[0])} in evaluation"
+        f" of up to {size(trained[0])} tokens in training, {size(asked[0])} in evaluation\n\n"
+        "GB of a process, computed"
     )
-    ways = {"": weights["all"]}
-    if args.gpus > 1:
-        ways["--shard"] = weights["own"] + weights["gathered"]
-    table: dict[str, list[int]] = {"weights": list(ways.values()), "CUDA": [CONTEXT] * len(ways)}
-    cures = {way: [] for way in ways}
-    for name, need, n, script in (
-        ("training", training, args.batch_size, "train.py"),
-        ("evaluation", evaluation, args.eval_batch, "eval.py"),
-    ):
-        used, rooms = need(n), [args.memory * GB - CONTEXT - size for size in ways.values()]
-        table[f"{name}, batch {n}"] = [used] * len(ways)
-        table[f"all in {name}"] = [args.memory * GB - room + used for room in rooms]
-        for way, room in zip(ways, rooms, strict=True):
-            cures[way] += [cure(need, n, room, script)] if used > room else []
-    print(f"\n{'GB of a process, computed':28}" + "".join(f"{way:>10}" for way in ways))
-    for name, sizes in table.items():
-        print(f"{name:28}" + "".join(f"{each / GB:10.3f}" for each in sizes))
-    if texts.n_tokens:
-        kept = min(texts.n_tokens * config.hidden_size * dtype.itemsize, MAX_BYTES)
-        print(f"{'kept states (RAM), at most':28}{kept / GB:10.3f}")
-    answers = ("no" if cures[way] else "yes" for way in ways)
-    print(f"{f'fits {args.memory} GB':28}" + "".join(f"{answer:>10}" for answer in answers))
-    for way, lines in cures.items():
-        for line in lines:
-            print(f"  {way or 'to make it fit'}: {line}")
+    for name, n_bytes in table.items():
+        print(f"{name:28}{n_bytes / GB:10.3f}")
+    print(f"{f'fits {args.memory} GB':28}{'no' if cures else 'yes':>10}", *cures, sep="\n  ")
 
 
 if __name__ == "__main__":

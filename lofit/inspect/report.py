@@ -12,13 +12,14 @@ import base64
 import io
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jinja2
 import torch
 
 from lofit import errors
-from lofit.files import read_jsonl, reading, write
+from lofit.files import read_jsonl, write
 from lofit.heads import attached_offsets
 from lofit.inspect.explain import explain
 from lofit.llm.tokenizer import load_tokenizer
@@ -30,16 +31,17 @@ from lofit.run.tuned import Tuned, open_tuned
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
 # answers that are shown, by what became of them
 SHOWN = {"became right": 6, "became wrong": 3, "stayed right": 1, "stayed wrong": 2}
-DASHES = ["-", "--", ":", "-."]
+STYLE = {"font.size": 10, "svg.fonttype": "path"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 Curve = list[tuple[float, float]]
 
 
 @dataclass
 class Part:
-    """One run. results: None if these offsets were not evaluated; scores: [layer, head] of step 1,
-    if it was run; curves: see `read_curves`."""
+    """One run. name: of its folder, "" of a run alone; results: None if these offsets were not
+    evaluated; scores: [layer, head] of step 1, if it was run; curves: see `read_curves`."""
 
-    name: str  # of its folder; "" of a run alone
+    name: str
     info: dict
     heads: list
     explained: dict
@@ -61,19 +63,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_part(name: str, tuned: Tuned) -> Part:
-    folder, info = tuned.path.parent, tuned.info
-    results, answers, log, scores = read_results(folder), [], [], None
-    if results and (folder / PREDICTIONS).exists():
-        answers = [line for _, line in read_jsonl(folder / PREDICTIONS)]
-    if (folder / "log.jsonl").exists():
-        log = [record for _, record in read_jsonl(folder / "log.jsonl")]
+    folder, scores = tuned.path.parent, None
+    results, curves = read_results(folder), read_curves(lines_of(folder / "log.jsonl"))
+    answers = lines_of(folder / PREDICTIONS) if results else []
     if (folder / HEADS).exists():
         _, scores, _ = load_heads(folder / HEADS, tuned.model)
-    with reading(folder / "log.jsonl"):
-        curves = read_curves(log)
     heads, _ = attached_offsets(tuned.model)
     explained = explain(tuned.model, load_tokenizer(tuned.base), 5)
-    return Part(name, info, heads, explained, results, answers, scores, curves)
+    return Part(name, tuned.info, heads, explained, results, answers, scores, curves)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [line for _, line in read_jsonl(path)] if path.exists() else []
 
 
 def read_curves(log: list[dict]) -> dict[str, Curve]:
@@ -88,21 +89,13 @@ def read_curves(log: list[dict]) -> dict[str, Curve]:
     epochs = {r["epoch"]: r["val"] for r in records if "val" in r}
     last = max((r["epoch"] for r in steps.values()), default=1)
     per_epoch = max(steps, default=1) / last
-    curves = {"training loss": [(n / per_epoch, steps[n]["task_loss"]) for n in sorted(steps)]}
+    found = [(n / per_epoch, steps[n]["task_loss"]) for n in sorted(steps)]
+    curves = {"training loss": found} if found else {}
     for epoch in sorted(epochs):
         for name, value in epochs[epoch].items():
             label, scale = ("validation loss", 1) if name == "loss" else (name, 100)
             curves.setdefault(label, []).append((epoch, scale * value))
     return curves
-
-
-def once(found: dict[str, Curve]) -> dict[str, Curve]:
-    """The curves that are not empty, identical ones as one with the labels of all."""
-    labels: dict[tuple, list[str]] = {}
-    for label, points in found.items():
-        if points:
-            labels.setdefault(tuple(points), []).append(label)
-    return {" = ".join(same): list(points) for points, same in labels.items()}
 
 
 def answer_of(line: dict, who: str) -> str:
@@ -125,11 +118,11 @@ def pick_answers(lines: list[dict], metric: str) -> list[dict]:
     """A dozen items, each with the gold answer and whether the two models' are right."""
     kinds: dict[str, list[dict]] = {kind: [] for kind in SHOWN}
     for line in lines:
-        before, after = (line[who][metric] == 1 for who in ("base", "tuned"))
+        answers = {who: (answer_of(line, who), line[who][metric] == 1) for who in ("base", "tuned")}
+        before, after = (right for _, right in answers.values())
         kind = f"{'stayed' if before == after else 'became'} {'right' if after else 'wrong'}"
-        rows = {who: (answer_of(line, who), line[who][metric] == 1) for who in ("base", "tuned")}
         item = {"kind": kind, "question": line["prompt"].strip(), "gold": gold_of(line)}
-        kinds[kind].append(item | {"answers": rows})
+        kinds[kind].append(item | {"answers": answers})
     return [item for kind, n in SHOWN.items() for item in kinds[kind][:n]]
 
 
@@ -137,44 +130,39 @@ def pictures(parts: list[Part]) -> list[tuple[str, str]] | None:
     """(caption, data: URL of an SVG) of each head map, the losses and the validation scores; None
     where matplotlib is not installed."""
     try:
-        import matplotlib
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    style = {"font.size": 10, "svg.fonttype": "path"}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    wanted = []
+    for part in parts:
+        if part.scores is not None:
+            caption = f"{of(part)}Score of every head in step 1; the chosen ones are framed"
+            wanted.append((caption, 0.9 + 0.16 * len(part.scores), partial(draw_heads, part)))
+    for caption, of_loss in (("Loss of step 2, the offsets", True), ("Validation, %", False)):
+        if any(label.endswith("loss") == of_loss for part in parts for label in part.curves):
+            wanted.append((caption, 2.6, partial(draw_curves, parts, of_loss)))
     made = []
-
-    def add(caption: str, figure) -> None:
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", transparent=True)
-        plt.close(figure)
-        url = "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
-        made.append((caption, url))
-
-    with plt.rc_context(style):
-        for part in parts:
-            if part.scores is not None:
-                height = 0.9 + 0.16 * len(part.scores)
-                figure, axes = plt.subplots(figsize=(5, height), layout="constrained")
-                draw_heads(axes, part.scores, part.heads)
-                caption = "Score of every head in step 1; the chosen ones are framed"
-                add(f"{part.name}: {caption}" if part.name else caption, figure)
-        for caption, of_loss in (("Loss of step 2, the offsets", True), ("Validation, %", False)):
-            figure, axes = plt.subplots(figsize=(5, 2.6), layout="constrained")
-            draw_curves(axes, parts, of_loss)
-            add(caption, figure) if axes.lines else plt.close(figure)
+    with rc_context(STYLE):
+        for caption, height, draw in wanted:
+            figure, out = Figure(figsize=(5, height), layout="constrained"), io.BytesIO()
+            draw(figure.subplots())
+            figure.savefig(out, format="svg", transparent=True)
+            code = base64.b64encode(out.getvalue()).decode()
+            made.append((caption, f"data:image/svg+xml;base64,{code}"))
     return made
 
 
-def draw_heads(axes, scores: torch.Tensor, heads: list) -> None:
-    """Map of layers x heads. scores: [layer, head]."""
+def of(part: Part) -> str:
+    return f"{part.name}: " if part.name else ""
+
+
+def draw_heads(part: Part, axes) -> None:
+    """Map of layers x heads."""
     from matplotlib.patches import Rectangle
 
-    image = axes.imshow(scores.numpy(), origin="lower", cmap="Blues", aspect="auto")
-    for layer, head in heads:
+    image = axes.imshow(part.scores.numpy(), origin="lower", cmap="Blues", aspect="auto")
+    for layer, head in part.heads:
         square = Rectangle((head - 0.4, layer - 0.4), 0.8, 0.8, fill=False, ec="#d55e00", lw=1.5)
         axes.add_patch(square)
     axes.set(xlabel="head", ylabel="layer")
@@ -182,34 +170,28 @@ def draw_heads(axes, scores: torch.Tensor, heads: list) -> None:
     axes.figure.colorbar(image, label="score")
 
 
-def draw_curves(axes, parts: list[Part], of_loss: bool) -> None:
+def draw_curves(parts: list[Part], of_loss: bool, axes) -> None:
     """The losses, or the scores, over epochs: a colour for each run, or for each curve of one run.
-    The value axis starts at 0, unless all curves would be flat lines there."""
+    Dashes differ, so that of equal curves all are seen."""
     for n, part in enumerate(parts):
-        mine = {k: points for k, points in part.curves.items() if k.endswith("loss") == of_loss}
-        for i, (label, points) in enumerate(once(mine).items()):
-            style = {"color": f"C{n}", "ls": DASHES[i % 4]} if part.name else {"color": f"C{i}"}
-            thin = label.startswith("training")
-            style |= {"alpha": 0.5, "lw": 1, "ls": "-"} if thin else {"marker": "."}
-            label = f"{part.name}: {label}" if part.name else label
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    if not axes.lines:
-        return
-    values = [value for line in axes.lines for value in line.get_ydata()]
+        mine = [label for label in part.curves if label.endswith("loss") == of_loss]
+        for i, label in enumerate(mine):
+            style = {"color": f"C{n if part.name else i}", "ls": ["-", "--", ":", "-."][i % 4]}
+            style |= {"alpha": 0.5, "lw": 1} if label == "training loss" else {"marker": "."}
+            points = zip(*part.curves[label], strict=True)
+            axes.plot(*points, label=of(part) + label, **style)
     axes.set(xlabel="epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if not 0 < max(values) - min(values) < max(values) / 10:
-        axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
 
 
 def all_folds(parts: list[Part]) -> dict | None:
     """The results of both folds of TruthfulQA together: each question was held out once."""
-    if sorted(str(part.info.get("task")) for part in parts) != ["truthfulqa-0", "truthfulqa-1"]:
+    both = sorted(str(part.info.get("task")) for part in parts) == ["truthfulqa-0", "truthfulqa-1"]
+    if not both or not all(part.results and part.answers for part in parts):
         return None
     lines = [line for part in parts for line in part.answers]
-    if not all(part.results and part.answers for part in parts):
-        return None
     metrics = tuple(parts[0].results["scores"]["base"])
     scored = {who: [line[who] for line in lines] for who in ("base", "tuned")}
     return {"split": parts[0].results["split"], "n": len(lines)} | summarize(scored, metrics)
@@ -232,8 +214,7 @@ def page(runs: list[str], model: str | None = None) -> tuple[Path, str]:
     metric = next(iter(next(iter(results.values()))["scores"]["base"])) if results else ""
     # in turn of each run
     lines = [line for lines in itertools.zip_longest(*(p.answers for p in parts)) for line in lines]
-    with reading(Path(runs[0]) / PREDICTIONS):
-        answers = pick_answers([line for line in lines if line and metric in line["base"]], metric)
+    answers = pick_answers([line for line in lines if line and metric in line["base"]], metric)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         parts=parts, info=parts[0].info, results=results, metric=metric, answers=answers,
