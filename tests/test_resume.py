@@ -80,11 +80,11 @@ def test_with_the_hidden_cache_in_use(script, small_data, tmp_path, kill, capsys
     own = tmp_path / "own.json"
     own.write_text("[[7, 5], [4, 1], [6, 2], [5, 7]]")
     argv = ["--model", str(MINI), "--data", str(small_data), "--dtype", "float32"]
-    argv += ["--n-train", "16", "--epochs", "3", "--batch-size", "5"]
+    argv += ["--n-train", "10", "--epochs", "2", "--batch-size", "5"]
     argv += ["--heads", str(own) if script is train else "4"]
     script.main([*argv, "--run", str(tmp_path / "whole")])
-    # 4 batches an epoch; train.py's validation has 1 more
-    killed(script, [*argv, "--run", str(tmp_path / "killed")], kill, capsys, 7)
+    # 2 batches an epoch; train.py's validation has 1 more
+    killed(script, [*argv, "--run", str(tmp_path / "killed")], kill, capsys, 4)
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
 
 
