@@ -112,9 +112,18 @@ HF_NAMES |= {"mistral": "Mistral", "mistral-window": "Mistral", "qwen2": "Qwen2"
 HF_NAMES |= {"qwen2-window": "Qwen2"}
 
 
+def import_transformers():
+    return pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+
+
+@pytest.fixture
+def transformers():
+    return import_transformers()
+
+
 def hf_model(name: str):
     """The stock transformers model of a loud configuration, its weights not yet drawn."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    transformers = import_transformers()
     family = HF_NAMES.get(name, "Gemma" if name in LOUD_GEMMAS else "Llama")
     config = getattr(transformers, f"{family}Config")(**LOUD | LOUD_MODELS[name])
     config._attn_implementation = "eager"

@@ -52,9 +52,8 @@ def test_a_pass_and_gradients_are_those_of_the_dequantised_weights():
 
 
 @pytest.fixture
-def stored(tmp_path):
+def stored(tmp_path, transformers):
     """A checkpoint that transformers quantised, and its model."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     how = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
