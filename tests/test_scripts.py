@@ -231,6 +231,16 @@ def test_a_text_outside_the_terminals_characters_ends_no_evaluation(flags, small
     assert "results-base.json" in out and "?" in out
 
 
+def test_half_a_surrogate_pair_is_written_and_read(flags, small_data, tmp_path):
+    """It ended the evaluation where the predictions are written."""
+    path = small_data / "MQuAKE" / "test.jsonl"
+    case = json.loads(path.read_text().splitlines()[0]) | {"new_answer": "Nor\ud800via"}
+    path.write_text(json.dumps(case) + "\n")
+    eval_script.main([*flags, "--base-only"])
+    line = json.loads((tmp_path / "run" / "predictions-base.jsonl").open().readline())
+    assert line["answer"] == "Nor\ud800via"
+
+
 def start(script, *argv, **env):
     command = [sys.executable, str(REPO / script), *argv]
     return subprocess.Popen(

@@ -60,15 +60,6 @@ def test_truthfulqa_is_two_tasks_of_one_model(mini_flags, tmp_path, capsys, monk
         eval_script.main([*one, "--offsets", str(run / "truthfulqa-0")])
 
 
-def test_clutrr_the_whole_way_through(mini_flags, tmp_path):
-    flags = [*mini_flags, "--task", "clutrr"]
-    select_heads.main([*flags, *FAST, "--heads", "3"])
-    train.main([*flags, *FAST])
-    eval_script.main(flags)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["n"] == 10 and list(results["scores"]["base"]) == ["em"]
-
-
 ELSEWHERE = """
 from filelock import FileLock, Timeout
 import sys
@@ -138,10 +129,9 @@ def test_what_is_learned_is_kept_of_the_epoch_that_is_asked_for(
     """The last epoch, as the paper; or the best, which train.py names either way."""
     means = iter([0.25, 0.75, 0.5] * 2)
     monkeypatch.setattr(
-        train,
-        "validate",
+        train, "validate",
         lambda *_: {"loss": 1.0, **dict.fromkeys(("em_stripped", "em"), next(means))},
-    )
+    )  # fmt: skip
     saved = {}
     for keep in ("last", "best"):
         own = [*mini_flags[:-1], str(tmp_path / keep)]

@@ -72,7 +72,7 @@ def test_results_of_other_splits_and_of_the_base_alone_replace_nothing(flags):
     assert ["tuned" in f["scores"] for f in found] == [True, False, False]
 
 
-def test_heads_chosen_again_make_old_offsets_unusable(flags):
+def test_heads_chosen_again_make_old_offsets_unusable(flags, tmp_path):
     select_heads.main([*flags, *FAST, "--heads", "2"])
     train.main([*flags, *FAST])
     select_heads.main([*flags, *FAST, "--heads", "2"])  # the same heads: the same file
@@ -83,6 +83,11 @@ def test_heads_chosen_again_make_old_offsets_unusable(flags):
     ):
         eval_script.main(flags)
     eval_script.main([*flags, "--offsets", "runs/tiny/mquake"])
+    # heads.json may be missing beside offsets that were copied alone
+    (tmp_path / "copy").mkdir()
+    shutil.copy("runs/tiny/mquake/offsets.safetensors", tmp_path / "copy")
+    eval_script.main([*flags, "--run", str(tmp_path / "copy")])
+    assert (tmp_path / "copy" / "results.json").exists()
     train.main([*flags, *FAST])
     eval_script.main(flags)
 
@@ -178,13 +183,3 @@ def test_texts_that_the_tokenizer_cannot_read_are_refused(tmp_path, monkeypatch)
     task = own_task(tmp_path / "foreign", " Wasserfall Straßenbahn Eichhörnchen Zwiebel")
     with pytest.raises(InputError, match="of the tokens are unknown to this model's tokenizer"):
         train.main(["--model", str(MINI), "--task", task, "--heads", "all", *FAST])
-
-
-def test_a_copied_run_keeps_its_offsets(flags, tmp_path):
-    """heads.json may be missing beside offsets that were copied alone."""
-    select_heads.main([*flags, *FAST, "--heads", "2"])
-    train.main([*flags, *FAST])
-    (tmp_path / "copy").mkdir()
-    shutil.copy("runs/tiny/mquake/offsets.safetensors", tmp_path / "copy")
-    eval_script.main([*flags, "--run", str(tmp_path / "copy")])
-    assert (tmp_path / "copy" / "results.json").exists()
