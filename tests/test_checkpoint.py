@@ -102,7 +102,8 @@ def test_transformers_own_multimodal_gemma_3_loads(tmp_path, transformers):
     text = sizes | {"num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 8}
     text["vocab_size"] = 50
     vision = sizes | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
-    config = transformers.Gemma3Config(text, vision, mm_tokens_per_image=4)
+    both = {"text_config": text, "vision_config": vision}
+    config = transformers.Gemma3Config(**both, mm_tokens_per_image=4)
     theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
     theirs.save_pretrained(tmp_path)
     with torch.no_grad():
