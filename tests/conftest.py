@@ -61,22 +61,18 @@ def _rope(kind: str, **values) -> dict:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 300.0} | values}
 
 
+_SHORT = {"factor": 4.0, "original_max_position_embeddings": 16}
 LOUD_LLAMAS = {
     "llama2": _rope("default"),
     "gqa": _rope("default") | {"num_key_value_heads": 2},
     "llama3-tied": _rope(
-        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=16,
+        "llama3", **_SHORT | {"factor": 8.0}, low_freq_factor=1.0, high_freq_factor=4.0
     ) | {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "linear": _rope("linear", factor=4.0),
-    "yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
-    "yarn-all": _rope(
-        "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=1.5, beta_slow=0.5,
-        truncate=False, mscale=1.0, mscale_all_dim=0.5,
-    ),
-    "yarn-attention": _rope(
-        "yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.7
-    ),
+    "yarn": _rope("yarn", **_SHORT),
+    "yarn-all": _rope("yarn", **_SHORT, beta_fast=1.5, beta_slow=0.5, truncate=False, mscale=1.0,
+                      mscale_all_dim=0.5),
+    "yarn-attention": _rope("yarn", **_SHORT, attention_factor=0.7),
     "biases": _rope("default") | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
 }  # fmt: skip
 

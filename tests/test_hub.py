@@ -1,14 +1,11 @@
 """Models by hub id: from the cache, and what the hub's refusals say to do; exports pushed there."""
 
 import fnmatch
-import http.server
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import threading
 
+import httpx
 import huggingface_hub
 import pytest
 from conftest import MINI, REPO, make_run, run_export
@@ -108,61 +105,23 @@ def test_a_folder_is_named_for_what_it_is(tiny_folder, tmp_path, monkeypatch, na
     assert not (tmp_path / "exploded").exists()
 
 
-REFUSALS = {
-    "owner/gated": (403, "GatedRepo"),
-    "owner/missing": (401, "RepoNotFound"),
-    "owner/revision": (404, "RevisionNotFound"),
-}
-
-
-@pytest.fixture
-def hub():
-    """A hub on this machine that refuses in three ways; yields (address, what it was asked)."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append((self.path, self.headers.get("Authorization")))
-            status, code = next(
-                (v for name, v in REFUSALS.items() if f"/{name}/" in self.path), (500, "")
-            )
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "offline", "message"),
+    ("status", "code", "message"),
     [
-        ("owner/gated", "0", "gated; accept its licence on huggingface.co, then set HF_TOKEN"),
-        ("owner/missing", "0", "no such repository on the hub; check the name, or set HF_TOKEN"),
-        ("owner/revision", "0", "no such revision; check what follows the @"),
-        ("owner/gated", "1", "outgoing traffic has been disabled"),
+        (403, "GatedRepo", "gated; accept its licence on huggingface.co, then set HF_TOKEN"),
+        (401, "RepoNotFound", "no such repository on the hub; check the name, or set HF_TOKEN"),
+        (404, "RevisionNotFound", "no such revision; check what follows the @"),
+        (500, "", "neither a folder here nor to be fetched from the hub"),
     ],
 )
-def test_the_hubs_refusals_say_what_to_do(hub, tmp_path, name, offline, message):
-    address, asked = hub
-    env = {"HF_ENDPOINT": address, "HF_TOKEN": "hf_mine", "HF_HUB_OFFLINE": offline}
-    env |= {"HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "eval.py", "--model", name, "--run", str(tmp_path / "run")],
-        env=os.environ | env, cwd=REPO, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {name}: ") and message in done.stderr
-    wanted = (f"/api/models/{name}/revision/main", "Bearer hf_mine")
-    assert (wanted in asked) == (offline == "0")
-    assert not (tmp_path / "run").exists()
+def test_the_hubs_refusals_say_what_to_do(monkeypatch, status, code, message):
+    request = httpx.Request("GET", "https://huggingface.co/api/models/owner/name/revision/main")
+    answer = httpx.Response(status, headers={"X-Error-Code": code}, request=request)
+    refuse = lambda *_, **__: huggingface_hub.utils.hf_raise_for_status(answer)  # noqa: E731
+    monkeypatch.setattr("lofit.llm.hub.snapshot_download", refuse)
+    with pytest.raises(InputError, match=f"owner/name: .*{message}") as caught:
+        find_folder("owner/name")
+    assert "\n" not in str(caught.value)
 
 
 def test_push_to_hub(tiny_folder, tmp_path, monkeypatch, capsys):

@@ -112,8 +112,9 @@ MUTATIONS = {
 }
 # no file says these, only the family
 TRAITS = ("norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms", "qkv_bias")
-# test_tokenizer.py mutates the ids; positions are a limit, and RoPE's where it names none (yarn)
-NOT_IN_LOGITS = {"bos_token_id", "eos_token_id", "max_position_embeddings"}
+# test_tokenizer.py mutates the ids, test_quantize.py the bits; positions are a limit, and RoPE's
+# where it names none (yarn)
+NOT_IN_LOGITS = {"bos_token_id", "eos_token_id", "stored_in_4_bits", "max_position_embeddings"}
 ROPE_MUTATIONS = [
     *((name, "rope_theta", 1e4) for name in LOUD_MODELS if name != "gemma3"),
     ("gemma3", "full_attention.rope_theta", 300.0),

@@ -363,28 +363,6 @@ def test_a_tokenizer_json_gets_the_tokens_beside_it(tiny_folder, transformers):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
-@pytest.mark.parametrize("legacy", [True, False])
-def test_llama_2_after_a_special_token_is_sentencepiece(tmp_path, kind, legacy, transformers):
-    """Both files: each part as SentencePiece alone has it. transformers 5 has rules of its own."""
-    oracle = SHARED / "oracle" / "tiny-llama"
-    if not oracle.is_dir():
-        pytest.skip("needs the paper's tiny tokenizer, which is not in this repository")
-    for name in ("config.json", "tokenizer_config.json", kind):
-        (tmp_path / name).write_bytes((oracle / name).read_bytes())
-    write_json(tmp_path / "tokenizer_config.json", legacy=legacy)
-    alone = sentencepiece.SentencePieceProcessor(model_file=str(oracle / "tokenizer.model"))
-    tokenizer = load_tokenizer(tmp_path, "")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for parts in (["[INST] the family"], [" a"], ["the", "the"], ["a", " the"]):
-        text = "<s>" + "</s>".join(parts)
-        want = [i for part in parts for i in (2, *alone.encode(part))]
-        assert tokenizer.encode(text) == [1, *want[1:]]
-        spaced = any(part[0] == " " for part in parts)
-        same = theirs.encode(text, add_special_tokens=False) == [1, *want[1:]]
-        assert same == (legacy and not spaced)
-
-
 @pytest.mark.parametrize(("kind", "rows"), [("tokenizer.json", 891), ("tokenizer.model", 2048)])
 def test_a_token_beyond_the_embedding_is_named(pieces_alone, kind, rows):
     """As Gemma 3's image token is in a text model: texts without it are welcome."""
