@@ -163,21 +163,17 @@ def reader(tmp_path, tiny_config):
 
 
 def test_some_test_items_are_drawn_and_keep_their_order(folder, tmp_path, capsys):
-    found = {}
-    for name, flags in {"all": (), "four": ("--test", "4"), "more": ("--test", "99")}.items():
+    def prepared(name, *flags):
         prepare(folder, tmp_path / name, "arc_challenge", *flags)
-        found[name] = lines_of(tmp_path / name, "arc_challenge")
-    assert found["more"] == found["all"]
-    assert [found["four"][split] for split in ("train", "val")] == [
-        found["all"][split] for split in ("train", "val")
-    ]
-    every, four = found["all"]["test"], found["four"]["test"]
-    assert len(four) == 4 < len(every) and four != every[:4]
-    assert [line for line in every if line in four] == four
-    prepare(folder, tmp_path / "again", "arc_challenge", "--test", "4")
-    assert lines_of(tmp_path / "again", "arc_challenge") == found["four"]
+        return lines_of(tmp_path / name, "arc_challenge")
+
+    every, four = prepared("all"), prepared("four", "--test", "4")
+    assert prepared("more", "--test", "99") == every and prepared("again", "--test", "4") == four
+    assert four | {"test": every["test"]} == every
+    assert len(four["test"]) == 4 < len(every["test"]) and four["test"] != every["test"][:4]
+    assert [line for line in every["test"] if line in four["test"]] == four["test"]
     with pytest.raises(SystemExit):
-        prepare(folder, tmp_path / "none", "arc_challenge", "--test", "0")
+        prepared("none", "--test", "0")
     assert "--test: expected a number from 1" in capsys.readouterr().err
 
 
@@ -228,12 +224,8 @@ def test_splits_are_of_one_draw(tmp_path, monkeypatch):
     splits = {split: [{"prompt": "p", "answer": split}] for split in ("train", "val", "test")}
     sources.write_splits(tmp_path / "mine", splits)
     assert lines_of(tmp_path, "mine") == splits
-
-    def fails(path, lines):
-        raise InputError("the disk is full")
-
-    monkeypatch.setattr(sources, "write_jsonl", fails)
-    with pytest.raises(InputError):
+    monkeypatch.setattr(sources, "write_jsonl", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         sources.write_splits(tmp_path / "mine", splits)
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"val.jsonl", "test.jsonl"}
 
@@ -252,11 +244,11 @@ def test_our_lines_of_each_set(folder, tmp_path):
     test = {task: lines_of(tmp_path, task)["test"][0] for task in NAMED if task != "listops"}
     choices = "Please choose the correct answer to the question: "
     question = "Please answer the following question with true or false, question: is it 20?"
-    assert test["siqa"]["prompt"] == choices + (
-        "Which is 20?\n\nAnswer1: thing 1 Answer2: thing 2 Answer3: thing 3\n\n"
-        "Answer format: answer1/answer2/answer3\n\nAnswer:"
-    )
-    assert test["siqa"]["answer"] == " answer3"
+    assert test["siqa"] == {
+        "prompt": choices + "Which is 20?\n\nAnswer1: thing 1 Answer2: thing 2 Answer3: thing 3\n\n"
+        "Answer format: answer1/answer2/answer3\n\nAnswer:",
+        "answer": " answer3", "choices": [" answer1", " answer2", " answer3"],
+    }  # fmt: skip
     assert test["arc_challenge"] == {
         "prompt": choices + "Which is 30?\n\nAnswer1: thing A Answer2: thing B Answer3: thing C "
         "Answer4: thing D\n\nAnswer format: answer1/answer2/answer3/answer4\n\nAnswer:",
@@ -282,10 +274,10 @@ def test_our_lines_of_each_set(folder, tmp_path):
 
 @pytest.mark.parametrize("labels", ["ABC", "ABCDE", "1234", "12345", "ABCD"])
 def test_arc_has_3_to_5_options_with_letters_or_digits(labels):
-    for i in range(len(labels)):
+    answers = [f" answer{k + 1}" for k in range(len(labels))]
+    for i, answer in enumerate(answers):
         line = sources.arc_line(arc(i, labels))
-        assert line["answer"] == f" answer{i + 1}"
-        assert line["choices"] == [f" answer{k + 1}" for k in range(len(labels))]
+        assert (line["answer"], line["choices"]) == (answer, answers)
         assert f"Answer{len(labels)}: thing {labels[-1]}\n\n" in line["prompt"]
 
 
@@ -332,6 +324,9 @@ def test_without_a_train_file_it_is_cut_from_test(folder, tmp_path, monkeypatch,
     make, name = SMALL[source.files["test"]][0], source.files["test"]
     put(folder, name, [make(i) for i in range(40, 60)], monkeypatch)
     (folder / source.files["train"]).unlink()
+    unverified = tmp_path / source.files["train"]  # in the folder of the output: is not read
+    unverified.parent.mkdir(parents=True)
+    unverified.write_text("no JSON")
     prepare(folder, tmp_path, task)
     found = lines_of(tmp_path, task)
     n_drawn = 4 if task == "arc_challenge" else 8  # which has a file for val
@@ -340,15 +335,6 @@ def test_without_a_train_file_it_is_cut_from_test(folder, tmp_path, monkeypatch,
     assert f"{source.files['train']}: no such file: train and val are cut" in printed
     kin = [{sources.kin(line) for line in lines} for lines in found.values()]
     assert not (kin[0] & kin[1] or kin[0] & kin[2] or kin[1] & kin[2])
-
-
-def test_an_unverified_train_file_in_the_output_folder_is_not_read(folder, tmp_path):
-    name = sources.SOURCES["boolq"].files["train"]
-    (tmp_path / name).parent.mkdir(parents=True)
-    (tmp_path / name).write_text(json.dumps([true_false(i) for i in range(90, 99)]))
-    (folder / name).unlink()
-    with pytest.raises(InputError, match="items for val, expected 4"):  # test has 6
-        prepare(folder, tmp_path, "boolq")
 
 
 @pytest.mark.parametrize(

@@ -55,41 +55,32 @@ def test_results_table():
     assert alone[1].split() == ["em", "12.5%"]
 
 
-def test_by_answer_counts_what_was_generated():
+def by(examples, base, task=TASK):
+    """by_answer's (most frequent answer, its share, how often each was given)."""
+    rows = [{"prediction": x} if isinstance(x, str) else {"log_probs": x} for x in base]
+    found = by_answer(task, examples, {"base": rows})
+    return found and (*found["always"].values(), found["given"]["base"])
+
+
+def test_by_answer_counts_what_was_generated_or_is_most_probable():
     options = {"right": (" true",), "wrong": (" false",)}
     examples = [Example("Q:", " true", references=(" true",), **options)] * 3
-    said = ["true", "so false, not true", "untold"]
-    found = by_answer(TASK, examples, {"base": [{"prediction": text} for text in said]})
-    assert found["always"] == {"answer": "true", "share": 1}
-    assert found["given"] == {"base": {"false": 1, "true": 1, "other": 1}}
-
-
-def test_by_answer_counts_the_most_probable_option():
-    examples = [
-        Example("Q:", right, right=(right,), wrong=wrong)
-        for right, wrong in ((" a", (" b", " c")), (" b", (" a", " c")))
-    ]
-    rows = [{"log_probs": {"right": [-2.0], "wrong": wrong}} for wrong in ([-3, -1], [-1, -3])]
-    found = by_answer(TASK, examples, {"base": rows, "tuned": rows})
-    assert found["given"]["tuned"] == {"a": 1, "b": 0, "c": 1, "other": 0}
-    assert found["always"]["share"] == 0.5
+    found = by(examples, ["true", "so false, not true", "untold"])
+    assert found == ("true", 1, {"false": 1, "true": 1, "other": 1})
+    numbers = [Example("Q:", f" {n} + 0 = {n}", value=n) for n in (1200, 1200, 3.0)]
+    found = by(numbers, ["1,200.0", "0 and 3", "none"])
+    assert found == ("1200", 2 / 3, {"1200": 1, "3": 1, "other": 1})
+    choices = [Example("Q:", right, right=(right,), wrong=wrong)
+               for right, wrong in ((" a", (" b", " c")), (" b", (" a", " c")))]  # fmt: skip
+    found = by(choices, [{"right": [-2.0], "wrong": wrong} for wrong in ([-3, -1], [-1, -3])])
+    assert found[1:] == (0.5, {"a": 1, "b": 0, "c": 1, "other": 0})
 
 
 def test_by_answer_of_texts_leaves_case_out_and_skips_free_answers():
     examples = [Example("Q:", f" Word{i % 20}", references=("x",)) for i in range(40)]
-    rows = [{"prediction": "word3"}] * 39 + [{"prediction": "none of them"}]
-    given = by_answer(TASK, examples, {"base": rows})["given"]["base"]
+    given = by(examples, ["word3"] * 39 + ["none of them"])[2]
     assert (given["Word3"], given["other"], sum(given.values())) == (39, 1, 40)
-    one_more = [*examples, Example("Q:", "another", references=("x",))]
-    assert by_answer(TASK, one_more, {"base": [*rows, rows[0]]}) == {}
-
-
-def test_by_answer_of_numbers_counts_values():
-    examples = [Example("Q:", f" {n} + 0 = {n}", value=n) for n in (1200, 1200, 3.0)]
-    rows = [{"prediction": text} for text in ("1,200.0", "0 and 3", "none")]
-    found = by_answer(TASK, examples, {"base": rows})
-    assert found["always"] == {"answer": "1200", "share": 2 / 3}
-    assert found["given"]["base"] == {"1200": 1, "3": 1, "other": 1}
+    assert by([*examples, Example("Q:", "another", references=("x",))], ["word3"] * 41) == {}
 
 
 def test_by_group():
