@@ -310,6 +310,7 @@ assert generate.generate(model, ids, 3, tokenizer.eos_ids)
 """
 
 
+@pytest.mark.slow
 def test_a_model_loads_without_the_modules_of_unix():
     """As on Windows, where Python has none of them."""
     code = f"FOLDER = {str(MINI)!r}\n" + MISSING

@@ -1,16 +1,20 @@
-"""What tasks train on; DPO against the paper's own numbers."""
+"""What tasks train on, in whole batches and in parts; and one step of training."""
 
 import math
 
 import pytest
 import torch
-from conftest import difference
+from conftest import MINI, difference
 
+import train
 from lofit.errors import InputError
 from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, edits_off
+from lofit.llm.checkpoint import load_model
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.objectives import CrossEntropy, Preference, dpo_loss, mean_loss
+from lofit.objectives import Accumulated, CrossEntropy, Preference, dpo_loss, mean_loss
+from lofit.run.files import load_offsets
+from lofit.training import Schedule, draw_epochs, make_optimizer, train_step
 
 HEADS = [(2, 1), (0, 3)]
 
@@ -115,3 +119,59 @@ def test_kept_states_are_bounded_and_follow_the_heads(tiny, tokenizer):
     for _ in range(2):
         assert loss_of(cached, [0]).item() == pytest.approx(loss_of(objective, [0]).item(), 1e-5)
     assert cached.layer == 2
+
+
+@pytest.mark.parametrize("kind", [CrossEntropy, Preference])
+@pytest.mark.parametrize("parts", [2, 3, 9])
+def test_loss_and_gradients_are_those_of_the_whole_batch(kind, parts):
+    """The parts have different numbers of answer tokens: a mean of their means would differ."""
+    model, rows = load_model(MINI), [0, 1, 2, 3]
+    long = "Q: What is the capital of Braviland? A:"
+    texts = [(long, " Braviland"), ("Q: Who?", " the the the the"), ("A:", " Who"), (long, " Q Q")]
+    texts = texts if kind is CrossEntropy else [(*text, " is") for text in texts]
+    whole = kind(model, load_tokenizer(MINI), texts)
+    apart, found = Accumulated(whole, parts), []
+    for each in (whole, apart):
+        parameters = attach_offsets(model, [(1, 2), (6, 3)], torch.full((2, 16), 0.2))
+        loss = each.loss(each.batch(rows))
+        (3 * loss).backward()
+        found.append([loss.detach(), *(p.grad for p in parameters)])
+        assert each.weight(each.batch(rows)) == whole.weight(whole.batch(rows))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+    assert mean_loss(apart, 3) == pytest.approx(mean_loss(whole, 3), rel=1e-5)
+
+
+def test_an_epoch_of_4_x_2_ends_as_one_of_batches_of_8(tmp_path, small_data):
+    offsets = []
+    for parts in ("1", "4"):
+        run = tmp_path / parts
+        train.main([
+            "--data", str(small_data), "--dtype", "float32", "--heads", "random", "--top", "4",
+            "--epochs", "1", "--accumulate", parts, "--run", str(run),
+        ])  # fmt: skip
+        model = load_model(MINI)
+        load_offsets(run, model)
+        offsets.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
+    one, other = offsets
+    assert (one - other).abs().max() <= 1e-5 * one.abs().max()
+
+
+def test_every_example_is_seen_once_an_epoch_in_a_new_order():
+    for by_length in (False, True):
+        schedule = Schedule(lr=0.1, epochs=2, batch_size=4)
+        first, second = draw_epochs([3, 1, 2, 5, 4, 1, 1, 2, 9, 9], schedule, 0, by_length)
+        for epoch in (first, second):
+            assert sorted(map(len, epoch)) == [2, 4, 4]  # a smaller batch counts too
+            assert sorted(sum(epoch, [])) == list(range(10))
+        assert first != second
+        assert draw_epochs([3, 1, 2, 5, 4, 1, 1, 2, 9, 9], schedule, 0, by_length)[0] == first
+        assert draw_epochs([3, 1, 2, 5, 4, 1, 1, 2, 9, 9], schedule, 1, by_length)[0] != first
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(value):
+    x, schedule = torch.nn.Parameter(torch.tensor([1.0])), Schedule(0.1, 1)
+    with pytest.raises(InputError, match="at step 3 of 4 .*smaller --lr"):
+        train_step(make_optimizer([x], schedule), (x * value).sum(), schedule, 2, 4)
+    assert x.item() == 1.0
