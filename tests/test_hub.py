@@ -4,11 +4,12 @@ import fnmatch
 import os
 import pickle
 import shutil
+from unittest.mock import MagicMock
 
-import httpx
 import huggingface_hub
 import pytest
 from conftest import MINI, REPO, make_run, run_export
+from huggingface_hub import errors
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import load_model
@@ -106,18 +107,18 @@ def test_a_folder_is_named_for_what_it_is(tiny_folder, tmp_path, monkeypatch, na
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "message"),
+    ("kind", "message"),
     [
-        (403, "GatedRepo", "gated; accept its licence on huggingface.co, then set HF_TOKEN"),
-        (401, "RepoNotFound", "no such repository on the hub; check the name, or set HF_TOKEN"),
-        (404, "RevisionNotFound", "no such revision; check what follows the @"),
-        (500, "", "neither a folder here nor to be fetched from the hub"),
+        (errors.GatedRepoError, "gated; accept its licence on huggingface.co, then set HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "no such repository on the hub; check the name, or set"),
+        (errors.RevisionNotFoundError, "no such revision; check what follows the @"),
+        (errors.HfHubHTTPError, "neither a folder here nor to be fetched from the hub .first line"),
     ],
 )
-def test_the_hubs_refusals_say_what_to_do(monkeypatch, status, code, message):
-    request = httpx.Request("GET", "https://huggingface.co/api/models/owner/name/revision/main")
-    answer = httpx.Response(status, headers={"X-Error-Code": code}, request=request)
-    refuse = lambda *_, **__: huggingface_hub.utils.hf_raise_for_status(answer)  # noqa: E731
+def test_the_hubs_refusals_say_what_to_do(monkeypatch, kind, message):
+    def refuse(*args, **kwargs):
+        raise kind("first line\nsecond", response=MagicMock())
+
     monkeypatch.setattr("lofit.llm.hub.snapshot_download", refuse)
     with pytest.raises(InputError, match=f"owner/name: .*{message}") as caught:
         find_folder("owner/name")
