@@ -92,8 +92,7 @@ def test_with_the_hidden_cache_in_use(small_data, tmp_path, kill, capsys):
         (select_heads, ["--heads", "3"]),
         (train, ["--heads", "random", "--plain", "--keep", "best"]),
         (train, ["--method", "lora"]),
-        (train, ["--heads", "random", "--task", "truthfulqa-0"]),
-        pytest.param(train, ["--heads", "all", "--task", "clutrr"], marks=pytest.mark.slow),
+        pytest.param(train, ["--heads", "all", "--task", "truthfulqa-0"], marks=pytest.mark.slow),
         pytest.param(select_heads, ["--task", "truthfulqa-1"], marks=pytest.mark.slow),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, slow_but
+from conftest import REPO
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
@@ -75,7 +75,8 @@ def test_the_same_seed_gives_the_same_heads_and_offsets(flags, tmp_path):
     assert not torch.equal(one["offsets"], other["offsets"])
 
 
-@pytest.mark.parametrize("task", slow_but(["truthfulqa-1"], ["mquake", "clutrr", "truthfulqa-1"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mquake", "clutrr", "truthfulqa-1"])
 def test_the_plain_way_gives_the_same(flags, tmp_path, task):
     """One batch an epoch, so that the order is the same; scales, offsets and results agree."""
     runs = [tmp_path / name for name in ("fast", "plain")]

@@ -16,7 +16,7 @@ import train
 from lofit.errors import InputError
 from lofit.llm.checkpoint import load_model, save_model
 
-FAST = ["--epochs", "2", "--lr", "0.05"]
+FAST = ["--epochs", "1", "--lr", "0.05"]
 
 
 @pytest.fixture
