@@ -24,7 +24,7 @@ SEES_GPU, HAS_GPU = dict(os.environ), torch.cuda.is_available()
 from lofit.heads import attach_offsets  # noqa: E402
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
 from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
-from lofit.llm.config import FULL, ModelConfig  # noqa: E402
+from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
 from lofit.run.files import VERSION, save_edits  # noqa: E402
 
@@ -154,7 +154,6 @@ def tiny_config() -> ModelConfig:
         vocab_size=891, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
         rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,),
-        rope_parameters={FULL: {"rope_type": "default", "rope_theta": 1e4}},
     )  # fmt: skip
 
 

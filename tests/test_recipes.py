@@ -24,9 +24,8 @@ def find_recipe(of, task, n_parameters=LARGE - 1):
 def config(layers, heads, model_type="llama", **other):
     """A configuration with so many layers and heads: of the model that the recipes know, if any."""
     hidden, rows = SIZES.get((layers, heads, model_type), (64, 32000))
-    sizes = (rows, hidden, 64, layers, heads, heads, 8, 64, 1e-5, {})
-    known = ModelConfig(*sizes, model_type=model_type)
-    return replace(known, **other)
+    sizes = (rows, hidden, 64, layers, heads, heads, 8, 64, 1e-5, model_type)
+    return replace(ModelConfig(*sizes), **other)
 
 
 @pytest.mark.parametrize(
