@@ -12,7 +12,7 @@ from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, edits_off
 from lofit.llm.checkpoint import load_model
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.objectives import Accumulated, CrossEntropy, Preference, dpo_loss, mean_loss
+from lofit.objectives import Accumulated, CrossEntropy, Preference, mean_loss
 from lofit.run.files import load_offsets
 from lofit.training import Schedule, draw_epochs, make_optimizer, train_step
 
@@ -35,13 +35,6 @@ TEXTS_OF = {CrossEntropy: TEXTS, Preference: PAIRS}
 
 def loss_of(objective, rows):
     return objective.loss(objective.batch(rows))
-
-
-def test_dpo_loss_by_hand():
-    policy = torch.tensor([[-3.0, -1.0], [-5.0, -2.0]])  # chosen, rejected of two pairs
-    reference = torch.tensor([[-4.0, -1.0], [-5.0, -4.0]])
-    by_hand = [math.log(1 + math.exp(-0.5 * margin)) for margin in (1.0, -2.0)]
-    assert dpo_loss(policy, reference, 0.5).item() == pytest.approx(sum(by_hand) / 2)
 
 
 def test_the_mean_loss_weighs_batches_by_what_they_are_a_mean_of(tiny, tokenizer):
