@@ -112,21 +112,6 @@ def test_controls_need_no_selection_and_get_folders_of_their_own(
     assert (load_file(path)["heads"].tolist() == heads) == (choice == "all")
 
 
-def test_base_only_needs_no_offsets_and_is_the_base_of_a_full_run(flags, tmp_path):
-    def predictions(who, name="predictions-val.jsonl"):
-        with (tmp_path / "run" / name).open() as lines:
-            return [json.loads(line)[who] for line in lines]
-
-    eval_script.main([*flags, "--base-only", "--split", "val"])
-    results = json.loads((tmp_path / "run" / "results-val-base.json").read_text())
-    assert results["split"] == "val" and results["n"] == 12
-    assert "tuned" not in results["scores"] and not results["adapters"]
-    alone = predictions("base", "predictions-val-base.jsonl")
-    train.main([*flags, "--epochs", "2", "--lr", "1", "--heads", "all"])
-    eval_script.main([*flags, "--split", "val"])
-    assert predictions("base") == alone != predictions("tuned")
-
-
 def test_heads_of_a_file_and_the_best_of_them(flags, tmp_path):
     def trained(path, *extra):
         train.main([*flags[:-1], str(tmp_path / "own"), *FAST, "--heads", str(path), *extra])
