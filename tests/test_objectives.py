@@ -141,7 +141,7 @@ def test_an_epoch_of_4_x_2_ends_as_one_of_batches_of_8(tmp_path, small_data):
         run = tmp_path / parts
         train.main([
             "--data", str(small_data), "--dtype", "float32", "--heads", "random", "--top", "4",
-            "--epochs", "1", "--accumulate", parts, "--run", str(run),
+            "--epochs", "1", "--accumulate", parts, "--n-train", "16", "--run", str(run),
         ])  # fmt: skip
         model = load_model(MINI)
         load_offsets(run, model)
