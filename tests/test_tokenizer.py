@@ -168,7 +168,7 @@ def test_the_real_checkpoints_prompts_are_transformers_ids(folder, transformers)
             assert bare.encode(render(text)) == want
 
 
-def test_a_chat_prompt_that_begins_with_bos_has_one(tmp_path):
+def test_a_chat_prompt_that_begins_with_bos_has_one():
     """A tokenizer.model would take "<bos>" apart into letters."""
     chat = load_tokenizer(MINI_GEMMA, "")
     plain = load_tokenizer(MINI_GEMMA)
