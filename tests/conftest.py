@@ -24,7 +24,7 @@ SEES_GPU, HAS_GPU = dict(os.environ), torch.cuda.is_available()
 from lofit.heads import attach_offsets  # noqa: E402
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
 from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
-from lofit.llm.config import FULL, ModelConfig  # noqa: E402
+from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
 from lofit.run.files import VERSION, save_edits  # noqa: E402
 
@@ -61,22 +61,18 @@ def _rope(kind: str, **values) -> dict:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 300.0} | values}
 
 
+_SHORT = {"factor": 4.0, "original_max_position_embeddings": 16}
 LOUD_LLAMAS = {
     "llama2": _rope("default"),
     "gqa": _rope("default") | {"num_key_value_heads": 2},
     "llama3-tied": _rope(
-        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=16,
+        "llama3", **_SHORT | {"factor": 8.0}, low_freq_factor=1.0, high_freq_factor=4.0
     ) | {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "linear": _rope("linear", factor=4.0),
-    "yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
-    "yarn-all": _rope(
-        "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=1.5, beta_slow=0.5,
-        truncate=False, mscale=1.0, mscale_all_dim=0.5,
-    ),
-    "yarn-attention": _rope(
-        "yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.7
-    ),
+    "yarn": _rope("yarn", **_SHORT),
+    "yarn-all": _rope("yarn", **_SHORT, beta_fast=1.5, beta_slow=0.5, truncate=False, mscale=1.0,
+                      mscale_all_dim=0.5),
+    "yarn-attention": _rope("yarn", **_SHORT, attention_factor=0.7),
     "biases": _rope("default") | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
 }  # fmt: skip
 
@@ -112,9 +108,18 @@ HF_NAMES |= {"mistral": "Mistral", "mistral-window": "Mistral", "qwen2": "Qwen2"
 HF_NAMES |= {"qwen2-window": "Qwen2"}
 
 
+def import_transformers():
+    return pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+
+
+@pytest.fixture
+def transformers():
+    return import_transformers()
+
+
 def hf_model(name: str):
     """The stock transformers model of a loud configuration, its weights not yet drawn."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+    transformers = import_transformers()
     family = HF_NAMES.get(name, "Gemma" if name in LOUD_GEMMAS else "Llama")
     config = getattr(transformers, f"{family}Config")(**LOUD | LOUD_MODELS[name])
     config._attn_implementation = "eager"
@@ -149,7 +154,6 @@ def tiny_config() -> ModelConfig:
         vocab_size=891, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
         rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,),
-        rope_parameters={FULL: {"rope_type": "default", "rope_theta": 1e4}},
     )  # fmt: skip
 
 

@@ -7,12 +7,11 @@ import torch
 from conftest import GOLDEN, MINI, check_batch, difference
 from safetensors.torch import load_file
 
-from lofit.errors import InputError
-from lofit.llm.batches import IGNORE, check_length, collate, draw_batches, encode_example
+from lofit.llm.batches import IGNORE, collate, draw_batches, encode_example
 from lofit.llm.checkpoint import load_model
 from lofit.llm.scoring import sum_by_text, target_losses
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.llm.tree import common_length, common_prefix, pack
+from lofit.llm.tree import common_prefix, pack
 
 
 def test_labels_are_answer_and_eos_only():
@@ -101,26 +100,6 @@ def test_packed_texts_under_windows_and_other_positions(loud, name):
         assert torch.allclose(log_probs(model, packed), want, rtol=1e-5)
 
 
-def test_what_texts_begin_with():
-    assert common_length([[1, 2, 3], [1, 2, 4, 5]]) == 2
-    assert common_length([[1, 2], [1, 2, 3]]) == 2
-    assert common_length([[1], [2]]) == 0
-
-
-@pytest.mark.parametrize("by_length", [True, False])
-def test_an_epoch_holds_every_example_once(by_length):
-    lengths = [10 + (37 * i) % 50 for i in range(301)]
-    epochs = [
-        draw_batches(lengths, 8, generator, by_length)
-        for generator in [torch.Generator().manual_seed(0)] * 2
-    ]
-    again = draw_batches(lengths, 8, torch.Generator().manual_seed(0), by_length)
-    assert epochs[0] == again != epochs[1]
-    for batches in epochs:
-        assert sorted(sum(batches, [])) == list(range(301))
-        assert sorted(map(len, batches)) == [5] + [8] * 37
-
-
 def test_batches_by_length_hold_little_padding_and_are_not_sorted():
     lengths = [10 + (37 * i) % 50 for i in range(256)]
 
@@ -131,9 +110,3 @@ def test_batches_by_length_hold_little_padding_and_are_not_sorted():
         return sum(width * 8 for width in widths) / sum(lengths) - 1
 
     assert padding(True) < 0.1 < 0.4 < padding(False)
-
-
-def test_too_long_an_example_is_named():
-    check_length([4, 9], 9, ["here"])
-    with pytest.raises(InputError, match=r"b.json, item 1: 9 tokens, more than .*positions .8."):
-        check_length([4, 9], 8, ["b.json, item 0", "b.json, item 1"])

@@ -28,6 +28,7 @@ TEMPLATES = {  # in the manner of Llama 2, Llama 3 and Gemma; the words are the 
     "no bos": "{% for m in messages %}city {{ m.content }} country\n{% endfor %}the",
 }
 TEXT = " Q: Who is the head of the country? A:"
+ASKED = [{"role": "user", "content": TEXT}]
 
 
 @pytest.fixture
@@ -47,24 +48,16 @@ def chatty(tiny_folder):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
-def test_ids_are_those_of_transformers(chatty, name, file):
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+def test_ids_are_those_of_transformers(chatty, name, file, transformers):
     folder = chatty(TEMPLATES[name], file)
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>",
         chat_template=TEMPLATES[name],
     )  # fmt: skip
-    want = theirs.apply_chat_template(
-        [{"role": "user", "content": TEXT}], add_generation_prompt=True, return_dict=False
-    )
+    want = theirs.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
     wrap, end_of_turn = load_chat_template(folder)
     assert load_tokenizer(folder, end_of_turn).encode(wrap(TEXT)) == want
     assert want.count(1) == (name != "no bos")
-
-
-def test_a_list_of_named_templates(chatty):
-    templates = [{"name": "tool", "template": "x"}, {"name": "default", "template": "city"}]
-    assert load_chat_template(chatty(templates, "tokenizer_config.json"))[0](TEXT) == "city"
 
 
 SAME = [  # what public templates make use of
@@ -83,15 +76,12 @@ SAME = [  # what public templates make use of
 
 
 @pytest.mark.parametrize("template", SAME)
-def test_what_templates_expect_to_find(chatty, template):
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+def test_what_templates_expect_to_find(chatty, template, transformers):
     folder = chatty(template)
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", chat_template=template
     )
-    want = theirs.apply_chat_template(
-        [{"role": "user", "content": TEXT}], add_generation_prompt=True, tokenize=False
-    )
+    want = theirs.apply_chat_template(ASKED, add_generation_prompt=True, tokenize=False)
     assert load_chat_template(folder)[0](TEXT) == want
 
 
@@ -106,18 +96,16 @@ NAMES = [  # tokenizer_config.json, special_tokens_map.json
 
 
 @pytest.mark.parametrize(("settings", "beside"), NAMES)
-def test_special_tokens_are_those_of_transformers(chatty, settings, beside):
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+def test_special_tokens_are_those_of_transformers(chatty, settings, beside, transformers):
     folder = chatty("{{ bos_token }} and no more")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps(beside))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    asked = [{"role": "user", "content": TEXT}]
-    assert load_chat_template(folder)[0](TEXT) == theirs.apply_chat_template(asked, tokenize=False)
+    assert load_chat_template(folder)[0](TEXT) == theirs.apply_chat_template(ASKED, tokenize=False)
 
 
-TURNS = {  # a template -> what it writes after an answer
+ENDS = {  # a template, or templates with names -> what it writes after an answer
     "{% for m in messages %}{{ m.content }}</s>\n{% endfor %}": "</s>\n",
     "{% for m in messages %}{{ m.content }}{% endfor %}": "",
     TEMPLATES["llama 2"]: "",  # renders no answer, and may still ask
@@ -125,9 +113,12 @@ TURNS = {  # a template -> what it writes after an answer
 }
 
 
-@pytest.mark.parametrize("template", TURNS)
-def test_what_ends_an_answer(chatty, template):
-    assert load_chat_template(chatty(template))[1] == TURNS[template]
+@pytest.mark.parametrize("template", ENDS)
+@pytest.mark.parametrize("named", [False, True])
+def test_what_ends_an_answer(chatty, template, named):
+    several = [{"name": "tool", "template": "x"}, {"name": "default", "template": template}]
+    folder = chatty(several if named else template, "tokenizer_config.json")
+    assert load_chat_template(folder)[1] == ENDS[template]
 
 
 BAD = [  # a template, what the error says
@@ -182,23 +173,17 @@ def test_training_and_evaluation_ask_alike(chatty, small_data, tmp_path, monkeyp
     assert all(p.endswith("A: [ country ]") for p in trained)
     line = json.loads((run / "predictions-train.jsonl").open().readline())
     assert line["prompt"].startswith("Q: Imagine") and "country" not in line["tuned"]["prediction"]
-    with pytest.raises(InputError, match="made for chat True, but this run is for False"):
-        eval_script.main(flags[:-1])
-
-
-def test_given_answers_stand_behind_the_template_too(chatty, small_data, tmp_path, monkeypatch):
-    asked = []
+    # given answers stand behind the template too
     monkeypatch.setattr(
         "lofit.evaluation.score_answers",
         lambda model, tokenizer, questions, *args: (
-            asked.extend(questions) or [[0.0] * len(given) for _, given, _ in questions]
+            given.extend(questions) or [[0.0] * len(answers) for _, answers, _ in questions]
         ),
     )
-    flags = ["--model", str(chatty(TEMPLATES["llama 2"])), "--data", str(small_data), "--chat"]
-    run = ["--run", str(tmp_path / "run")]
-    eval_script.main([*flags, *run, "--task", "truthfulqa-0", "--base-only"])
-    assert len(asked) == 8
-    for question, answers, _ in asked:
+    given, base = [], ["--task", "truthfulqa-0", "--base-only", "--run", str(tmp_path / "base")]
+    eval_script.main([*flags, *base])
+    assert len(given) == 8
+    for question, answers, _ in given:
         assert question.startswith("<s>[ city ] Interpret each")
         assert question.endswith("A: [ country ]")
         assert all(answer.startswith(" ") for answer in answers)

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import LOUD_GEMMAS, LOUD_MODELS, LOUD_OTHERS, MINI, REPO, difference
+from conftest import LOUD_MODELS, MINI, REPO, difference
 from safetensors.torch import load_file, save_file
 
 from lofit.errors import InputError
 from lofit.llm.checkpoint import digest, fingerprint, load_model, save_model
-from lofit.run.setup import pick_device, pick_dtype
+from lofit.run.setup import pick_dtype
 
 IDS = torch.tensor([[1, 5, 9, 33, 7]])
 
@@ -31,20 +31,16 @@ def shard(folder):
     return index
 
 
-def test_loaded_model_is_frozen_and_in_eval_mode(tiny, tiny_folder):
-    assert not tiny.training
-    assert not any(p.requires_grad for p in tiny.parameters())
-    assert not any(p.is_meta for p in tiny.parameters())
-    assert tiny.source.name == str(tiny_folder)
+def test_a_loaded_model_is_frozen_and_in_eval_mode(tiny, tiny_folder):
+    assert not tiny.training and tiny.source.name == str(tiny_folder)
+    assert not any(p.requires_grad or p.is_meta for p in tiny.parameters())
 
 
-def test_the_state_dict_is_the_checkpoint(loud):
-    for name in LOUD_MODELS:
-        theirs, folder = loud(name)
-        assert load_model(folder).state_dict().keys() == theirs.state_dict().keys()
-
-
-def test_shards_load_like_one_file(tiny, tiny_folder):
+def test_shards_and_old_files_with_rope_tables_load_alike(tiny, tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(path) | tables, path)
+    assert torch.equal(load_model(tiny_folder)(IDS), tiny(IDS))
     shard(tiny_folder)
     sharded = load_model(tiny_folder)
     assert torch.equal(sharded(IDS), tiny(IDS))
@@ -73,27 +69,16 @@ def test_fingerprint_sees_what_config_json_computes(tiny, tiny_folder):
     assert load_model(tiny_folder).source.fingerprint != found
 
 
-@pytest.mark.parametrize("name", ["llama3-tied", "gqa", "yarn-all", *LOUD_GEMMAS, *LOUD_OTHERS])
+@pytest.mark.parametrize("name", LOUD_MODELS)
 def test_what_we_save_transformers_loads(loud, tmp_path, name):
     theirs, folder = loud(name)
-    save_model(load_model(folder), tmp_path / "saved", torch.float32)
+    ours = load_model(folder)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    save_model(ours, tmp_path / "saved", torch.float32)
     again = type(theirs).from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         assert difference(again(IDS).logits, theirs(IDS).logits) < 1e-5
-    assert torch.equal(load_model(tmp_path / "saved")(IDS), load_model(folder)(IDS))
-
-
-def test_tied_heads_share_memory(loud):
-    model = load_model(loud("llama3-tied")[1])
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-
-
-def test_rope_tables_of_old_files_are_dropped(tiny, tiny_folder):
-    path = tiny_folder / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    save_file(tensors, path)
-    assert torch.equal(load_model(tiny_folder)(IDS), tiny(IDS))
+    assert torch.equal(load_model(tmp_path / "saved")(IDS), ours(IDS))
 
 
 @pytest.mark.parametrize("version", [4, 5])
@@ -112,49 +97,17 @@ def test_a_multimodal_gemma_3_loads_as_its_text_part(loud, tmp_path, version):
     assert both.source.fingerprint == alone.source.fingerprint
 
 
-def test_transformers_own_multimodal_gemma_3_loads(tmp_path):
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+def test_transformers_own_multimodal_gemma_3_loads(tmp_path, transformers):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    text = sizes | {
-        "num_hidden_layers": 6,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": 50,
-    }
+    text = sizes | {"num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 8}
+    text["vocab_size"] = 50
     vision = sizes | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4
-    )
+    both = {"text_config": text, "vision_config": vision}
+    config = transformers.Gemma3Config(**both, mm_tokens_per_image=4)
     theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
     theirs.save_pretrained(tmp_path)
     with torch.no_grad():
         assert difference(load_model(tmp_path)(IDS), theirs(IDS).logits) < 1e-4
-
-
-@pytest.mark.parametrize("name", ["llama3-tied", "yarn-all", "gemma-mqa", "gemma2", "gemma3"])
-def test_both_generations_of_config_files_give_identical_logits(loud, tmp_path, name):
-    """transformers 5 wrote the folder; its config.json as transformers 4 would have written it."""
-    _, folder = loud(name)
-    new = json.loads((folder / "config.json").read_text())
-    assert "rope_parameters" in new and "rope_theta" not in new
-    old = {k: v for k, v in new.items() if k not in ("rope_parameters", "layer_types", "dtype")}
-    rope = dict(new["rope_parameters"])
-    if name == "gemma3":
-        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        old["sliding_window_pattern"] = 6
-        rope = dict(rope["full_attention"])
-    old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": "float32"}
-    old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    shutil.copy(folder / "model.safetensors", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    assert torch.equal(load_model(tmp_path)(IDS), load_model(folder)(IDS))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
-def test_the_dtype_is_the_one_asked_for(tiny, tiny_folder, dtype):
-    model = load_model(tiny_folder, dtype=dtype)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.source.fingerprint == tiny.source.fingerprint
 
 
 # how a folder is spoilt -> what the error says of it
@@ -252,7 +205,9 @@ def test_a_spoilt_folder_is_refused_by_name(tiny_folder, spoil, message):
 
 def test_what_a_dtype_cannot_hold_is_refused(tiny_folder):
     edit_weights(UP, holding(1e5))(tiny_folder)
-    load_model(tiny_folder, dtype="bfloat16")
+    models = [load_model(tiny_folder, dtype=kind) for kind in ("bfloat16", torch.bfloat16)]
+    assert {p.dtype for model in models for p in model.parameters()} == {torch.bfloat16}
+    assert len({model.source.fingerprint for model in [*models, load_model(tiny_folder)]}) == 1
     with pytest.raises(InputError, match="not finite in torch.float16; take another --dtype"):
         load_model(tiny_folder, dtype="float16")
     for wrong in ("float8", "half", None, torch.int8):
@@ -279,9 +234,8 @@ def test_ways_to_store_a_tied_checkpoint(loud, tmp_path, body, ends):
     assert torch.equal(load_model(tmp_path)(IDS), load_model(folder)(IDS))
 
 
-def test_model_safetensors_goes_before_an_old_index(tiny_folder):
+def test_model_safetensors_goes_before_an_old_index(tiny_folder, transformers):
     """As in transformers: the shards are what another save left behind."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     new = {k: v * 2 for k, v in load_file(tiny_folder / "model.safetensors").items()}
     index = shard(tiny_folder)
     save_file(new, tiny_folder / "model.safetensors", {"format": "pt"})
@@ -292,36 +246,30 @@ def test_model_safetensors_goes_before_an_old_index(tiny_folder):
     load_model(tiny_folder)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
-def test_a_device_that_is_not_there(device):
-    with pytest.raises(InputError, match=f"--device {device}: not usable here"):
-        pick_device(device)
+# device, AMX, AVX-512's bf16, AMD, bytes, CUDA's capability -> the dtype
+HARDWARE = [
+    ("cpu", False, False, True, 10**9, None, torch.float32),
+    ("cpu", False, True, True, 10**9, None, torch.bfloat16),
+    ("cpu", False, True, True, 10**7, None, torch.float32),
+    ("cpu", False, True, False, 10**9, None, torch.float32),
+    ("cpu", True, False, False, 10**7, None, torch.bfloat16),
+    ("cuda:1", False, False, False, 10**7, (8, 0), torch.bfloat16),
+    ("cuda", True, True, True, 10**9, (7, 5), torch.float32),  # a T4 emulates it
+    ("mps", True, True, True, 10**9, None, torch.float32),
+]
 
 
-@pytest.mark.parametrize(
-    ("device", "amx", "avx", "amd", "n_bytes", "capability", "want"),
-    [
-        ("cpu", False, False, True, 10**9, None, torch.float32),
-        ("cpu", False, True, True, 10**9, None, torch.bfloat16),
-        ("cpu", False, True, True, 10**7, None, torch.float32),
-        ("cpu", False, True, False, 10**9, None, torch.float32),
-        ("cpu", True, False, False, 10**7, None, torch.bfloat16),
-        ("cuda:1", False, False, False, 10**7, (8, 0), torch.bfloat16),
-        ("cuda", False, False, False, 10**7, (9, 0), torch.bfloat16),
-        ("cuda", True, True, True, 10**9, (7, 5), torch.float32),  # a T4 emulates it
-        ("mps", True, True, True, 10**9, None, torch.float32),
-    ],
-)
-def test_dtype_auto_follows_the_hardware(
-    monkeypatch, device, amx, avx, amd, n_bytes, capability, want
-):
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx)
-    monkeypatch.setattr("lofit.run.setup._is_amd", lambda: amd)
+@pytest.mark.parametrize("case", HARDWARE)
+def test_dtype_auto_follows_the_hardware(monkeypatch, case):
+    device, amx, avx, amd, n_bytes, capability, want = case
     asked = []
-    monkeypatch.setattr(
-        "torch.cuda.get_device_capability", lambda name: asked.append(name) or capability
-    )
+    for name, answer in {
+        "torch.cpu._is_amx_tile_supported": lambda: amx,
+        "torch.cpu._is_avx512_bf16_supported": lambda: avx,
+        "lofit.run.setup._is_amd": lambda: amd,
+        "torch.cuda.get_device_capability": lambda name: asked.append(name) or capability,
+    }.items():
+        monkeypatch.setattr(name, answer)
     assert pick_dtype("auto", device, n_bytes) == want
     assert asked == ([device] if device.startswith("cuda") else [])  # of several, that GPU
     assert pick_dtype("float16", device, n_bytes) == torch.float16
@@ -343,6 +291,7 @@ assert generate.generate(model, ids, 3, tokenizer.eos_ids)
 """
 
 
+@pytest.mark.slow
 def test_a_model_loads_without_the_modules_of_unix():
     """As on Windows, where Python has none of them."""
     code = f"FOLDER = {str(MINI)!r}\n" + MISSING

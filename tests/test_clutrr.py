@@ -36,29 +36,20 @@ def write(tmp_path):
     return write
 
 
-def test_the_prompt_byte_for_byte(write):
-    (example,) = read(write([STORY]), "val")
-    assert example.prompt == PROMPT
-    assert example.answer == "daughter-in-law" and example.references == ("daughter-in-law",)
-
-
 @pytest.mark.parametrize(
     ("continuation", "prediction", "em"),
     [
-        ("daughter-in-law", "daughter-in-law", 1),
-        (" Daughter-in-law. And so on", "Daughter-in-law", 1),
-        ("daughter-in-law\nRead the", "daughter-in-law\nRead the", 0),
-        ("", "", 0),
-        (".", "", 0),
-        ("Bo 's\nson", "Bo 's\nson", 0),
-        ("daughter\ufffd", "daughter\ufffd", 0),
+        ("daughter-in-law", "daughter-in-law", 1), ("", "", 0), (".", "", 0),
+        (" Daughter-in-law. And so on", "Daughter-in-law", 1), ("Bo 's\nson", "Bo 's\nson", 0),
+        ("son\nRead the", "son\nRead the", 0), ("son\ufffd", "son\ufffd", 0),
     ],
-)
-def test_predictions(write, continuation, prediction, em):
+)  # fmt: skip
+def test_prompt_and_predictions(write, continuation, prediction, em):
     (example,) = read(write([STORY]), "val")
-    found = clutrr.extract(example, continuation)
-    assert found == prediction
-    assert clutrr.score(found, example) == {"em": em}
+    assert example.prompt == PROMPT
+    assert example.answer == "daughter-in-law" and example.references == ("daughter-in-law",)
+    assert clutrr.extract(example, continuation) == prediction
+    assert clutrr.score(prediction, example) == {"em": em}
 
 
 def test_300_stories_are_sampled_by_the_seed(write):

@@ -28,27 +28,19 @@ def test_defaults_of_the_first_llama_files():
 
 @pytest.mark.parametrize(
     "spelling",
-    [
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | SCALING},
-        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | SCALING},
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | SCALING},
-    ],
-)
-def test_rope_spellings_are_read_alike(spelling):
-    config = ModelConfig.from_hf(LLAMA | spelling | {"max_position_embeddings": 4096})
+    [{"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | SCALING},
+     {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | SCALING},
+     {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | SCALING}],
+)  # fmt: skip
+def test_rope_spellings_are_read_and_written_alike(spelling):
+    more = {"max_position_embeddings": 4096, "eos_token_id": [2, 7], "head_dim": 16}
+    config = ModelConfig.from_hf(LLAMA | spelling | more)
     assert config.rope_parameters[FULL] == SCALING | {
         "rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 4096
     }  # fmt: skip
-
-
-def test_round_trip_in_both_spellings():
-    raw = LLAMA | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
-    config = ModelConfig.from_hf(raw | {"eos_token_id": [2, 7], "head_dim": 16})
     written = config.to_hf()
-    assert ModelConfig.from_hf(written) == config
-    for keys in (("rope_parameters",), ("rope_theta", "rope_scaling")):  # one spelling only
-        half = {k: v for k, v in written.items() if k not in keys}
-        assert ModelConfig.from_hf(half) == config
+    for keys in ((), ("rope_parameters",), ("rope_theta", "rope_scaling")):  # one spelling only
+        assert ModelConfig.from_hf({k: v for k, v in written.items() if k not in keys}) == config
 
 
 SIZES = {k: v for k, v in LLAMA.items() if k != "model_type"}
@@ -91,33 +83,24 @@ def test_a_multimodal_gemma_3_is_its_text_part():
         config = ModelConfig.from_hf(raw | {"vision_config": {"hidden_size": 1152}})
         assert config.model_type == "gemma3_text" and config.eos_token_id == (1, 106)
         assert (config.num_attention_heads, config.num_key_value_heads) == (8, 4)
-        assert (config.head_dim, config.vocab_size, config.query_pre_attn_scalar) == (
-            256,
-            262208,
-            256,
-        )
+        assert (config.head_dim, config.vocab_size) == (config.query_pre_attn_scalar, 262208)
+        assert config.head_dim == 256
         assert config.tie_word_embeddings and config.attn_logit_softcapping is None
         assert config.layer_types.count(FULL) == 5 and config.layer_type(5) == FULL
         assert config.rope_parameters[FULL]["rope_theta"] == 1e6
         assert config.rope_parameters[SLIDING] == {"rope_type": "default", "rope_theta": 1e4}
 
 
-def test_defaults_of_gemma_2_and_an_explicit_null():
+def test_defaults_of_gemma_2_and_what_a_file_changes():
     raw = SIZES | {"model_type": "gemma2"}
     config = ModelConfig.from_hf(raw)
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
     assert (config.head_dim, config.sliding_window) == (256, 4096)
     assert config.layer_types == (SLIDING, FULL)
-    assert (
-        ModelConfig.from_hf(raw | {"attn_logit_softcapping": None}).attn_logit_softcapping is None
-    )
+    other = ModelConfig.from_hf(raw | {"attn_logit_softcapping": None, "hidden_act": "gelu"})
+    assert other.attn_logit_softcapping is None
+    assert other.hidden_act == "gelu_pytorch_tanh"  # whatever the file says
     assert ModelConfig.from_hf(config.to_hf()) == config
-
-
-def test_gemmas_gelu_is_the_tanh_form_whatever_the_file_says():
-    for key in ("hidden_act", "hidden_activation"):
-        config = ModelConfig.from_hf(SIZES | {"model_type": "gemma", key: "gelu"})
-        assert config.hidden_act == "gelu_pytorch_tanh"
 
 
 BOTH = NEW_ROPE["rope_parameters"]
@@ -143,9 +126,8 @@ SPELLINGS = [  # what two programs could read in two ways
 
 
 @pytest.mark.parametrize(("family", "spelling"), SPELLINGS)
-def test_two_spellings_are_read_as_transformers_reads_them(family, spelling):
+def test_two_spellings_are_read_as_transformers_reads_them(family, spelling, transformers):
     """The rotation itself is compared, in every type of layer."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     module = family.lower().removesuffix("text")
     raw = SIZES | {"num_hidden_layers": 7, "head_dim": 16, "max_position_embeddings": 64} | spelling
     theirs = getattr(transformers, f"{family}Config")(**deepcopy(raw))
@@ -193,6 +175,7 @@ REFUSED = [  # what stands in the file -> what the error says
     ({"head_dim": 7}, "head_dim .7. even"),
     ({"head_dim": True}, "head_dim is True"),
     ({"num_attention_heads": 0}, "missing or malformed"),
+    ({"num_attention_heads": ...}, "malformed: key 'num_attention_heads' is missing"),
     ({"hidden_size": "64"}, "missing or malformed"),
     ({"vocab_size": 1.5}, "vocab_size is 1.5, expected a whole number"),
     ({"intermediate_size": ""}, "intermediate_size is ''"),
@@ -214,14 +197,7 @@ REFUSED = [  # what stands in the file -> what the error says
 @pytest.mark.parametrize(("values", "message"), REFUSED)
 def test_what_is_not_supported_is_refused(tmp_path, values, message):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA | values))
+    path.write_text(json.dumps({k: v for k, v in (LLAMA | values).items() if v is not ...}))
     with pytest.raises(InputError, match=message) as caught:
         ModelConfig.from_file(path)
     assert str(caught.value).startswith(f"{path}: ")
-
-
-def test_a_key_that_is_missing_is_named(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(InputError, match="malformed: key 'num_attention_heads' is missing"):
-        ModelConfig.from_file(path)

@@ -8,10 +8,13 @@ import time
 import gpu
 import pytest
 import serving
+import torch
 from conftest import HAS_GPU, REPO
 from shapes import SHAPES, config_of
 
 from lofit.errors import InputError
+from lofit.inspect import memory
+from lofit.llm.batches import IGNORE
 
 
 def test_a_late_part_and_a_failing_one_stop_no_other(tmp_path, monkeypatch, capsys):
@@ -85,15 +88,17 @@ def test_a_server_is_asked_what_eval_py_asked(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_page_has_the_memory_that_is_computed():
-    """Of the shapes of the measurements."""
-    from lofit.inspect import memory
-
-    found = {}
+    """Of the shapes of the measurements, a text of 128 tokens."""
+    found, text = {}, ([1] * 128, [IGNORE] * 112 + [1] * 16)
     for shape in ("7b", "8b", "13b"):
-        parts = memory.memory_plan(config_of(SHAPES[shape]), memory.parse_args([]))
-        for name in ("weights", "training step", "all in training", "all in evaluation"):
-            found.setdefault(name, []).append(f"{parts[name][0] / memory.GB:.1f}")
+        config = config_of(SHAPES[shape])
+        weights = memory.weight_bytes(config, torch.bfloat16, 1)["all"]
+        step = memory.training_bytes(config, torch.bfloat16, [[text]] * 8)
+        asked = memory.evaluation_bytes(config, torch.bfloat16, [[text]] * 64, 16)
+        sums = {"weights": weights, "a training step beside them": step}
+        sums |= {"all in training": weights + step, "all in evaluation": weights + asked}
+        for name, n_bytes in sums.items():
+            found.setdefault(name, []).append(f"{n_bytes / memory.GB:.1f}")
     rows = [line.split(" | ") for line in (REPO / "docs" / "gpu.md").read_text().splitlines()]
     page = {row[0].removeprefix("| "): [cell.strip(" |") for cell in row[1:]] for row in rows}
-    page["training step"] = page.pop("a training step beside them")
     assert found == {name: page[name] for name in found}

@@ -44,14 +44,9 @@ def simulated(runs, spreads, generator) -> tuple[torch.Tensor, torch.Tensor, flo
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("runs", "spreads"),
-    [
-        ((3, 5), (0.02, 0.09)),
-        ((5, 5), (0.02, 0.06)),
-        ((5, 5), (0.005, 0.005)),
-        ((3, BASE), (0.03, 0.0)),
-        ((1, BASE), (0.05, 0.0)),
-    ],
-)
+    [((3, 5), (0.02, 0.09)), ((5, 5), (0.02, 0.06)), ((5, 5), (0.005, 0.005)),
+     ((3, BASE), (0.03, 0.0)), ((1, BASE), (0.05, 0.0))],
+)  # fmt: skip
 def test_intervals_cover_the_truth_in_93_to_97_percent_of_studies(runs, spreads):
     generator = torch.Generator().manual_seed(0)
     covered = 0

@@ -1,7 +1,7 @@
 """The MQuAKE task byte for byte: the paper's prompt, its prediction, its metric."""
 
 import json
-import unicodedata
+from unicodedata import normalize
 
 import pytest
 from conftest import MINI, SHARED
@@ -11,21 +11,16 @@ from lofit.llm.batches import encode_example
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.tasks import Example, mquake
 
+REWRITE = {
+    "prompt": "{} is a citizen of", "subject": "John Krasinski",
+    "target_new": {"str": "Sweden"}, "target_true": {"str": "United States of America"},
+}  # fmt: skip
 CASE = {
-    "requested_rewrite": [
-        {
-            "prompt": "{} is a citizen of",
-            "subject": "John Krasinski",
-            "target_new": {"str": "Sweden"},
-            "target_true": {"str": "United States of America"},
-        }
-    ],
+    "requested_rewrite": [REWRITE],
     "questions": ["Which country is the spouse of Emily Blunt a citizen of?", "2?", "3?"],
-    "answer": "United States of America",
-    "answer_alias": ["USA"],
-    "new_answer": "Sweden",
-    "new_answer_alias": ["Kingdom of Sweden"],
-}
+    "answer": "United States of America", "answer_alias": ["USA"],
+    "new_answer": "Sweden", "new_answer_alias": ["Kingdom of Sweden"],
+}  # fmt: skip
 PROMPT = (
     "Q: Imagine that John Krasinski is a citizen of Sweden."
     " Which country is the spouse of Emily Blunt a citizen of? A:"
@@ -66,13 +61,9 @@ def test_no_space_between_prompt_and_answer():
 
 @pytest.mark.parametrize(
     ("continuation", "prediction"),
-    [
-        ("Sweden\nQ: more", "Sweden"),
-        (" Sweden", " Sweden"),
-        ("a A: b", " b"),  # after the *last* A:
-        ("", ""),
-    ],
-)
+    [("Sweden\nQ: more", "Sweden"), (" Sweden", " Sweden"), ("", ""),
+     ("a A: b", " b")],  # after the *last* A:
+)  # fmt: skip
 def test_extract(continuation, prediction):
     assert mquake.extract(Example(PROMPT, ""), continuation) == prediction
 
@@ -80,16 +71,17 @@ def test_extract(continuation, prediction):
 @pytest.mark.parametrize(
     ("prediction", "em", "stripped", "old"),
     [
-        ("Sweden", 1, 1, 0),
-        ("kingdom OF sweden", 1, 1, 0),
+        ("Sweden", 1, 1, 0), ("kingdom OF sweden", 1, 1, 0), ("Sweden.", 0, 0, 0), ("", 0, 0, 0),
         (" Sweden", 0, 1, 0),  # the public code does not strip
-        ("Sweden.", 0, 0, 0),
         (" usa ", 0, 0, 1),
-        ("", 0, 0, 0),
+        # accents in two spellings
+        (normalize("NFD", "Curaçao"), 1, 1, 0), (normalize("NFD", "Réunion"), 0, 0, 1),
     ],
-)
+)  # fmt: skip
 def test_score(write, prediction, em, stripped, old):
-    (example,) = read(write(CASE))
+    more = {"answer_alias": ["USA", "Réunion"]}
+    more["new_answer_alias"] = ["Kingdom of Sweden", "Curaçao"]
+    (example,) = read(write(CASE | more))
     want = {"em": em, "em_stripped": stripped, "old_answer": old}
     assert mquake.score(prediction, example) == want
 
@@ -109,13 +101,6 @@ def test_a_malformed_case_is_named(write, spoil, message):
     case = {k: v for k, v in (CASE | spoil).items() if v is not ...}
     with pytest.raises(InputError, match=f"train.jsonl, line 2: not a MQuAKE case: .*{message}"):
         read(write(CASE, case))
-
-
-def test_accents_in_two_spellings_are_the_same_answer(write):
-    (example,) = read(write(CASE | {"new_answer": "Curaçao", "answer": "Réunion"}))
-    nfd = {name: unicodedata.normalize("NFD", name) for name in ("Curaçao", "Réunion")}
-    assert mquake.score(nfd["Curaçao"], example)["em"] == 1
-    assert mquake.score(nfd["Réunion"], example)["old_answer"] == 1
 
 
 @pytest.mark.parametrize(("split", "n"), [("train", 134), ("val", 95), ("test", 864)])

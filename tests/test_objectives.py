@@ -1,17 +1,20 @@
-"""What tasks train on; DPO against the paper's own numbers."""
+"""What tasks train on, in whole batches and in parts; and one step of training."""
 
 import math
 
 import pytest
 import torch
-from conftest import difference
+from conftest import MINI, difference
 
+import train
 from lofit.errors import InputError
 from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, edits_off
+from lofit.llm.checkpoint import load_model
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.objectives import CrossEntropy, Preference, dpo_loss, mean_loss
-from lofit.training import Schedule, make_optimizer, train_step
+from lofit.objectives import Accumulated, CrossEntropy, Preference, mean_loss
+from lofit.run.files import load_offsets
+from lofit.training import Schedule, draw_epochs, make_optimizer, train_step
 
 HEADS = [(2, 1), (0, 3)]
 
@@ -34,13 +37,6 @@ def loss_of(objective, rows):
     return objective.loss(objective.batch(rows))
 
 
-def test_dpo_loss_by_hand():
-    policy = torch.tensor([[-3.0, -1.0], [-5.0, -2.0]])  # chosen, rejected of two pairs
-    reference = torch.tensor([[-4.0, -1.0], [-5.0, -4.0]])
-    by_hand = [math.log(1 + math.exp(-0.5 * margin)) for margin in (1.0, -2.0)]
-    assert dpo_loss(policy, reference, 0.5).item() == pytest.approx(sum(by_hand) / 2)
-
-
 def test_the_mean_loss_weighs_batches_by_what_they_are_a_mean_of(tiny, tokenizer):
     for kind in (CrossEntropy, Preference):
         objective = kind(tiny, tokenizer, TEXTS_OF[kind])
@@ -59,17 +55,6 @@ def test_the_reference_is_the_base_model_even_if_an_edit_is_there(tiny, tokenize
     assert loss_of(edited, [0, 1, 2]).item() != pytest.approx(math.log(2), abs=1e-3)
     with edits_off(tiny):
         assert loss_of(edited, [0, 1, 2]).item() == pytest.approx(math.log(2))
-
-
-def test_dpo_raises_the_chosen_answer_above_the_rejected(tiny, tokenizer):
-    objective = Preference(tiny, tokenizer, PAIRS)
-    parameters = attach_offsets(tiny, HEADS, torch.zeros(2, 8))
-    schedule = Schedule(lr=0.05, epochs=1)
-    optimizer = make_optimizer(parameters, schedule)
-    for step in range(20):
-        train_step(optimizer, loss_of(objective, [0, 1, 2]), schedule, step, 40)
-    policy = objective._log_probs(objective.batch([0, 1, 2]))
-    assert (policy - objective.reference).diff(dim=0).max() < 0  # rejected lost more than chosen
 
 
 def test_too_long_an_example_is_named(tiny, tokenizer):
@@ -127,3 +112,59 @@ def test_kept_states_are_bounded_and_follow_the_heads(tiny, tokenizer):
     for _ in range(2):
         assert loss_of(cached, [0]).item() == pytest.approx(loss_of(objective, [0]).item(), 1e-5)
     assert cached.layer == 2
+
+
+@pytest.mark.parametrize("kind", [CrossEntropy, Preference])
+@pytest.mark.parametrize("parts", [2, 3, 9])
+def test_loss_and_gradients_are_those_of_the_whole_batch(kind, parts):
+    """The parts have different numbers of answer tokens: a mean of their means would differ."""
+    model, rows = load_model(MINI), [0, 1, 2, 3]
+    long = "Q: What is the capital of Braviland? A:"
+    texts = [(long, " Braviland"), ("Q: Who?", " the the the the"), ("A:", " Who"), (long, " Q Q")]
+    texts = texts if kind is CrossEntropy else [(*text, " is") for text in texts]
+    whole = kind(model, load_tokenizer(MINI), texts)
+    apart, found = Accumulated(whole, parts), []
+    for each in (whole, apart):
+        parameters = attach_offsets(model, [(1, 2), (6, 3)], torch.full((2, 16), 0.2))
+        loss = each.loss(each.batch(rows))
+        (3 * loss).backward()
+        found.append([loss.detach(), *(p.grad for p in parameters)])
+        assert each.weight(each.batch(rows)) == whole.weight(whole.batch(rows))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+    assert mean_loss(apart, 3) == pytest.approx(mean_loss(whole, 3), rel=1e-5)
+
+
+def test_an_epoch_of_4_x_2_ends_as_one_of_batches_of_8(tmp_path, small_data):
+    offsets = []
+    for parts in ("1", "4"):
+        run = tmp_path / parts
+        train.main([
+            "--data", str(small_data), "--dtype", "float32", "--heads", "random", "--top", "4",
+            "--epochs", "1", "--accumulate", parts, "--n-train", "16", "--run", str(run),
+        ])  # fmt: skip
+        model = load_model(MINI)
+        load_offsets(run, model)
+        offsets.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
+    one, other = offsets
+    assert (one - other).abs().max() <= 1e-5 * one.abs().max()
+
+
+def test_every_example_is_seen_once_an_epoch_in_a_new_order():
+    for by_length in (False, True):
+        schedule = Schedule(lr=0.1, epochs=2, batch_size=4)
+        first, second = draw_epochs([3, 1, 2, 5, 4, 1, 1, 2, 9, 9], schedule, 0, by_length)
+        for epoch in (first, second):
+            assert sorted(map(len, epoch)) == [2, 4, 4]  # a smaller batch counts too
+            assert sorted(sum(epoch, [])) == list(range(10))
+        assert first != second
+        assert draw_epochs([3, 1, 2, 5, 4, 1, 1, 2, 9, 9], schedule, 0, by_length)[0] == first
+        assert draw_epochs([3, 1, 2, 5, 4, 1, 1, 2, 9, 9], schedule, 1, by_length)[0] != first
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(value):
+    x, schedule = torch.nn.Parameter(torch.tensor([1.0])), Schedule(0.1, 1)
+    with pytest.raises(InputError, match="at step 3 of 4 .*smaller --lr"):
+        train_step(make_optimizer([x], schedule), (x * value).sum(), schedule, 2, 4)
+    assert x.item() == 1.0

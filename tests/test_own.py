@@ -2,10 +2,10 @@
 file, line and key."""
 
 import json
-import unicodedata
+from unicodedata import normalize
 
 import pytest
-from conftest import slow_but
+from conftest import MINI_GEMMA
 
 import eval as eval_script
 import select_heads
@@ -57,31 +57,28 @@ def em(found, example, continuation):
     return next(iter(found.score(found.extract(example, continuation), example).values()))
 
 
-def test_an_answer(task):
-    found, (example,) = task(FORMS["answer"])
-    assert (example.prompt, example.answer) == (FORMS["answer"]["prompt"], "city")
-    assert example.rejected is None and not example.right and found.metrics == ("em",)
-    for continuation, right in (
+ANSWERS = [  # keys, what is generated, exact match
+    *(({}, text, right) for text, right in (
         ("city", 1), (" City \nand more", 1), ("\n the", 1), ("cities", 0), ("", 0), ("A: city", 0),
-    ):  # fmt: skip
-        assert em(found, example, continuation) == right
+    )),
+    # of several lines: only the first line counted, so that the answer itself scored 0
+    *(({"answer": answer}, text, right) for answer in ("one\ntwo", "\none\n\ntwo\n")
+      for text, right in (
+          (answer, 1), (f"{answer}\nand more", 1), ("one", 0), ("one\nthree", 0),
+          ("the\nthen more", 1),  # the alias has one line
+      )),
+    # accents in two spellings
+    *(({"answer": normalize(form, "Bogotá")}, normalize(other, "bogotá"), 1)
+      for form, other in (("NFC", "NFD"), ("NFD", "NFC"))),
+]  # fmt: skip
 
 
-def test_an_answer_of_several_lines_can_be_met(task):
-    """Only the first line counted, so that the answer itself scored 0."""
-    for answer in ("one\ntwo", "\none\n\ntwo\n"):
-        found, (example,) = task(FORMS["answer"] | {"answer": answer})
-        assert em(found, example, answer) == em(found, example, answer + "\nand more") == 1
-        assert em(found, example, "one") == em(found, example, "one\nthree") == 0
-        assert em(found, example, "the\nthen more") == 1  # the alias has one line
-
-
-@pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_accents_in_two_spellings_are_the_same_answer(task, form):
-    other = {"NFC": "NFD", "NFD": "NFC"}[form]
-    answer = unicodedata.normalize(form, "Bogotá")
-    found, (example,) = task({"prompt": "Q:", "answer": answer})
-    assert em(found, example, unicodedata.normalize(other, "bogotá")) == 1
+@pytest.mark.parametrize(("keys", "continuation", "right"), ANSWERS)
+def test_an_answer(task, keys, continuation, right):
+    found, (example,) = task(FORMS["answer"] | keys)
+    assert (example.prompt, example.answer) == tuple((FORMS["answer"] | keys).values())[:2]
+    assert example.rejected is None and not example.right and found.metrics == ("em",)
+    assert em(found, example, continuation) == right
 
 
 def test_an_option_is_the_first_that_occurs_in_what_is_generated(task):
@@ -146,22 +143,20 @@ def test_preferences_and_choices(task):
     assert found.score_choices([-2.0], [-3.0, -1.0]) == {"accuracy": 0}
 
 
-def test_columns_of_null_count_as_absent(task):
-    """As pandas and Dataset.to_json write a table whose rows have different keys."""
+def test_files_of_other_systems(task):
+    """CRLF, a byte-order mark, blank lines, characters that end a line elsewhere; and columns of
+    null, as pandas and Dataset.to_json write a table whose rows have different keys."""
+    text = "Zürich\u2028東京 🙂 \x0b"
     nulls = dict.fromkeys(("aliases", "choices", "label", "value", "chosen", "rejected", "group"))
-    _, (example,) = task(nulls | {"prompt": "Q:", "answer": "city"})
-    assert example.references == ("city",) and example.group == ""
+    lines = [
+        FORMS["answer"] | {"answer": text, "extra": 1},
+        nulls | {"prompt": "Q:", "answer": "a"},
+    ]
+    _, found = task(*lines, end="\r\n\r\n", start=b"\xef\xbb\xbf")
+    assert [e.references for e in found] == [(text, "the"), ("a",)] and found[1].group == ""
+    assert found[1].where.endswith("test.jsonl, line 3")
     _, (example,) = task(nulls | FORMS["choice"])
     assert example.answer == "country"
-
-
-def test_files_of_other_systems(task):
-    """CRLF, a byte-order mark, blank lines, and characters that end a line elsewhere."""
-    text = "Zürich\u2028東京 🙂 \x0b"
-    lines = [FORMS["answer"] | {"answer": text, "extra": 1}, FORMS["answer"]]
-    _, found = task(*lines, end="\r\n\r\n", start=b"\xef\xbb\xbf")
-    assert [e.answer for e in found] == [text, "city"]
-    assert found[1].where.endswith("test.jsonl, line 3")
 
 
 BAD = [
@@ -200,22 +195,18 @@ def test_a_bad_line_is_named(task, form, line, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
-def test_lines_of_two_forms_do_not_go_together(task):
-    """A test split of numbers would be scored by exact match."""
-    lines = [{"prompt": "Q:", "answer": " 2 + 2 = 4"}, {"prompt": "Q:", "answer": " 4", "value": 4}]
-    keys = "line 2: has the keys prompt, answer, value; expected prompt, answer, as in"
-    with pytest.raises(InputError, match=keys):
-        task(*lines)
-
-
 @pytest.mark.parametrize(
-    "line",
-    [{"prompt": "Q:"}, {"question": "?"}, FORMS["answer"] | FORMS["choice"],
-     FORMS["option"] | FORMS["number"], FORMS["option"] | {"label": 0}],
+    ("lines", "message"),
+    [*(([line], "line 1: expected the keys of one form") for line in (
+        {"prompt": "Q:"}, {"question": "?"}, FORMS["answer"] | FORMS["choice"],
+        FORMS["option"] | FORMS["number"], FORMS["option"] | {"label": 0})),
+     # a test split of numbers would be scored by exact match
+     ([{"prompt": "Q:", "answer": " 4"}, {"prompt": "Q:", "answer": " 4", "value": 4}],
+      "line 2: has the keys prompt, answer, value; expected prompt, answer, as in")],
 )  # fmt: skip
-def test_a_line_of_no_form_is_refused(tmp_path, line):
-    with pytest.raises(InputError, match="train.jsonl, line 1: expected the keys of one form"):
-        own_task(write(tmp_path / "mine", [line]))
+def test_lines_of_no_form_or_of_two_are_refused(task, lines, message):
+    with pytest.raises(InputError, match=f"jsonl, {message}"):
+        task(*lines)
 
 
 def test_no_such_task(tiny_folder, tmp_path):
@@ -231,11 +222,12 @@ def test_no_such_task(tiny_folder, tmp_path):
             select_heads.main([*argv, "--task", task])
 
 
-@pytest.mark.parametrize("form", slow_but(["answer"], [f for f in FORMS if f != "number"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "number"])
 def test_every_form_runs_the_whole_way_through(flags, tmp_path, form, capsys):
     write(tmp_path / "mine", [FORMS[form]] * 6)  # the same prompt six times over
     select_heads.main([*flags, "--epochs", "1", "--heads", "4"])
-    train.main([*flags, "--epochs", "40", "--lr", "0.5"])
+    train.main([*flags, "--epochs", "20", "--lr", "0.5"])
     eval_script.main(flags)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["task"] == "mine" and results["n"] == 6
@@ -288,8 +280,6 @@ def test_groups_and_answers_are_reported(flags, tmp_path, capsys):
 
 def test_a_prompt_that_ends_inside_a_token_is_warned_of(flags, tmp_path, capsys):
     """With the miniature's words a space at the end is nothing; with mini-gemma's it is."""
-    from conftest import MINI_GEMMA
-
     good, bad = ({"prompt": f"Q: Is it? A:{end}", "answer": "city"} for end in ("", " "))
     gemma = [*flags, "--model", str(MINI_GEMMA), "--heads", "random", "--top", "1"]
     write(tmp_path / "mine", [good, bad, bad], ["train"])

@@ -175,8 +175,8 @@ def torchrun(*argv: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_later(flags, tmp_path, capsys):
-    """By torchrun itself; the same command, in one process, continues after the last epoch."""
+def test_a_process_that_is_killed_ends_all_and_keeps_the_epochs_that_were_done(flags, tmp_path):
+    """Under torchrun itself; the next test continues a stopped group."""
     train_flags = ["--heads", "all", "--lr", "0.01", "--epochs", "10000"]
     run = tmp_path / "run"
     agent = torchrun("train.py", *flags, "--run", str(run), *train_flags)
@@ -195,7 +195,7 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_later(flags, tmp_
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert not (run / "offsets.safetensors").exists() and not list(run.glob(".*.partial"))
-    assert (run / "train.unfinished").exists()
+    assert torch.load(run / "train.unfinished")["epoch"] >= 1
 
 
 @pytest.mark.slow
@@ -211,8 +211,3 @@ def test_a_stopped_group_continues_to_the_same_values(flags, tmp_path):
     assert "continuing after epoch 1" in ended[0][1]
     one, two = (load_file(tmp_path / n / "offsets.safetensors") for n in ("whole", "stopped"))
     assert torch.equal(one["offsets"], two["offsets"])
-
-
-def test_shard_needs_several(flags):
-    with pytest.raises(InputError, match="--shard: one process has nothing to split"):
-        select_heads.main([*flags, "--shard"])

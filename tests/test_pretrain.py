@@ -31,8 +31,9 @@ def folders(corpus, tmp_path_factory):
 
 
 @pytest.fixture(params=pretrain.MODELS)
-def tokenizer(request, folders):
-    return load_tokenizer(folders[request.param])
+def tokenizer(request):
+    """The shipped one, which is the script's: see below."""
+    return load_tokenizer(REPO / "weights" / request.param)
 
 
 @pytest.fixture
@@ -84,11 +85,8 @@ def test_every_document_survives_the_tokenizer(corpus, tokenizer):
     for doc in corpus.step(random.Random(3)):
         ids = tokenizer.encode(doc)
         assert tokenizer.decode(ids).replace(" ", "") == doc.replace(" ", "")
-
-
-def test_prompt_formats_are_decoded_with_their_own_spacing(tokenizer):
-    text = "Q: Imagine that the capital is located in the city. Who is the employer of? A:city"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    prompt = "Q: Imagine that the capital is located in the city. Who is the employer of? A:city"
+    assert tokenizer.decode(tokenizer.encode(prompt)) == prompt  # with its own spacing
 
 
 def test_micro_batches_hold_every_token_once():

@@ -5,16 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MINI, REPO, difference
+from conftest import MINI, REPO, difference, random_model
+from safetensors.torch import load_file, save_file
 
 import eval as evaluate
 import train
 from lofit.errors import InputError
 from lofit.heads import attach_offsets, edits_off
-from lofit.llm.checkpoint import load_model
+from lofit.llm.checkpoint import load_model, save_model
 from lofit.llm.config import ModelConfig
 
 bnb = pytest.importorskip("bitsandbytes", reason='needs pip install -e ".[test]"')
@@ -52,9 +54,8 @@ def test_a_pass_and_gradients_are_those_of_the_dequantised_weights():
 
 
 @pytest.fixture
-def stored(tmp_path):
+def stored(tmp_path, transformers):
     """A checkpoint that transformers quantised, and its model."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     how = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
@@ -81,8 +82,6 @@ def test_the_bits_are_those_of_transformers_and_its_checkpoints_are_read(stored)
 
 
 def test_a_part_that_is_missing_and_other_kinds_are_refused(stored, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     _, folder = stored
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -135,17 +134,9 @@ print(peak() - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_loading_never_holds_the_whole_model(tmp_path, tiny_config):
     """64 layers whose weights are most of the model: 4 bits are read with far less than bf16."""
-    import dataclasses
-
-    from conftest import random_model
-
-    from lofit.llm.checkpoint import save_model
-
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 24}
     sizes |= {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64}
-    save_model(
-        random_model(dataclasses.replace(tiny_config, **sizes)), tmp_path / "big", torch.bfloat16
-    )
+    save_model(random_model(replace(tiny_config, **sizes)), tmp_path / "big", torch.bfloat16)
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed memory goes back at once
     peak = {}
     for way in ("nf4", "plain"):

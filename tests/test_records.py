@@ -16,6 +16,7 @@ from lofit.studies.cells import folder_of
 from lofit.studies.records import Records, Run, pack, spent, unpack
 
 RUN = Run("select", "m/tiny", "mquake", "data", 1, "float32", by="scales")
+TRAINED = Run("train", "m/tiny", "mquake", "data", 1, "float32", "lofit", "scales", "3%")
 MADE = {"seconds": 1.0, "device": "cpu"}
 ADD = """
 import sys
@@ -73,19 +74,15 @@ def test_seconds_leave_out_the_time_after_a_kill(tmp_path):
 
 
 def test_a_second_script_adds_to_the_line_of_its_run(tmp_path):
-    records = Records(tmp_path)
-    run = Run("train", "m/tiny", "mquake", "data", 1, "float32", "lofit", "scales", "3%")
+    assert pack([0.0, 1.0, 1.0]) == "011" and unpack("011") == [0, 1, 1]  # digits if 0 or 1
+    assert pack([0.0, 0.33333]) == [0.0, 0.3333] and unpack([0.5, 1]) == [0.5, 1.0]
+    records, run = Records(tmp_path), TRAINED
     for script, found in (("train.py", {"val": {"em": 0.5}}), ("eval.py", {"hits": {"em": "01"}})):
         records.add(run, {script: found | MADE})
     (line,) = (tmp_path / "tiny.jsonl").read_text().splitlines()
     assert json.loads(line)["seconds"] == {"train.py": 1.0, "eval.py": 1.0}
     assert records.of(run)["val"] == {"em": 0.5} and records.done(run, "eval.py")
     assert Records(tmp_path).of(run) == records.of(run)
-
-
-def test_hits_are_digits_where_they_are_0_or_1():
-    assert pack([0.0, 1.0, 1.0]) == "011" and unpack("011") == [0, 1, 1]
-    assert pack([0.0, 0.33333]) == [0.0, 0.3333] and unpack([0.5, 1]) == [0.5, 1.0]
 
 
 def test_a_line_that_is_no_run_is_named(tmp_path):
@@ -98,7 +95,7 @@ def test_a_line_that_is_no_run_is_named(tmp_path):
 
 
 def test_flags_of_one_step_and_of_the_other_have_folders_of_their_own():
-    run = Run("train", "m/tiny", "mquake", "data", 1, "float32", "lofit", "scales", "3%")
+    run = TRAINED
     more = [{"select": "--epochs 5"}, {"train": "--epochs 5"}, {"heads_of": "--epochs 5"}]
     folders = {folder_of(replace(run, **fields)) for fields in ({}, *more)}
     assert len(folders) == 4
@@ -106,8 +103,7 @@ def test_flags_of_one_step_and_of_the_other_have_folders_of_their_own():
 
 def test_a_test_of_other_offsets_than_the_recorded_is_refused(tmp_path):
     """As after a training that was made again on another machine."""
-    records = Records(tmp_path)
-    run = Run("train", "m/tiny", "mquake", "data", 1, "float32", "lofit", "scales", "3%")
+    records, run = Records(tmp_path), TRAINED
     records.add(run, {"train.py": MADE | {"offsets_hash": ["a1", "c3"]}})
     # of both folds; or of one, on another task
     for kind, tested, same in (("train", "", ["a1", "c3"]), ("asked", "clutrr", "a1")):

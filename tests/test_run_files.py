@@ -16,7 +16,7 @@ from lofit.files import read_tensors, write_tensors
 from lofit.heads import attach_offsets, attached_offsets, edits_off
 from lofit.llm.checkpoint import load_model
 from lofit.llm.generate import generate
-from lofit.run.files import find_edits, load_offsets, save_offsets
+from lofit.run.files import find_edits, load_offsets, read_results, save_heads, save_offsets
 from lofit.run.tuned import open_tuned
 
 TRAIN = ["--epochs", "1", "--lr", "1", "--heads", "random", "--top", "3"]
@@ -51,6 +51,10 @@ def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys):
     lines = [json.loads(line) for line in (both / "predictions.jsonl").open()]
     assert {"base", str(a), str(b)} <= lines[0].keys()
     assert f"{b}: 3 heads, 24 trained values" in printed
+    # trained again otherwise, with the same heads: the old results are of other offsets
+    assert read_results(a)["scores"]["tuned"]
+    train.main([*flags, *TRAIN, "--lr", "0.1", "--run", str(a)])
+    assert read_results(a) is None
 
 
 def test_an_adapter_in_the_hubs_cache(tiny, tiny_folder, tmp_path, monkeypatch):
@@ -68,22 +72,6 @@ def test_an_adapter_in_the_hubs_cache(tiny, tiny_folder, tmp_path, monkeypatch):
     assert str(found.folder_to_write) == "."  # not the hub's cache
 
 
-def test_offsets_come_back_and_are_small(tiny, tmp_path):
-    heads, v = [(2, 1), (0, 3), (2, 0)], torch.randn(3, 8)
-    attach_offsets(tiny, heads, v)
-    save_offsets(tmp_path / "mine.safetensors", tiny)
-    before = attached_offsets(tiny)
-    attach_offsets(tiny, [(0, 0)], torch.zeros(1, 8))
-    info = load_offsets(tmp_path / "mine.safetensors", tiny)
-    after = attached_offsets(tiny)
-    assert after[0] == before[0] and torch.equal(after[1], before[1])
-    assert info["trained_values"] == 24 and info["model"] == tiny.source.name
-    assert (tmp_path / "mine.safetensors").stat().st_size < 1000
-
-
-# What is wrong with a run -> what load_offsets says
-
-
 @pytest.mark.parametrize(
     ("changed", "tensors", "message"),
     [
@@ -97,7 +85,9 @@ def test_offsets_come_back_and_are_small(tiny, tmp_path):
         ({}, {"heads": torch.tensor([[0, 9]] * 5)}, "there is no head 9 in layer 0"),
         ({}, {"heads": torch.tensor([[0, 1]] * 5)}, "none of them twice"),
         ({}, {"heads": torch.tensor([0, 1])}, "missing or malformed"),
-        ({}, {"offsets": torch.full((5, 8), float("nan"))}, "offsets is not finite"),
+        ({}, {"heads": torch.tensor([[0, 1, 1]] * 5)}, "malformed"),
+        ({}, {"offsets": torch.full((5, 8), float("nan"))}, "offsets is not finite; train again"),
+        ({}, {"offsets": torch.full((5, 8), float("inf"))}, "offsets is not finite; train again"),
         ({}, {"offsets": torch.zeros(5, 7)}, r"shape \[5, 7\], this model needs \[5, 8\]"),
         ({}, {"offsets": torch.zeros(4, 8)}, r"shape \[4, 8\], this model needs \[5, 8\]"),
     ],
@@ -109,22 +99,20 @@ def test_malformed_offsets_end_in_one_line(tiny, tiny_folder, tmp_path, changed,
     write_tensors(path, before | tensors, info | changed)
     with pytest.raises(InputError, match=message) as caught:
         load_offsets(tmp_path / "run", tiny)
-    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not attached_offsets(tiny)[0]  # the model is as it was
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ([], "offsets.safetensors: no such file; run train.py first"),
-        (["heads.json"], "only step 1 was run; run train.py first"),
-    ],
-)
-def test_what_holds_no_offsets_is_refused(tmp_path, files, message):
-    for name in files:
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match=message):
+def test_what_holds_no_offsets_is_refused(tmp_path):
+    with pytest.raises(InputError, match="offsets.safetensors: no such file; run train.py first"):
         find_edits(tmp_path)
+    (tmp_path / "heads.json").write_text("{}")
+    with pytest.raises(InputError, match="only step 1 was run; run train.py first"):
+        find_edits(tmp_path)
+    scores = torch.tensor([[1.0, float("nan")]])
+    with pytest.raises(InputError, match="a head's score is not finite"):
+        save_heads(tmp_path / "new" / "heads.json", [(0, 0)], scores, {})
+    assert not (tmp_path / "new").exists()
 
 
 # The paper's released checkpoints

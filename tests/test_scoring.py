@@ -34,12 +34,6 @@ def test_target_losses_are_those_of_all_logits(tiny):
     assert difference(by_text, -torch.stack([want[0] + want[1], want[2]])) < 1e-5
 
 
-def test_padding_does_not_change_the_loss(tiny):
-    alone = [target_losses(tiny, collate([row], "cpu")) for row in ROWS]
-    together = target_losses(tiny, collate(ROWS, "cpu"))
-    assert difference(together, torch.cat(alone)) < 1e-5
-
-
 def test_many_logits_are_made_in_parts(tiny, monkeypatch):
     """The same losses and gradients, never more logits at once than allowed."""
 

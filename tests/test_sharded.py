@@ -14,7 +14,7 @@ from lofit.distributed import Sharded, join
 from lofit.heads import attach_offsets, attach_scales, random_init
 from lofit.llm.batches import collate
 from lofit.llm.checkpoint import load_model, save_model
-from lofit.llm.config import FULL, ModelConfig
+from lofit.llm.config import ModelConfig
 from lofit.llm.generate import generate
 from lofit.llm.scoring import target_losses
 
@@ -23,7 +23,6 @@ CONFIG = ModelConfig(
     vocab_size=101, hidden_size=31, intermediate_size=45, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
     rms_norm_eps=1e-5, eos_token_id=(2,),
-    rope_parameters={FULL: {"rope_type": "default", "rope_theta": 1e4}},
 )  # fmt: skip
 KINDS = {"untied": CONFIG, "tied": replace(CONFIG, tie_word_embeddings=True)}
 

@@ -21,26 +21,17 @@ SCORES = torch.tensor([[0.0, 1.0, 0.5], [0.2, 0.0, 0.9]])
 
 def test_head_map_has_the_last_layer_on_top():
     lines = head_map(SCORES, [(0, 1), (1, 2)]).splitlines()
-    assert lines[0] == "layer   1 |.   #| 1"
-    assert lines[1] == "layer   0 |  # -| 1"
-    assert "head 0 .. 2" in lines[2]
-
-
-def test_head_map_of_equal_zero_scores():
+    assert lines[:2] == ["layer   1 |.   #| 1", "layer   0 |  # -| 1"] and "head 0 .. 2" in lines[2]
     assert "#" in head_map(torch.zeros(1, 2), [(0, 0)])
 
 
-def test_head_map_as_a_picture(tmp_path):
+def test_head_map_as_a_picture_and_no_old_one_without_matplotlib(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib", reason='needs pip install -e ".[plot]"')
-    assert save_picture(tmp_path / "heads.png", SCORES, [(0, 1)], "title") == ", heads.png"
-    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_no_picture_without_matplotlib_and_no_old_one(monkeypatch, tmp_path):
-    (tmp_path / "heads.png").touch()
+    path = tmp_path / "heads.png"
+    assert save_picture(path, SCORES, [(0, 1)], "title") == ", heads.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert save_picture(tmp_path / "heads.png", SCORES, [(0, 1)], "title") == ""
-    assert not (tmp_path / "heads.png").exists()
+    assert save_picture(path, SCORES, [(0, 1)], "title") == "" and not path.exists()
 
 
 def test_bootstrap_interval_is_the_textbooks():
@@ -54,68 +45,49 @@ def test_bootstrap_interval_is_the_textbooks():
 
 
 def test_results_table():
-    differences = {
-        "em": {"value": 0.75, "ci95": [0.7, 0.8]},
-        "old_answer": {"value": -0.5, "ci95": [-0.6, -0.4]},
-    }
-    scores = {
-        "base": {"em": 0.125, "old_answer": 0.5},
-        "tuned": {"em": 0.875, "old_answer": 0.0},
-    }
-    results = {"scores": scores, "differences": {"tuned": differences}}
-    lines = results_table(results).splitlines()
-    assert lines[1].split() == ["em", "12.5%", "87.5%", "+75.0", "[+70.0,", "+80.0]"]
-    assert lines[2].split() == ["old_answer", "50.0%", "0.0%", "-50.0", "[-60.0,", "-40.0]"]
-    assert results_table({"scores": {"base": scores["base"]}}).splitlines()[1].split() == [
-        "em", "12.5%",
-    ]  # fmt: skip
+    differences = {"em": {"value": 0.75, "ci95": [0.7, 0.8]}}
+    differences["old_answer"] = {"value": -0.5, "ci95": [-0.6, -0.4]}
+    scores = {"base": {"em": 0.125, "old_answer": 0.5}, "tuned": {"em": 0.875, "old_answer": 0.0}}
+    table = results_table({"scores": scores, "differences": {"tuned": differences}}).splitlines()
+    assert table[1].split() == ["em", "12.5%", "87.5%", "+75.0", "[+70.0,", "+80.0]"]
+    assert table[2].split() == ["old_answer", "50.0%", "0.0%", "-50.0", "[-60.0,", "-40.0]"]
+    alone = results_table({"scores": {"base": scores["base"]}}).splitlines()
+    assert alone[1].split() == ["em", "12.5%"]
 
 
-def test_by_answer_counts_what_was_generated():
+def by(examples, base, task=TASK):
+    """by_answer's (most frequent answer, its share, how often each was given)."""
+    rows = [{"prediction": x} if isinstance(x, str) else {"log_probs": x} for x in base]
+    found = by_answer(task, examples, {"base": rows})
+    return found and (*found["always"].values(), found["given"]["base"])
+
+
+def test_by_answer_counts_what_was_generated_or_is_most_probable():
     options = {"right": (" true",), "wrong": (" false",)}
     examples = [Example("Q:", " true", references=(" true",), **options)] * 3
-    said = ["true", "so false, not true", "untold"]
-    found = by_answer(TASK, examples, {"base": [{"prediction": text} for text in said]})
-    assert found["always"] == {"answer": "true", "share": 1}
-    assert found["given"] == {"base": {"false": 1, "true": 1, "other": 1}}
-
-
-def test_by_answer_counts_the_most_probable_option():
-    examples = [
-        Example("Q:", right, right=(right,), wrong=wrong)
-        for right, wrong in ((" a", (" b", " c")), (" b", (" a", " c")))
-    ]
-    rows = [{"log_probs": {"right": [-2.0], "wrong": wrong}} for wrong in ([-3, -1], [-1, -3])]
-    found = by_answer(TASK, examples, {"base": rows, "tuned": rows})
-    assert found["given"]["tuned"] == {"a": 1, "b": 0, "c": 1, "other": 0}
-    assert found["always"]["share"] == 0.5
+    found = by(examples, ["true", "so false, not true", "untold"])
+    assert found == ("true", 1, {"false": 1, "true": 1, "other": 1})
+    numbers = [Example("Q:", f" {n} + 0 = {n}", value=n) for n in (1200, 1200, 3.0)]
+    found = by(numbers, ["1,200.0", "0 and 3", "none"])
+    assert found == ("1200", 2 / 3, {"1200": 1, "3": 1, "other": 1})
+    choices = [Example("Q:", right, right=(right,), wrong=wrong)
+               for right, wrong in ((" a", (" b", " c")), (" b", (" a", " c")))]  # fmt: skip
+    found = by(choices, [{"right": [-2.0], "wrong": wrong} for wrong in ([-3, -1], [-1, -3])])
+    assert found[1:] == (0.5, {"a": 1, "b": 0, "c": 1, "other": 0})
 
 
 def test_by_answer_of_texts_leaves_case_out_and_skips_free_answers():
     examples = [Example("Q:", f" Word{i % 20}", references=("x",)) for i in range(40)]
-    rows = [{"prediction": "word3"}] * 39 + [{"prediction": "none of them"}]
-    given = by_answer(TASK, examples, {"base": rows})["given"]["base"]
+    given = by(examples, ["word3"] * 39 + ["none of them"])[2]
     assert (given["Word3"], given["other"], sum(given.values())) == (39, 1, 40)
-    one_more = [*examples, Example("Q:", "another", references=("x",))]
-    assert by_answer(TASK, one_more, {"base": [*rows, rows[0]]}) == {}
-
-
-def test_by_answer_of_numbers_counts_values():
-    examples = [Example("Q:", f" {n} + 0 = {n}", value=n) for n in (1200, 1200, 3.0)]
-    rows = [{"prediction": text} for text in ("1,200.0", "0 and 3", "none")]
-    found = by_answer(TASK, examples, {"base": rows})
-    assert found["always"] == {"answer": "1200", "share": 2 / 3}
-    assert found["given"]["base"] == {"1200": 1, "3": 1, "other": 1}
+    assert by([*examples, Example("Q:", "another", references=("x",))], ["word3"] * 41) == {}
 
 
 def test_by_group():
     examples = [Example("Q:", "a", group=f"depth {d}") for d in (10, 9, 9)]
     scored = {"base": [{"em": em} for em in (0.0, 1.0, 0.0)]}
-    assert by_group(examples, scored, ("em",)) == {
-        "groups": {
-            "depth 9": {"n": 2, "base": {"em": 0.5}},
-            "depth 10": {"n": 1, "base": {"em": 0}},
-        }
-    }
-    assert list(by_group(examples, scored, ("em",))["groups"]) == ["depth 9", "depth 10"]
+    groups = by_group(examples, scored, ("em",))["groups"]
+    assert list(groups.items()) == [
+        ("depth 9", {"n": 2, "base": {"em": 0.5}}), ("depth 10", {"n": 1, "base": {"em": 0}})
+    ]  # fmt: skip
     assert by_group([Example("Q:", "a")], {"base": scored["base"][:1]}, ("em",)) == {}

@@ -59,20 +59,27 @@ def test_eval_takes_what_was_trained_last_and_says_so(flags, capsys):
 
 
 def test_results_of_other_splits_and_of_the_base_alone_replace_nothing(flags):
-    train.main([*flags, *FAST, "--heads", "random"])
-    eval_script.main(flags)
-    before = open("runs/tiny/mquake-random/results.json").read()
-    run = ["--run", "runs/tiny/mquake-random"]
-    for extra in (["--split", "val"], ["--base-only"], ["--split", "val", "--base-only"]):
+    def lines(name):
+        with open(f"runs/tiny/own/predictions{name}.jsonl") as found:
+            return [json.loads(line) for line in found]
+
+    run = ["--run", "runs/tiny/own"]
+    eval_script.main([*flags, *run, "--split", "val", "--base-only"])  # needs no offsets
+    train.main([*flags, "--epochs", "2", "--lr", "1", "--heads", "all", *run])
+    eval_script.main([*flags, *run])
+    before = open("runs/tiny/own/results.json").read()
+    for extra in (["--split", "val"], ["--base-only"]):
         eval_script.main([*flags, *run, *extra])
-    assert open("runs/tiny/mquake-random/results.json").read() == before
-    names = ("results-val.json", "results-base.json", "results-val-base.json")
-    found = [read("runs/tiny/mquake-random", name) for name in names]
-    assert [f["split"] for f in found] == ["val", "test", "val"]
+    assert open("runs/tiny/own/results.json").read() == before
+    found = [read(run[1], f"results{name}.json") for name in ("-val", "-base", "-val-base")]
+    assert [(f["split"], f["n"]) for f in found] == [("val", 12), ("test", 20), ("val", 12)]
     assert ["tuned" in f["scores"] for f in found] == [True, False, False]
+    assert not found[2]["adapters"]
+    base = [[line["base"] for line in lines(name)] for name in ("-val", "-val-base")]
+    assert base[0] == base[1] != [line["tuned"] for line in lines("-val")]
 
 
-def test_heads_chosen_again_make_old_offsets_unusable(flags):
+def test_heads_chosen_again_make_old_offsets_unusable(flags, tmp_path):
     select_heads.main([*flags, *FAST, "--heads", "2"])
     train.main([*flags, *FAST])
     select_heads.main([*flags, *FAST, "--heads", "2"])  # the same heads: the same file
@@ -83,6 +90,11 @@ def test_heads_chosen_again_make_old_offsets_unusable(flags):
     ):
         eval_script.main(flags)
     eval_script.main([*flags, "--offsets", "runs/tiny/mquake"])
+    # heads.json may be missing beside offsets that were copied alone
+    (tmp_path / "copy").mkdir()
+    shutil.copy("runs/tiny/mquake/offsets.safetensors", tmp_path / "copy")
+    eval_script.main([*flags, "--run", str(tmp_path / "copy")])
+    assert (tmp_path / "copy" / "results.json").exists()
     train.main([*flags, *FAST])
     eval_script.main(flags)
 
@@ -178,13 +190,3 @@ def test_texts_that_the_tokenizer_cannot_read_are_refused(tmp_path, monkeypatch)
     task = own_task(tmp_path / "foreign", " Wasserfall Straßenbahn Eichhörnchen Zwiebel")
     with pytest.raises(InputError, match="of the tokens are unknown to this model's tokenizer"):
         train.main(["--model", str(MINI), "--task", task, "--heads", "all", *FAST])
-
-
-def test_a_copied_run_keeps_its_offsets(flags, tmp_path):
-    """heads.json may be missing beside offsets that were copied alone."""
-    select_heads.main([*flags, *FAST, "--heads", "2"])
-    train.main([*flags, *FAST])
-    (tmp_path / "copy").mkdir()
-    shutil.copy("runs/tiny/mquake/offsets.safetensors", tmp_path / "copy")
-    eval_script.main([*flags, "--run", str(tmp_path / "copy")])
-    assert (tmp_path / "copy" / "results.json").exists()

