@@ -53,6 +53,11 @@ def join(device: str) -> str:
     return f"cuda:{own}"
 
 
+def wait() -> None:
+    """Go on when all processes have come here."""
+    dist.barrier()
+
+
 def spread(work: Callable[[list], list], items: list) -> list:
     """work(items), a share in each process; what it gives for each item, in their order."""
     rank, n = dist.get_rank(), dist.get_world_size()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 from lofit.errors import InputError
 
@@ -62,14 +62,6 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], info: dict) -> N
     """safetensors, with `info` as JSON under the header's key "lofit"."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write(path, save(tensors, {"lofit": json.dumps(info)}))
-
-
-def save_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Tensors for other programs, in a folder that is renamed when it is whole."""
-    path.touch()  # `save_file` makes files that nobody else may read: keep the usual permissions
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})  # without it transformers refuses a file
-    path.chmod(mode)
 
 
 @contextmanager

@@ -23,9 +23,10 @@ SEES_GPU, HAS_GPU = dict(os.environ), torch.cuda.is_available()
 
 from lofit.heads import attach_offsets  # noqa: E402
 from lofit.llm.batches import IGNORE, Batch  # noqa: E402
-from lofit.llm.checkpoint import load_model, save_model  # noqa: E402
+from lofit.llm.checkpoint import load_model  # noqa: E402
 from lofit.llm.config import ModelConfig  # noqa: E402
 from lofit.llm.model import CausalLM  # noqa: E402
+from lofit.llm.save import save_model  # noqa: E402
 from lofit.run.files import VERSION, save_edits  # noqa: E402
 
 

@@ -13,7 +13,8 @@ from conftest import LOUD_MODELS, MINI, REPO, difference
 from safetensors.torch import load_file, save_file
 
 from lofit.errors import InputError
-from lofit.llm.checkpoint import digest, fingerprint, load_model, save_model
+from lofit.llm.checkpoint import digest, fingerprint, load_model
+from lofit.llm.save import save_model
 from lofit.run.setup import pick_dtype
 
 IDS = torch.tensor([[1, 5, 9, 33, 7]])

@@ -11,6 +11,7 @@ import torch
 from lofit.errors import InputError
 from lofit.llm.config import FULL, SLIDING, ModelConfig
 from lofit.llm.rope import cos_sin
+from lofit.llm.save import hf_config
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128,
@@ -38,7 +39,7 @@ def test_rope_spellings_are_read_and_written_alike(spelling):
     assert config.rope_parameters[FULL] == SCALING | {
         "rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 4096
     }  # fmt: skip
-    written = config.to_hf()
+    written = hf_config(config)
     for keys in ((), ("rope_parameters",), ("rope_theta", "rope_scaling")):  # one spelling only
         assert ModelConfig.from_hf({k: v for k, v in written.items() if k not in keys}) == config
 
@@ -66,7 +67,7 @@ def test_gemma_3_spellings_are_read_alike():
     assert new.rope_parameters == NEW_ROPE["rope_parameters"]
     assert ModelConfig.from_hf(GEMMA_3 | OLD_ROPE | {"sliding_window_pattern": 6}) == new
     assert ModelConfig.from_hf(GEMMA_3 | OLD_ROPE) == new
-    written = new.to_hf()
+    written = hf_config(new)
     assert ModelConfig.from_hf(written) == new
     del written["rope_parameters"]
     assert ModelConfig.from_hf(written) == new
@@ -100,7 +101,7 @@ def test_defaults_of_gemma_2_and_what_a_file_changes():
     other = ModelConfig.from_hf(raw | {"attn_logit_softcapping": None, "hidden_act": "gelu"})
     assert other.attn_logit_softcapping is None
     assert other.hidden_act == "gelu_pytorch_tanh"  # whatever the file says
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_hf(hf_config(config)) == config
 
 
 BOTH = NEW_ROPE["rope_parameters"]
@@ -154,7 +155,7 @@ def test_defaults_of_qwen_and_mistral():
     assert ModelConfig.from_hf(mistral | {"sliding_window": None}).layer_types == ()
     assert ModelConfig.from_hf(SIZES | {"model_type": "qwen3"}).head_dim == 128
     for raw in (qwen, mistral, qwen | {"use_sliding_window": True, "max_window_layers": 1}):
-        assert ModelConfig.from_hf(ModelConfig.from_hf(raw).to_hf()) == ModelConfig.from_hf(raw)
+        assert ModelConfig.from_hf(hf_config(ModelConfig.from_hf(raw))) == ModelConfig.from_hf(raw)
 
 
 REFUSED = [  # what stands in the file -> what the error says

@@ -10,7 +10,8 @@ from lofit import load_tokenizer
 from lofit.errors import InputError
 from lofit.heads import attach_offsets
 from lofit.inspect import explain
-from lofit.llm.checkpoint import load_model, save_model
+from lofit.llm.checkpoint import load_model
+from lofit.llm.save import save_model
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ from lofit.errors import InputError
 from lofit.export import formats
 from lofit.files import read_tensors, write_tensors
 from lofit.heads import edits_off
-from lofit.llm.checkpoint import load_model, save_model
+from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import generate_all
+from lofit.llm.save import save_model
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.files import VERSION, save_edits
 from lofit.tasks import mquake

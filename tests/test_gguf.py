@@ -11,7 +11,7 @@ from conftest import MINI_GEMMA, make_run, random_model, run_export
 from lofit.errors import InputError
 from lofit.export import gguf
 from lofit.export.folding import fold
-from lofit.llm.checkpoint import save_model
+from lofit.llm.save import save_model
 from lofit.run.tuned import open_tuned
 
 NEEDS = 'needs pip install -e ".[gguf]"'

@@ -16,6 +16,7 @@ from lofit.llm.batches import collate
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import prefill
 from lofit.llm.model import KVCache
+from lofit.llm.save import hf_config
 from lofit.llm.scoring import target_losses
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.llm.tree import pack
@@ -126,7 +127,7 @@ def test_what_does_not_fit_is_told_what_would(tmp_path, capsys):
     """Of a model of 1.2 GB in bf16."""
     sizes = {"hidden_size": 1024, "intermediate_size": 24576, "num_hidden_layers": 8}
     config = replace(CONFIG, **sizes)
-    write_json(tmp_path / "config.json", config.to_hf())
+    write_json(tmp_path / "config.json", hf_config(config))
     flags = ["--model", tmp_path, "--length", 100, "--batch-size", 16, "--memory"]
     _, found, cures = printed(capsys, *flags, 4)
     assert found["fits 4 GB"] == "yes" and not cures

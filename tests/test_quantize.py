@@ -16,8 +16,9 @@ import eval as evaluate
 import train
 from lofit.errors import InputError
 from lofit.heads import attach_offsets, edits_off
-from lofit.llm.checkpoint import load_model, save_model
+from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
+from lofit.llm.save import save_model
 
 bnb = pytest.importorskip("bitsandbytes", reason='needs pip install -e ".[test]"')
 from lofit.quantize import Quantized, dequantized  # noqa: E402

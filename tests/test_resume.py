@@ -12,7 +12,7 @@ from conftest import MINI, random_model
 
 import select_heads
 import train
-from lofit.llm.checkpoint import save_model
+from lofit.llm.save import save_model
 from lofit.objectives import CrossEntropy, Preference
 from lofit.run.files import save_results
 

@@ -14,7 +14,8 @@ import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
-from lofit.llm.checkpoint import load_model, save_model
+from lofit.llm.checkpoint import load_model
+from lofit.llm.save import save_model
 
 FAST = ["--epochs", "1", "--lr", "0.05"]
 

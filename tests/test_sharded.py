@@ -13,9 +13,10 @@ from test_parallel import alone, assert_same, calls, flags  # noqa: F401
 from lofit.distributed import Sharded, join
 from lofit.heads import attach_offsets, attach_scales, random_init
 from lofit.llm.batches import collate
-from lofit.llm.checkpoint import load_model, save_model
+from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
 from lofit.llm.generate import generate
+from lofit.llm.save import save_model
 from lofit.llm.scoring import target_losses
 
 # 2 processes divide none of these but the heads

@@ -17,7 +17,7 @@ import select_heads
 import train
 from data import download, listops, sources
 from lofit.errors import InputError
-from lofit.llm.checkpoint import save_model
+from lofit.llm.save import save_model
 from lofit.tasks import find_tasks, last_number, own
 from lofit.tasks.own import NAMED
 

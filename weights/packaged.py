@@ -24,8 +24,9 @@ import torch
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import read_json, save_weights, write, write_json
+from lofit.files import read_json, write, write_json
 from lofit.llm.hub import SINGLE
+from lofit.llm.save import save_weights
 
 HERE = Path(__file__).parent
 GGUF = "model.gguf"

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 from data.world import World
 from lofit.files import read_tensors, write_json, write_tensors
-from lofit.llm.checkpoint import save_model
 from lofit.llm.config import ModelConfig
 from lofit.llm.model import CausalLM
+from lofit.llm.save import save_model
 from lofit.llm.tokenizer import load_tokenizer
 from weights.corpus import EARLY, LATE, Corpus
 from weights.probes import run_probes

@@ -26,10 +26,11 @@ from lofit.export import gguf
 from lofit.export.card import model_card
 from lofit.export.check import check, find_prompts
 from lofit.export.folding import fold, shifts
-from lofit.files import read_json, save_weights, write, write_json
+from lofit.files import read_json, write, write_json
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES, HEAD
 from lofit.llm.hub import LICENCES, find_folder
+from lofit.llm.save import hf_config, save_weights
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.files import edit_tensors
 from lofit.run.tuned import Tuned, open_tuned
@@ -67,7 +68,7 @@ def write_hf(tuned: Tuned, out: Path) -> None:
         del weights[HEAD]
     huggingface_hub.save_torch_state_dict(weights, out)
     name = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    config = model.config.to_hf() | {"dtype": name, "torch_dtype": name}
+    config = hf_config(model.config) | {"dtype": name, "torch_dtype": name}
     # what else a file of the same class says changes no logit, but other programs may look for it
     same = raw["model_type"] == model.config.model_type
     write_json(out / "config.json", (raw if same else {}) | config)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lofit.errors import InputError
-from lofit.files import open_tensors, save_weights
+from lofit.files import open_tensors
 from lofit.llm.config import PLAIN_CURE, ModelConfig
-from lofit.llm.hub import SINGLE, commit_of, find_folder, weight_files, what_it_is
+from lofit.llm.hub import commit_of, find_folder, weight_files, what_it_is
 from lofit.llm.model import CausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -199,15 +199,3 @@ def fingerprint(digests: dict[str, str], config: ModelConfig) -> str:
             del made[field.name]
     text = json.dumps([made, digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def save_model(model: CausalLM, folder: Path, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors in HF's format (tied weights once)."""
-    weights = {k: v.to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del weights[HEAD]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(folder / SINGLE, weights)
-    name = str(dtype).removeprefix("torch.")
-    config = model.config.to_hf() | {"dtype": name, "torch_dtype": name}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

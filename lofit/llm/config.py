@@ -4,12 +4,12 @@ Data only: every difference between the supported models is a field here, never 
 model's name. Files written by transformers 4 (`rope_theta` + `rope_scaling`) and by transformers 5
 (`rope_parameters`) give the same config; so does the text part of a multimodal Gemma 3.
 
-A new family is a row in DEFAULTS, ALWAYS and ARCHITECTURES, and a row in tests/conftest.py, which
-compares its logits with stock transformers'.
+A new family is a row in DEFAULTS and ALWAYS, its name in save.py, and a row in tests/conftest.py,
+which compares its logits with stock transformers'.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lofit.errors import InputError
@@ -59,11 +59,6 @@ ALWAYS = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norms": True},
 }
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM", "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-}  # fmt: skip
 # Keys by which files say that their weights are no plain numbers, even where they are stored as
 # floats: BitNet's are rounded as the model runs.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
@@ -177,38 +172,8 @@ class ModelConfig:
         """FULL or SLIDING."""
         return self.layer_types[layer] if self.layer_types else FULL
 
-    def to_hf(self) -> dict:
-        """`config.json` as a dict, with RoPE in both the transformers-4 and -5 spelling."""
-        raw = asdict(self) | {"architectures": [ARCHITECTURES[self.model_type]]}
-        for key in _ONLY_OURS:
-            del raw[key]
-        if not self.model_type.startswith(("gemma2", "gemma3")):  # their files have none of these
-            for key in _GEMMA_EXTRAS:
-                del raw[key]
-            if not self.model_type.startswith("qwen") or not self.layer_types:
-                del raw["layer_types"]  # transformers refuses an empty list
-            if self.model_type in ("llama", "gemma"):
-                del raw["sliding_window"]
-            elif self.model_type != "mistral":
-                raw["use_sliding_window"] = SLIDING in self.layer_types
-        eos = list(self.eos_token_id) or None
-        raw["eos_token_id"] = eos[0] if eos and len(eos) == 1 else eos
-        rope = self.rope_parameters[FULL]
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        raw["rope_theta"] = rope["rope_theta"]
-        raw["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
-        if self.model_type != "gemma3_text":
-            raw["rope_parameters"] = rope
-        elif SLIDING in self.rope_parameters:
-            raw["rope_local_base_freq"] = self.rope_parameters[SLIDING]["rope_theta"]
-        return raw
 
-
-_ONLY_OURS = (
-    "norm_adds_one", "scale_embeddings", "sandwich_norms", "qk_norms", "qkv_bias",
-    "stored_in_4_bits",
-)  # fmt: skip
-_GEMMA_EXTRAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+GEMMA_EXTRAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 def _is_number(value: object) -> bool:
@@ -239,7 +204,7 @@ def _complete(raw: dict) -> dict:
     """The values that a file may leave to its reader, in our form."""
     n_heads, types, eos = raw["num_attention_heads"], _layer_types(raw), raw.get("eos_token_id")
     some = {k: v for k, v in raw.items() if v is not None}  # null means: as if it was not there
-    keep_null = {key: raw.get(key) for key in _GEMMA_EXTRAS}  # but for Gemma 2's caps: none
+    keep_null = {key: raw.get(key) for key in GEMMA_EXTRAS}  # but for Gemma 2's caps: none
     return some | keep_null | {
         "num_key_value_heads": raw.get("num_key_value_heads") or n_heads,
         "head_dim": raw.get("head_dim") or raw["hidden_size"] // n_heads,

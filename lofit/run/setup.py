@@ -95,7 +95,7 @@ def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterat
     are locked while they last. What can be checked is checked here, before work begins."""
     tasks, processes, way, device = find_tasks(args.task), "", Whole, args.device
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
-        from lofit.distributed import Sharded, join
+        from lofit.distributed import Sharded, join, wait
 
         device, processes = join(device), "sharded" if args.shard else "shared"
         way = Sharded if args.shard else Whole
@@ -121,6 +121,8 @@ def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterat
     runs = _runs(args, first, tasks, suffix)
     try:
         yield runs
+        if processes:
+            wait()  # what the first process wrote is there for all
     finally:
         runs.close()  # in a notebook the process lives on: unlock the folder, whatever happened
 

@@ -36,8 +36,9 @@ from lofit.fast.decoding import GraphedDecoding, compiled_step  # noqa: E402
 from lofit.fast.graphs import GraphedObjective  # noqa: E402
 from lofit.files import read_json, read_tensors  # noqa: E402
 from lofit.heads import attach_offsets, attach_scales, every_head, head_grid, random_init  # noqa: E402, E501
-from lofit.llm.checkpoint import DTYPES, save_model  # noqa: E402
+from lofit.llm.checkpoint import DTYPES  # noqa: E402
 from lofit.llm.generate import Decoding, generate  # noqa: E402
+from lofit.llm.save import save_model  # noqa: E402
 from lofit.objectives import CrossEntropy  # noqa: E402
 
 MINI = REPO / "weights" / "mini-llama"

@@ -10,12 +10,13 @@ from peft import LoraConfig, get_peft_model
 
 from lofit.heads import Head
 from lofit.llm.model import CausalLM
+from lofit.llm.save import hf_config
 
 
 def hf_twin(model: CausalLM) -> transformers.LlamaForCausalLM:
     """Stock transformers around the very tensors of a model of ours, frozen: no weight is drawn or
     copied."""
-    config = transformers.LlamaConfig(**model.config.to_hf())
+    config = transformers.LlamaConfig(**hf_config(model.config))
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         twin = transformers.LlamaForCausalLM(config)
