@@ -40,17 +40,17 @@ def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys):
     capsys.readouterr()
     eval_script.main([*flags, "--run", str(both), "--offsets", str(a), str(b)])
     results, printed = read(both / "results.json"), capsys.readouterr().out
-    assert list(results["adapters"]) == [str(a), str(b)]
+    assert list(results["adapters"]) == ["a", "b"]
     assert results["scores"]["base"] == alone["scores"]["base"]
-    assert results["scores"][str(a)] == alone["scores"]["tuned"]
-    assert results["differences"][str(a)] == alone["differences"]["tuned"]
-    assert results["adapters"][str(a)] | {"offsets": ""} == (
+    assert results["scores"]["a"] == alone["scores"]["tuned"]
+    assert results["differences"]["a"] == alone["differences"]["tuned"]
+    assert results["adapters"]["a"] | {"offsets": ""} == (
         alone["adapters"]["tuned"] | {"offsets": ""}
     )
     assert [found["seed"] for found in results["adapters"].values()] == [42, 1]
     lines = [json.loads(line) for line in (both / "predictions.jsonl").open()]
-    assert {"base", str(a), str(b)} <= lines[0].keys()
-    assert f"{b}: 3 heads, 24 trained values" in printed
+    assert {"base", "a", "b"} <= lines[0].keys()
+    assert "b: 3 heads, 24 trained values" in printed
     # trained again otherwise, with the same heads: the old results are of other offsets
     assert read_results(a)["scores"]["tuned"]
     train.main([*flags, *TRAIN, "--lr", "0.1", "--run", str(a)])

@@ -20,6 +20,7 @@ PAGE = REPO / "docs" / "lesson.md"
 PICTURE, NOTEBOOK = PAGE.with_suffix(".svg"), PAGE.with_suffix(".ipynb")
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```\n(.*?)```\n)?", re.S)
 IMAGE = re.compile(r"(!\[[^]]*\]\()([\w.-]+\.svg)\)")
+SHOWN = ("base", "13 random heads", "the first 13")  # of section 7's table
 CELL, BAR = 20, 28  # pixels: a head of the map, and from one bar to the next
 
 
@@ -48,7 +49,8 @@ def fill(text: str, printed: list[str]) -> str:
 def picture(names: dict) -> str:
     """docs/lesson.svg from the names of a run of the page: the score of every head as a map, and
     right answers and loss before and after."""
-    scores, heads, results = names["scores"], names["heads"], names["results"]
+    scores, heads = names["scores"], names["heads"]
+    results = {name: names["results"][name] for name in SHOWN}
     highest = max(loss for loss, _ in results.values())
     parts = [_head_map(scores / scores.max(), heads)]
     shares = [(name, f"{share:.0%}", share) for name, (_, share) in results.items()]
