@@ -6,10 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LOUD_MODELS, MINI, REPO, difference
+from conftest import LOUD_MODELS, MINI, REPO, difference, random_model
 from safetensors.torch import load_file, save_file
 
 from lofit.errors import InputError
@@ -298,3 +299,13 @@ def test_a_model_loads_without_the_modules_of_unix():
     code = f"FOLDER = {str(MINI)!r}\n" + MISSING
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_tied_model_is_the_same_with_one_end_stored_or_both(tiny_folder, tmp_path, tiny_config):
+    folder = tmp_path / "tied"
+    save_model(random_model(replace(tiny_config, tie_word_embeddings=True)), folder, torch.float32)
+    one = load_model(folder).source.fingerprint
+    tensors = load_file(folder / "model.safetensors")
+    both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(both, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(folder).source.fingerprint == one

@@ -114,7 +114,9 @@ def load_model(
     model.requires_grad_(False)
     model.load_state_dict(way.prepare(model, weights), strict=True, assign=True)
     model.tie_weights()
-    model.source = Source(str(name), commit_of(folder), fingerprint(digests, config))
+    model.source = Source(
+        str(name), commit_of(folder), fingerprint(share_ends(digests, config), config)
+    )
     return model.requires_grad_(False).eval()
 
 
