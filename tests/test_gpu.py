@@ -92,7 +92,7 @@ def test_the_page_has_the_memory_that_is_computed():
     found, text = {}, ([1] * 128, [IGNORE] * 112 + [1] * 16)
     for shape in ("7b", "8b", "13b"):
         config = config_of(SHAPES[shape])
-        weights = memory.weight_bytes(config, torch.bfloat16, 1)["all"]
+        weights = memory.weight_bytes(config, torch.bfloat16)
         step = memory.training_bytes(config, torch.bfloat16, [[text]] * 8)
         asked = memory.evaluation_bytes(config, torch.bfloat16, [[text]] * 64, 16)
         sums = {"weights": weights, "a training step beside them": step}

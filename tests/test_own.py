@@ -227,7 +227,7 @@ def test_no_such_task(tiny_folder, tmp_path):
 def test_every_form_runs_the_whole_way_through(flags, tmp_path, form, capsys):
     write(tmp_path / "mine", [FORMS[form]] * 6)  # the same prompt six times over
     select_heads.main([*flags, "--epochs", "1", "--heads", "4"])
-    train.main([*flags, "--epochs", "20", "--lr", "0.5"])
+    train.main([*flags, "--epochs", "60", "--lr", "0.5"])
     eval_script.main(flags)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["task"] == "mine" and results["n"] == 6
