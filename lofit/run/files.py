@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lofit import files
 from lofit.errors import InputError
 from lofit.files import (
     hash_of,
@@ -166,7 +167,8 @@ def save_results(folder: Path, suffix: str, results: dict, lines: list[dict]) ->
         folder / name.replace(".", f"{suffix}.") for name in (RESULTS, PREDICTIONS)
     )
     # the results go first and come last: where they are, the predictions are of the same evaluation
-    results_file.unlink(missing_ok=True)
+    if files.WRITES:  # under torchrun a slower process would remove what the first has written
+        results_file.unlink(missing_ok=True)
     write_jsonl(predictions, lines)
     write_json(results_file, results)
     return f"-> {results_file}, {predictions.name}"
