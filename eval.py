@@ -92,9 +92,9 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
     # all files are read and fit before anything is scored
     adapters, edits = {}, {}
     short = [Path(name).name for name in names]
-    for name in names:
-        label = Path(name).name if len(set(short)) == len(names) else name
-        label = label if len(names) > 1 else "tuned"
+    distinct = len({"base", *short}) == len(names) + 1  # "base" is the model without edits
+    for name, last in zip(names, short, strict=True):
+        label = "tuned" if len(names) == 1 else last if distinct else name
         adapters[label], edits[label] = attach(args, run, name), get_edits(run.model)
     if args.compile:
         from lofit.fast.decoding import compiled_step

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lofit import errors
 from lofit.heads import attach_scales, every_head, head_grid, head_scores, random_init, rank_heads
 from lofit.recipes import count_heads
-from lofit.run.arguments import not_negative, training_parser
+from lofit.run.arguments import not_negative, refuse, training_parser
 from lofit.run.files import HEADS, save_heads
 from lofit.run.resume import restore, save_epoch, state_file
 from lofit.run.setup import Run, make_objective, open_runs
@@ -28,7 +28,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="how heads are scored (default: %(default)s, LoFiT's way)")  # fmt: skip
     arg("--heads", help="how many to keep: a number, or a share like 3%% (default: the recipe's)")
     arg("--l1", type=not_negative, help="lambda, weight of the L1 penalty (default: the recipe's)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.by != "scales":
+        unused = ["lr", "l1", "epochs", "batch_size"]
+        unused += ["accumulate"] if args.by != "gradient" else []
+        refuse(parser, args, dict.fromkeys(unused, f"--by {args.by} learns nothing"))
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,8 +54,8 @@ def select(args: argparse.Namespace, run: Run) -> None:
 
         scores = score_heads(args.by, run, args.n_train)
     heads = rank_heads(scores, k)
-    picture = save_picture(run.folder / "heads.png", scores, heads, f"{run.title}, by {args.by}")
     save_heads(run.folder / HEADS, heads, scores, run.info)
+    picture = save_picture(run.folder / "heads.png", scores, heads, f"{run.title}, by {args.by}")
     state_file(run).unlink(missing_ok=True)
     print(f"\n{head_map(scores, heads)}\n\n{k} heads -> {run.folder / HEADS}{picture}")
 

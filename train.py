@@ -18,8 +18,9 @@ from lofit.errors import InputError
 from lofit.evaluation import check_answers, check_prompts, validate
 from lofit.files import hash_of
 from lofit.heads import Head, attach_offsets, every_head, random_init, rank_heads
+from lofit.objectives import Objective
 from lofit.recipes import count_heads
-from lofit.run.arguments import METHODS, positive, shared_flags, training_parser
+from lofit.run.arguments import METHODS, positive, refuse, shared_flags, training_parser
 from lofit.run.files import HEADS, OFFSETS, check_made_for, load_heads, save_edits
 from lofit.run.resume import restore, save_epoch, state_file
 from lofit.run.setup import Run, make_objective, open_runs
@@ -39,7 +40,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("--strength", type=positive, help="of the vectors of iti and repe, which learn nothing")
     arg("--keep", choices=("last", "best"), default="last", help="the last epoch, as the paper, or"
         " the best on validation (default: %(default)s)")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    unused = {}
+    if args.method != "lofit":
+        unused["heads"] = f"--method {args.method} does not take heads"
+    if args.method in ("iti", "repe"):
+        learning = ("lr", "epochs", "batch_size", "accumulate", "keep")
+        unused |= dict.fromkeys(learning, f"--method {args.method} learns nothing")
+    else:
+        unused["strength"] = "only of --method iti and repe"
+    if args.heads == "all" or args.method == "repe":
+        unused["top"] = "there is nothing to choose from"
+    refuse(parser, args, unused)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     with open_runs(args, "train", f"-{variant}" if variant else "") as runs:
         for run in runs:
             train(args, run)
-            where = f" --run {shlex.quote(str(run.folder))}" if variant or args.run else ""
-            print(f"to evaluate it: python eval.py {shared_flags(args, run.task.name)}{where}")
+            words = ["python", "eval.py", *shared_flags(args, run.task.name)]
+            words += ["--run", str(run.folder)] if variant or args.run else []
+            print(f"to evaluate it: {shlex.join(words)}")
 
 
 def train(args: argparse.Namespace, run: Run) -> None:
@@ -121,8 +135,8 @@ def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
 
 
 def learn(
-    run: Run, parameters: list[nn.Parameter], objective, schedule: Schedule,
-    val: list[Example], held_out,
+    run: Run, parameters: list[nn.Parameter], objective: Objective, schedule: Schedule,
+    val: list[Example], held_out: Objective,
 ) -> dict[str, float]:  # fmt: skip
     """Train the parameters of the attached edits; returns the validation of what is kept."""
     epochs = draw_epochs(objective.lengths, schedule, run.seed, by_length=not run.plain)

@@ -120,6 +120,7 @@ def test_other_settings_other_data_and_a_damaged_state_start_anew(
     assert "continuing after epoch 1" in stopped(n=1)
     assert "train.unfinished: it is of other settings, data or heads" in stopped("--lr", "0.1")
     assert "continuing after epoch 1" in stopped("--lr", "0.1", n=1)
+    assert "it is of other settings" in stopped("--lr", "0.1", "--accumulate", "2")
     path = small_data / "MQuAKE" / "train.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[::-1]))
     assert "it is of other settings, data or heads" in stopped("--lr", "0.1")

@@ -51,6 +51,12 @@ def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys):
     lines = [json.loads(line) for line in (both / "predictions.jsonl").open()]
     assert {"base", "a", "b"} <= lines[0].keys()
     assert "b: 3 heads, 24 trained values" in printed
+    # a folder of that name does not take the place of the model without edits
+    shutil.copytree(b, tmp_path / "base")
+    eval_script.main([*flags, "--run", str(both), "--offsets", str(a), str(tmp_path / "base")])
+    results = read(both / "results.json")
+    assert list(results["scores"]) == ["base", str(a), str(tmp_path / "base")]
+    assert results["scores"]["base"] == alone["scores"]["base"]
     # trained again otherwise, with the same heads: the old results are of other offsets
     assert read_results(a)["scores"]["tuned"]
     train.main([*flags, *TRAIN, "--lr", "0.1", "--run", str(a)])

@@ -106,6 +106,7 @@ def test_not_the_name_of_a_data_folder_decides_but_what_is_in_it(flags, tmp_path
     with pytest.raises(InputError, match="heads.json: made for data .*; run select_heads.py again"):
         train.main([*model, "--task", two, *FAST])
     train.main([*model, "--task", one, *FAST])
+    assert read("runs/tiny/mine/heads.json")["data"] == one  # not --data
     with pytest.raises(InputError, match="offsets.safetensors: made for data .*; run train.py aga"):
         eval_script.main([*model, "--task", two])
     # moved, its bytes are the same

@@ -152,7 +152,8 @@ def contrast(run: Run, examples: list[Example]) -> list[list[int]]:
         others = [answer for answer in answers if answer != e.answer]
         known = [e.rejected] if e.rejected else [*e.outdated, *e.wrong]
         if not known and not others:
-            raise InputError(f"{run.data}: all answers are the same, there is no wrong one")
+            path = run.task.file(run.data, "train")
+            raise InputError(f"{path}: all answers are the same, there is no wrong one")
         texts = (e.answer, known[0] if known else draw.choice(others))
         prompt = run.wrap(e.prompt)
         found += [run.tokenizer.encode_pair(prompt, text)[0] for text in texts]

@@ -2,9 +2,9 @@
 recipe, and is printed with its origin."""
 
 import argparse
-import shlex
 from pathlib import Path
 
+from lofit.errors import InputError
 from lofit.llm.checkpoint import DTYPES
 from lofit.llm.hub import local_folder
 
@@ -52,6 +52,15 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def refuse(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, unused: dict[str, str]
+) -> None:
+    """InputError for a flag that was given and would change nothing; unused: name -> why."""
+    for name, why in unused.items():
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')}: {why}; leave it out")
+
+
 def whole(text: str) -> int:
     """For argparse: a whole number, of 63 bits, as torch's generators take it."""
     if not text.isdecimal() or not int(text) < 2**63:
@@ -82,7 +91,7 @@ def not_negative(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else positive(text)
 
 
-def shared_flags(args: argparse.Namespace, task: str) -> str:
+def shared_flags(args: argparse.Namespace, task: str) -> list[str]:
     """The flags that a next script must have too, of one task of --task."""
     words, defaults = [], common_parser("").parse_args([])
     values = vars(args) | {"task": args.task if Path(args.task).is_dir() else task}
@@ -90,5 +99,4 @@ def shared_flags(args: argparse.Namespace, task: str) -> str:
         if values[name] != getattr(defaults, name):
             words += [f"--{name}", str(values[name])]
     words += ["--quantize", args.quantize] if args.quantize else []
-    words += [f"--{name}" for name in ("chat", "plain") if values[name]]
-    return shlex.join(words)
+    return words + [f"--{name}" for name in ("chat", "plain") if values[name]]

@@ -133,13 +133,16 @@ def _runs(args: argparse.Namespace, first: Run, tasks: list[Task], suffix: str) 
     for task in tasks:
         remove_edits(first.model)
         origin, recipe = find_recipe(first.model.config, task.name.partition("-")[0], first.n_base)
+        training = task.file(args.data, "train")
         info = {
             "version": VERSION, "model": source.name, "revision": source.revision,
-            "fingerprint": source.fingerprint, "task": task.name, "data": str(args.data),
-            "data_hash": hash_of(task.file(args.data, "train")), "chat": args.chat,
+            "fingerprint": source.fingerprint, "task": task.name, "data": str(training.parent),
+            "data_hash": hash_of(training), "chat": args.chat,
             "plain": args.plain, "seed": args.seed,
             "settings": {"dtype": str(dtype).removeprefix("torch."), "quantize": quantized},
         }  # fmt: skip
+        if first.parts > 1:  # the same gradient, but for its last bits
+            info["settings"]["accumulate"] = first.parts
         folder = run_folder(args, task, suffix, alone=len(tasks) == 1)
         run = replace(first, folder=folder, task=task, recipe=recipe, origin=origin, info=info)
         with _locked(folder):
