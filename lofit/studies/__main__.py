@@ -4,7 +4,8 @@
     python -m lofit.studies sweep --missing     # a shell line for each run that is not
     python -m lofit.studies heads --model weights/mini-llama --task mquake
 
-Studies: sweep, heads, methods, tasks, data, transfer, forgets, layers; verdicts compares runs.
+Studies: sweep, heads, methods, tasks, data, transfer, forgets, quantized, layers; verdicts compares
+runs.
 docs/results/README.md says how to run the lines.
 """
 
@@ -41,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
         for flag, about in study.arguments.items():
             arg(flag, **about)
-        if name in ("sweep", "tasks"):
+        if name in ("sweep", "tasks", "quantized"):
             sub.set_defaults(lr_factors=[1.0])
     sub = studies.add_parser("verdicts", description=verdicts.__doc__)
     sub.add_argument("--records", type=Path, default=Path("docs/results"))

@@ -129,6 +129,7 @@ def steps_to(run: Run, last: str) -> list[Step]:
         for task, folder in run.parts(folder_of(run)).items():
             words = ["python", *script.split(), "--model", run.model, "--task", task]
             words += ["--data", run.data, "--seed", str(run.seed), "--dtype", run.dtype]
+            words += ["--quantize", run.quantize] if run.quantize else []
             words += ["--run", str(folder), *flags(task)]
             found.append(Step(run, folder / file, shlex.join(words)))
         return found

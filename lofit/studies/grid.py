@@ -161,6 +161,17 @@ def forgets_rows(args) -> Iterable[Row]:
             yield Row(labels, tested_on(other, picks), first, texts)
 
 
+def quantized_rows(args) -> Iterable[Row]:
+    for model, task, name in itertools.product(args.model, args.task, args.methods):
+        whole = method(args, model, task, name)
+        four = [
+            replace(pick, tried=tuple(replace(run, quantize="nf4") for run in pick.tried))
+            for pick in whole
+        ]
+        for weights, picks in ((args.dtype, whole), ("nf4", four)):
+            yield Row([*names(model, task), name, weights], picks, whole)
+
+
 def layers_rows(args) -> Iterable[Row]:
     for model, task, other in itertools.product(args.model, args.task, args.task):
         both = [lofit(args, model, name, args.by, args.heads) for name in (task, other)]
@@ -248,6 +259,13 @@ STUDIES = {
         {"--methods": METHODS | {"default": ["lofit 3%", "lofit 10%", "lofit all", "lora", "red"]},
          "--tuned": {"nargs": "+", "help": "tasks (default: all)"},
          "--text": {"help": "a file of plain text instead of prompts, one text a line"}},
+    ),
+    "quantized": Study(
+        f"The base model's weights as they are and in 4 bits (NF4), test split: {SCORE}",
+        ["model", "task", "method", "weights"],
+        {"base": tables.of_one(tables.base), "score": tables.score, "− {dtype}": tables.less},
+        quantized_rows,
+        {"--methods": METHODS | {"default": ["lofit 10%"]}},
     ),
     "layers": Study(
         "{heads} of heads by {by}, seeds {seeds}: their layers; the share that two selections have"

@@ -49,6 +49,7 @@ class Run:
     train: str = ""  # more flags of train.py
     lr_factor: float = 1.0  # times the recipe's learning rate
     tested: str = ""  # kind asked: the other task; kind text: the other task, or the text's name
+    quantize: str = ""  # nf4: the base model in 4 bits
 
     @property
     def title(self) -> str:
@@ -59,13 +60,14 @@ class Run:
     def base(self) -> "Run":
         """The run that asked the base model what this one was tested on."""
         task = self.tested or self.task
-        return Run("base", self.model, task, self.data, BASE_SEED, self.dtype)
+        of = (self.model, task, self.data, BASE_SEED, self.dtype)
+        return Run("base", *of, quantize=self.quantize)
 
     @property
     def selection(self) -> "Run":
         """The run that chose the heads."""
         of = (self.model, self.heads_of or self.task, self.data, self.seed, self.dtype)
-        return Run("select", *of, by=self.by, select=self.select)
+        return Run("select", *of, by=self.by, select=self.select, quantize=self.quantize)
 
     @property
     def training(self) -> "Run":

@@ -16,7 +16,7 @@ TEN = {"method": "lofit", "by": "scales", "k": "10%"}
 ALL = {"method": "lofit", "by": "all", "k": "all"}
 DRAWN = TEN | {"by": "random"}
 MANY = 7  # heads, from which on runs vary little
-LIKE = ("train", "data/real", "lofit", 1.0)
+LIKE = ("train", "data/real", "lofit", 1.0, "")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Side:
 
     def runs(self, records: Records, model: str, task: str) -> list[Run]:
         wanted = {"kind": "train", "task": task, "data": "data/real", "lr_factor": 1.0}
-        wanted |= {"heads_of": "", "train": "", "select": ""} | self.fields
+        wanted |= {"heads_of": "", "train": "", "select": "", "quantize": ""} | self.fields
         return [
             run
             for run in records.of_model(model)
@@ -74,7 +74,7 @@ def spread_of_runs(records: Records, by: tuple[str, ...]) -> Spread:
     cells: dict[tuple, list[Run]] = {}
     for model in (SMOL, GEMMA):
         for run in records.of_model(model):
-            alike = (run.kind, run.data, run.method, run.lr_factor) == LIKE
+            alike = (run.kind, run.data, run.method, run.lr_factor, run.quantize) == LIKE
             if alike and run.by in by:
                 if records.done(run, "eval.py") and n_heads(records, run) >= MANY:
                     key = tuple({**run.as_dict(), "seed": 0}.items())
