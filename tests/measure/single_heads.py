@@ -37,7 +37,7 @@ def every_head_alone(args, run) -> None:
         epochs=args.epochs or run.recipe.offset_epochs,
         batch_size=args.batch_size or run.recipe.batch_size,
     )
-    about = {key: run.info[key] for key in ("model", "task", "data", "seed", "data_hash")}
+    about = {key: run.info[key] for key in ("model", "task", "seed", "data_hash")}
     about |= {"dtype": run.info["settings"]["dtype"], "epochs": schedule.epochs, "lr": schedule.lr}
     out, test = ALONE / f"{Path(args.model).name}.jsonl", run.read("test")
     objective = make_objective(run, run.read("train", args.n_train), "train")

@@ -1,0 +1,139 @@
+"""Every head of a model, trained alone: what each can do, beside what a way of choosing says of it.
+
+    python -m lofit.studies.alone                         # the tables
+    python -m lofit.studies.alone --out docs/alone.png    # and both maps
+
+The runs are in docs/results/alone; tests/measure/single_heads.py makes them. Correlations are of
+ranks (Spearman's), over the heads that were run, mean of the seeds.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import torch
+
+from lofit import errors
+from lofit.errors import InputError
+from lofit.files import read_jsonl, write
+from lofit.run.summary import mean
+from lofit.studies.records import Records
+from lofit.studies.tables import markdown
+
+WAYS = ("scales", "gradient", "probe")
+
+
+def read_map(path: Path, task: str, layers: int, heads: int) -> tuple[torch.Tensor, float | None]:
+    """([layer, head] the score of each head trained alone, nan where it was not run; the base
+    model's)."""
+    found, base = torch.full((layers, heads), float("nan")), None
+    for _, line in read_jsonl(path):
+        if line["task"] == task and line["head"]:
+            found[tuple(line["head"])] = line["score"]
+        elif line["task"] == task:
+            base = line["score"]
+    return found, base
+
+
+def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Spearman's, of two vectors; equal values share their mean rank."""
+    return float(torch.corrcoef(torch.stack([_ranks(one), _ranks(other)]))[0, 1])
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    below = (values[:, None] > values).sum(1).float()
+    return below + ((values[:, None] == values).sum(1) - 1) / 2
+
+
+def layer_rows(alone: torch.Tensor) -> list[list[str]]:
+    known = [row[~row.isnan()] for row in alone]
+    return [
+        [str(layer), str(len(row)), *(f"{100 * v:.1f}" for v in (row.mean(), row.min(), row.max()))]
+        for layer, row in enumerate(known)
+    ]
+
+
+def share_of_layers(alone: torch.Tensor) -> float:
+    """How much of the variance between heads lies between layers."""
+    known = ~alone.isnan()
+    of_layer = alone.nanmean(1, keepdim=True).expand_as(alone)
+    return float(of_layer[known].var(correction=0) / alone[known].var(correction=0))
+
+
+def way_rows(alone: torch.Tensor, grids: dict[str, list[torch.Tensor]]) -> list[list[str]]:
+    """A row for each way of choosing, and one for the layer alone."""
+    known = ~alone.isnan()
+    # a head is predicted by the other heads of its layer, not by itself
+    count = known.sum(1, keepdim=True) - 1
+    others = (alone.nansum(1, keepdim=True) - alone) / count
+    rows, inner = [], alone - alone.nanmean(1, keepdim=True)
+    for way, found in {**grids, "layer alone": [others]}.items():
+        within = [g - torch.where(known, g, torch.nan).nanmean(1, keepdim=True) for g in found]
+        over_all = mean([correlation(g[known], alone[known]) for g in found])
+        inside = mean([correlation(g[known], inner[known]) for g in within])
+        best = [alone[known][g[known].argmax()] for g in found]
+        first = [int((alone[known] > score).sum()) + 1 for score in best]
+        rows.append([way, f"{over_all:.2f}", f"{inside:.2f}", " ".join(map(str, first))])
+    rows[-1][2:] = ["–", "–"]
+    return rows
+
+
+def picture(alone: torch.Tensor, learned: torch.Tensor, title: str) -> bytes:
+    """Both maps as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    names = (f"{title}: each head trained alone, % right", "what step 1 learns: norm of its scale")
+    for axes, values, name in zip(both, (100 * alone, learned), names, strict=True):
+        image = axes.imshow(values.numpy(), origin="lower", cmap="Blues")
+        axes.set(xlabel="head", ylabel="layer", title=name)
+        figure.colorbar(image, shrink=0.8)
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format="png")
+    plt.close(figure)
+    return data.getvalue()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arg = parser.add_argument
+    arg("--model", default="weights/mini-llama", help="(default: %(default)s)")
+    arg("--task", default="mquake", help="(default: %(default)s)")
+    arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
+    arg("--out", type=Path, help="a PNG of both maps")
+    args = parser.parse_args(argv)
+    # the selections with the recipe's settings: one of each seed
+    chosen = {way: [] for way in WAYS}
+    for title, (grid, *_) in Records(args.records).grids(args.model).items():
+        _, task, *_, way = title.split()
+        if task == args.task and way in WAYS:
+            chosen[way].append(torch.tensor(grid))
+    chosen = {way: found for way, found in chosen.items() if found}
+    path = args.records / "alone" / f"{Path(args.model).name}.jsonl"
+    if "scales" not in chosen:
+        raise InputError(
+            f"{args.records}: no selection of {args.model} for {args.task} is recorded"
+        )
+    alone, base = read_map(path, args.task, *chosen["scales"][0].shape)
+    if base is None:
+        raise InputError(f"{path}: no {args.task} in it; tests/measure/single_heads.py makes it")
+    n, of = int((~alone.isnan()).sum()), alone.numel()
+    print(
+        f"{Path(args.model).name}, {args.task}: {n} of {of} heads, each trained alone; the base"
+        f" model has {base:.1%}\n"
+    )
+    print(markdown(["layer", "heads", "mean", "lowest", "highest"], layer_rows(alone)))
+    print(f"\nOf the variance between heads {share_of_layers(alone):.0%} lies between layers.\n")
+    header = ["scored by", "rank correlation", "inside a layer", "place of its first head"]
+    print(markdown(header, way_rows(alone, chosen)))
+    if args.out:
+        write(args.out, picture(alone, chosen["scales"][0], Path(args.model).name))
+
+
+if __name__ == "__main__":
+    errors.run(main)
