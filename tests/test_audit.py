@@ -12,6 +12,7 @@ ALTERED = [  # page, where a number stands in it
     (RESULTS, r"^\| \S+ \| clutrr .* \[[+-]\d+\.\d, [+-](\d+\.\d)\] \|$"),  # the end of an interval
     (RESULTS, r"^\| .* \| \d+ to \d+ \| 0\.\d\d \| (0\.\d\d) \|$"),  # a rank correlation
     (RESULTS, r"^\| 1\. .*?\[[+−](\d+\.\d)"),  # an interval of the verdicts
+    (RESULTS, r"^\| 2 \| .* 7 or more .* \[-(\d\.\d)"),  # pooled
     ("README.md", r"^\| SmolLM2.*?\(\+(\d+\.\d)"),
 ]
 
@@ -29,7 +30,7 @@ def test_the_pages_say_what_the_records_say():
     assert int(lines[-1].split()[0]) > 1000
 
 
-def test_five_altered_numbers_are_found(tmp_path):
+def test_altered_numbers_are_found(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "results").symlink_to(REPO / "docs" / "results")
     pages = {page: (REPO / page).read_text() for page, _ in ALTERED}

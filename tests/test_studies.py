@@ -17,7 +17,7 @@ import torch
 from conftest import REPO
 
 from lofit.errors import InputError
-from lofit.studies import text_loss
+from lofit.studies import text_loss, verdicts
 from lofit.studies.__main__ import main, parse_args
 from lofit.studies.cells import WORK, training_flags
 from lofit.studies.page import filled
@@ -335,6 +335,23 @@ def test_recorded_tables_print_without_a_checkpoint(capsys, tmp_path, monkeypatc
     assert rows[0]["change"].startswith("-1.0 [")
     rows = recorded(f"layers {real}", capsys)
     assert list(rows[0].values())[4:] == ["11.2", "1 to 24", "0.95", "0.99"]
+
+
+def test_a_test_set_counts_once_in_claim_2_whatever_its_numbers_of_heads(tmp_path):
+    """More numbers of heads on the same items are no new evidence."""
+    once = []
+    for name in (verdicts.SMOL, verdicts.GEMMA):
+        lines = (REPO / "docs" / "results" / f"{name}.jsonl").read_text().splitlines()
+        once.append([line for line in map(json.loads, lines) if line.get("k", "10%") == "10%"])
+    found = []
+    for copies in ([], ["11%", "12%"]):
+        for name, kept in zip((verdicts.SMOL, verdicts.GEMMA), once, strict=True):
+            more = [line | {"k": k} for k in copies for line in kept if "k" in line]
+            text = "".join(json.dumps(line) + "\n" for line in kept + more)
+            (tmp_path / f"{name}.jsonl").write_text(text)
+        found.append(list(verdicts.rows(Records(tmp_path)))[-1])
+    assert found[0] == found[1]
+    assert found[0][2:4] == ["5 test sets pooled", "7 or more chosen heads"]
 
 
 def test_runs_with_options_that_are_gone_still_print(capsys):

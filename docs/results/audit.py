@@ -238,7 +238,7 @@ class Verdicts:
 
     def pooled(self, many: bool) -> str:
         """Random effects of DerSimonian and Laird, with Knapp and Hartung's interval."""
-        found = []
+        sets: dict[tuple, list] = {}  # each model's task counts once
         for model in HEADS:
             of = {(run["task"], run["k"]) for run, _ in self.which(model, {"by": "scales"})}
             for task, k in of:
@@ -248,8 +248,8 @@ class Verdicts:
                     self.which(model, wanted | {"by": by}) for by in ("scales", "random")
                 )
                 if len(ours) > 1 and len(theirs) > 1 and (self.n_heads(ours[0][1]) >= 7) == many:
-                    found.append(self.compared(ours, theirs))
-        means, _, errors = np.array(found).T
+                    sets.setdefault((model, task), []).append(self.compared(ours, theirs))
+        means, _, errors = np.array([np.mean(cells, 0) for cells in sets.values()]).T
         weights = errors**-2
         fixed, df = (weights * means).sum() / weights.sum(), len(means) - 1
         excess = (weights * (means - fixed) ** 2).sum() - df

@@ -122,15 +122,14 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def pooled(found: Sequence[Difference], level: float = 0.95) -> tuple[float, float, float, float]:
-    """(mean, low, high, standard deviation between them) of several differences, two at least.
+def pooled(found: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """(mean, low, high) of several differences, two at least, each (mean, standard error).
 
     Random effects: what they differ by beyond their errors is estimated (DerSimonian and Laird,
     1986), and the interval has the t quantile of their number, with an error that is not below that
     of fixed effects (Knapp and Hartung, 2003).
     """
-    means, errors = (torch.tensor([getattr(each, key) for each in found], dtype=torch.float64)
-                     for key in ("mean", "error"))  # fmt: skip
+    means, errors = torch.tensor(found, dtype=torch.float64).T
     df, weights = len(found) - 1, errors**-2
     fixed = (weights * means).sum() / weights.sum()
     excess = (weights * (means - fixed) ** 2).sum() - df
@@ -138,8 +137,8 @@ def pooled(found: Sequence[Difference], level: float = 0.95) -> tuple[float, flo
     weights = 1 / (errors**2 + between)
     mean = (weights * means).sum() / weights.sum()
     scale = max(1.0, ((weights * (means - mean) ** 2).sum() / df).item())
-    half = t_quantile(df, level) * math.sqrt(scale / weights.sum().item())
-    return mean.item(), mean.item() - half, mean.item() + half, math.sqrt(between)
+    half = t_quantile(df) * math.sqrt(scale / weights.sum().item())
+    return mean.item(), mean.item() - half, mean.item() + half
 
 
 def _groups(groups: Groups, n: int) -> torch.Tensor:
