@@ -167,12 +167,13 @@ class Verdicts:
         if name in TRIED:
             wanted |= {"method": name, "train": flags}
         else:
-            all_heads, drawn = label == "all heads", label == "random"
+            all_heads, drawn = label.startswith("all heads"), label == "random"
             by = "gradient" if "gradients" in label else "random" if drawn else "scales"
             wanted |= {"method": "lofit", "by": "all" if all_heads else by}
             wanted |= {"k": "all" if all_heads else "10%"}
         if found := re.search(r"(\d+) examples", label):
-            wanted |= dict.fromkeys(("train", "select"), f"--n-train {found[1]}")
+            wanted |= {"train": f"--n-train {found[1]}"}
+            wanted |= {} if label.startswith("all") else {"select": wanted["train"]}
         if found := re.match(r"(\w+)'s heads", label):
             wanted |= {"heads_of": TASKS[found[1]]}
         return self.which(model, wanted)

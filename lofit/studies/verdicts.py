@@ -63,11 +63,12 @@ COMPARED = [
     ("5", SMOL, "mquake", EVERY, baseline("bias", "--lr 5e-3")),
     ("5", SMOL, "truthfulqa", LOFIT, baseline("lora", "--lr 5e-4")),
     ("5", SMOL, "truthfulqa", LOFIT, baseline("red", "--lr 5e-3")),
-    *(("6", SMOL, "mquake",
-       Side(f"10 %, {n} examples", TEN | {"train": f"--n-train {n}", "select": f"--n-train {n}"}),
-       baseline(name, f"--n-train {n}", f"--lr {lr}"))
+    *(("6", SMOL, "mquake", ours, baseline(name, f"--n-train {n}", f"--lr {lr}"))
       for n, name, lr in ((25, "red", "2e-2"), (25, "lora", "2e-3"), (50, "red", "5e-3"),
-                          (50, "lora", "2e-3"))),
+                          (50, "lora", "2e-3"))
+      for more in ({"train": f"--n-train {n}"},)
+      for ours in (Side(f"10 %, {n} examples", TEN | more | {"select": more["train"]}),
+                   Side(f"all heads, {n} examples", ALL | more))),
     *(("7", m, t, EVERY, LOFIT) for m, t in (
         (SMOL, "mquake"), (SMOL, "clutrr"), (SMOL, "truthfulqa"), (GEMMA, "mquake"))),
 ]  # fmt: skip
