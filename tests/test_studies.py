@@ -147,7 +147,7 @@ def test_tasks_has_a_row_a_metric_and_the_always_one_answer_score(study, tmp_pat
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows, _ = study("tasks", "--heads", "2", tasks=(str(tmp_path),))
     assert [row["LoRA"] for row in rows] == ["100.0", "0.0"]
-    assert rows[0]["less LoRA"].startswith("-") and not rows[1]["less LoRA"].startswith("-")
+    assert [row["LoFiT − LoRA"][0] for row in rows] == ["-", "+"]
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_heads_takes_the_best_lr_on_validation_for_all_draws(study):
     )
     rows, calls = study("heads", *flags)
     assert [row["chosen by"] for row in rows] == ["gradient", "random"]
-    assert rows[1]["less random"] == "–" != rows[0]["less random"]
+    assert rows[1]["− random"] == "–" != rows[0]["− random"]
     # each way tries two rates with its first seed; the second draw takes the first one's choice
     assert scripts(calls).count("train.py") == 2 + 3 and scripts(calls).count("eval.py") == 4
     (path,) = study.records.glob("*.jsonl")
@@ -186,7 +186,7 @@ def test_methods_and_data_set_baselines_beside_lofit(study):
     rows, calls = study("methods", *flags)
     assert [row["method"] for row in rows] == ["lofit 2", "lofit all", "bias", "iti"]
     assert [row["values"] for row in rows] == ["16", "96", "96", "8"]
-    assert [row["less LoFiT"] == "–" for row in rows] == [True, False, False, False]
+    assert [row["LoFiT − it"] == "–" for row in rows] == [True, False, False, False]
     assert rows[2]["chosen"].startswith("lr") and rows[3]["chosen"].startswith("alpha")
     flags = ("--examples", "5", "all", "--methods", "lofit 2", "bias", "--lr-factors", "1")
     rows, calls = study("data", *flags)

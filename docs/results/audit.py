@@ -434,24 +434,24 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
         drawn = c.lofit(model, task, "random", k, seeds=draws) if "random" in c.flags["by"] else []
         less = None if way == "random" else c.less(ours, drawn)
         found = [c.score(ours), less, c.spread(ours), c.chosen(ours)]
-        return named("score|less random|± runs|lr", found)
+        return named("score|− random|± runs|lr", found)
     if c.study in ("methods", "data"):
         more = "" if row.get("examples", "all") == "all" else f"--n-train {row['examples']}"
         first = c.flags["methods"][0] if c.study == "data" else f"lofit {c.flags['heads'][0]}"
         ours, others = (c.method(model, task, name, more) for name in (row["method"], first))
-        less = None if row["method"] == first else c.less(ours, others)
+        less = None if row["method"] == first else c.less(others, ours)
         found = [c.score(ours), c.chosen(ours), less, less, c.values(ours), c.seconds(ours)]
-        return named(f"score|chosen|less {first}|less LoFiT|values|seconds", found)
+        return named(f"score|chosen|{first} − it|LoFiT − it|values|seconds", found)
     if c.study == "tasks":
         ours, drawn = c.lofit(model, task, by, k), c.lofit(model, task, "random", k)
         lora = c.run(model, task, method="lora")
         lora |= {"train": f"{c.one('train-flags')} --lr {c.one('lora-lr')}".strip()}
         lora, always = c.best([lora]), c.records.base(ours[0]).get("always")
         found = {"one answer": f"{100 * always['share']:.9f}" if always else None}
-        found |= {"base": c.base(ours, metric, ""), "less base": c.less(ours, None, metric)}
+        found |= {"base": c.base(ours, metric, ""), "LoFiT − base": c.less(ours, None, metric)}
         for name, runs in (("random heads", drawn), ("LoRA", lora), ("LoFiT", ours)):
             found[name] = c.mean(runs, metric)
-            found[f"less {name.split()[0]}"] = c.less(ours, runs, metric)
+            found[f"LoFiT − {name.split()[0]}"] = c.less(ours, runs, metric)
         return found
     if c.study == "transfer":
         own, source = c.lofit(model, task, by, k), row["from"]
@@ -459,13 +459,14 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
             ours = c.lofit(model, task, by, k, heads_of=source * (source != task))
         else:
             ours = c.lofit(model, source, by, k, tested=task)
-        return {"score": c.score(ours), "less own": None if source == task else c.less(ours, own)}
+        less = None if source == task else c.less(own, ours)
+        return {"score": c.score(ours), "own − taken": less}
     if c.study == "forgets":
         asked, tuned, first = row["asked"].split(" (")[0], row["tuned on"], c.flags["methods"][0]
         ours, others = (c.method(model, tuned, name, tested=asked) for name in (row["by"], first))
         text = c.method(model, tuned, row["by"], tested=asked, kind="text")
-        less = None if ours == others else c.less(ours, others)
-        found = {"base": c.base(c.done(ours)), "change": c.less(ours, None), f"less {first}": less}
+        less = None if ours == others else c.less(others, ours)
+        found = {"base": c.base(c.done(ours)), "change": c.less(ours, None), f"{first} − it": less}
         return found | {"loss of text": c.text_loss(text)}
     one, two = (c.grids(model, row[column]) for column in ("task", "beside"))  # study layers
     k = count(row["heads"], model)
@@ -598,7 +599,7 @@ class Audit:
                 rules = self.records.base(command.run(model, task, seed=42)).get("rules")
                 rule = f"{100 * next(iter(rules.values())):.9f}" if rules else found["base"]
                 columns = [rule, found["random heads"], found["LoRA"]]
-                columns.append(f"{found['LoFiT']} ({found['less base']})".replace("°", ""))
+                columns.append(f"{found['LoFiT']} ({found['LoFiT − base']})".replace("°", ""))
                 for printed, value in zip(line[2:-2].split(" | ")[1:], columns, strict=True):
                     self.cell(page, number, label[2], printed, value)
             elif match := re.match(r"epoch 30/30 .* val em_stripped (.*)%", line):

@@ -98,18 +98,18 @@ def score_of_less(row: Row, records: Records) -> str:
     return score(row, records, "less")
 
 
-def less(row: Row, records: Records, part: str = "less") -> str:
-    """How far the row's runs are from those that it is compared with."""
-    others = list(getattr(row, part))
-    if others == row.picks:
-        return NONE
-    done = [runs(picks, records) for picks in (row.picks, others)]
-    both = (scores_of(records, part, row.metric) for part in done)
-    return difference(*both, groups=groups_of(records, done[0]))
+def minus(ones: str, others: str) -> Column:
+    """A column with the difference of two of the row's `picks`, `less` and `others`."""
 
+    def column(row: Row, records: Records) -> str:
+        both = [list(getattr(row, part)) for part in (ones, others)]
+        if both[0] == both[1]:
+            return NONE
+        done = [runs(picks, records) for picks in both]
+        scores = (scores_of(records, part, row.metric) for part in done)
+        return difference(*scores, groups=groups_of(records, done[0]))
 
-def less_others(row: Row, records: Records) -> str:
-    return less(row, records, "others")
+    return column
 
 
 def gain(row: Row, records: Records) -> str:
