@@ -39,6 +39,7 @@ ELSEWHERE = {
     " 42.1 48.4 49.5 47.4 52.6 0.0 17.1 25.6 28.0 15.9 0.16 0.53 0.14 0.64 4.87 4.49",
 }
 FIELDS = "kind model task data seed dtype method by k heads_of select train lr_factor tested"
+FIELDS += " quantize"  # of a base model in 4 bits
 TASKS = {"MQuAKE": "mquake", "CLUTRR": "clutrr", "TruthfulQA": "truthfulqa", "ListOps": "listops"}
 METRIC = {"mquake": "em_stripped", "truthfulqa": "mc1", "svamp": "accuracy", "gsm8k": "accuracy"}
 HEADS = {"smollm2-135m-instruct": 270, "gemma-3-270m": 72, "mini-llama": 128}
@@ -155,7 +156,7 @@ class Verdicts:
         self.runs = [
             (dict(zip(FIELDS.split(), key, strict=True)), line)
             for key, line in records.lines.items()
-            if key[0] == "train" and key[3] == "data/real" and key[-2] == 1.0
+            if key[0] == "train" and key[3] == "data/real" and (key[-3], key[-1]) == (1.0, "")
             if "eval.py" in line.get("seconds", {}) and not key[1].endswith("mini-llama")
         ]
         self.spread = {drawn: self.spread_of(drawn) for drawn in (True, False)}
@@ -508,6 +509,12 @@ def claims(records: Records) -> list[tuple[str, list[float]]]:
     ]  # fmt: skip
 
 
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Equal values share their mean rank."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place.ravel()]
+
+
 def plain(text: str) -> str:
     return text.replace("−", "-")
 
@@ -569,16 +576,41 @@ class Audit:
                     self.found.append((number, found[column] or ""))
 
     def alone(self) -> None:
-        """Section 2's numbers of single heads: a layer's least, mean and greatest score."""
-        page = self.pages["docs/results.md"]
-        at, layers = page[: page.index("**Every head alone")].count("\n") + 1, {}
-        for line in (self.folder / "alone" / "mini-llama.jsonl").read_text().splitlines():
-            head = json.loads(line)
-            hits = np.mean([float(hit) for hit in head["hits"]])
-            layers.setdefault(head["head"] and head["head"][0], []).append(100 * hits)
-        for scores in layers.values():
-            found = (np.min(scores), np.mean(scores), np.max(scores))
-            self.found.append((at, " ".join(f"{value:.9f}" for value in found)))
+        """Section 2's single heads: the two tables of the map, and the numbers of the text."""
+        name, model = "docs/results.md", "mini-llama"
+        page, alone = self.pages[name], np.zeros((8, 16))
+        for line in (self.folder / "alone" / f"{model}.jsonl").read_text().splitlines():
+            head, hits = (json.loads(line)[key] for key in ("head", "hits"))
+            score = 100 * np.mean([float(hit) for hit in hits])
+            if head:
+                alone[tuple(head)] = score
+            else:
+                base = score
+        of_layer = alone.mean(1, keepdims=True)
+        share = np.broadcast_to(of_layer, alone.shape).var() / alone.var()
+        rows = {str(i): ["16", row.mean(), row.min(), row.max()] for i, row in enumerate(alone)}
+        others = (alone.sum(1, keepdims=True) - alone) / 15
+        rows["layer alone"] = [np.corrcoef(ranks(others), ranks(alone))[0, 1], "–", "–"]
+        for way in ("scales", "gradient", "probe"):
+            titles = [f"select mquake data/mini {seed} float32 {way}" for seed in (42, 43, 44)]
+            grids = [np.array(self.records.grids[model, title][0]) for title in titles]
+            pairs = [(grid, alone) for grid in grids]
+            inside = [(grid - grid.mean(1, keepdims=True), alone - of_layer) for grid in grids]
+            found = [np.mean([np.corrcoef(*map(ranks, pair))[0, 1] for pair in part])
+                     for part in (pairs, inside)]  # fmt: skip
+            first = [int((alone > alone.ravel()[grid.argmax()]).sum()) + 1 for grid in grids]
+            rows[way] = [*found, " ".join(map(str, first))]
+        begin = page.index("**Every head alone")
+        at, told = page[:begin].count("\n") + 1, [f"{base:.9f} {100 * share:.9f}"]
+        for offset, line in enumerate(page[begin : page.index("</details>", begin)].splitlines()):
+            label, *cells = line[2:-2].split(" | ")
+            if line.startswith("| ") and label in rows:
+                for printed, value in zip(cells, rows.pop(label), strict=True):
+                    value = value if isinstance(value, str) else f"{value:.9f}"
+                    self.cell(name, at + offset, label, printed, value)
+                    told.append(value)
+        assert not rows, f"{name}: the tables of single heads lack {', '.join(rows)}"
+        self.found.append((at, " ".join(told)))
 
     def readme(self) -> None:
         """The README's table of results, and the output of its first command, whose interval comes
