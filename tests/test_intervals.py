@@ -1,7 +1,5 @@
 """Intervals over items and runs cover the truth of simulated studies as often as they say."""
 
-import math
-
 import pytest
 import torch
 from interval_coverage import MIXES, covered
@@ -11,7 +9,6 @@ from lofit.studies.intervals import (
     Spread,
     difference,
     holm,
-    interval,
     pooled,
     run_spread,
     t_quantile,
@@ -19,6 +16,10 @@ from lofit.studies.intervals import (
 
 N_ITEMS, N_STUDIES = 400, 2000
 BASE = 0
+
+
+def interval(*sides, **more) -> tuple[float, float]:
+    return difference(*sides, **more).interval()
 
 
 def hits(chance: torch.Tensor, generator) -> torch.Tensor:
@@ -83,10 +84,6 @@ def test_t_quantile_is_the_textbooks(df, t):
     assert t_quantile(df) == pytest.approx(t, abs=5e-4)
 
 
-def test_one_item_has_no_interval():
-    assert all(map(math.isnan, interval([[1.0], [0.0]], [[0.0]])))
-
-
 SIZES = [49, 32, 28, 27, 27, 22, *10 * [10], *40 * [4], *419 * [1]]  # much like MQuAKE's edits
 
 
@@ -114,16 +111,11 @@ def test_groups_of_one_item_change_nothing_and_copies_of_items_count_once():
     assert high - low < plain[1] - plain[0]
 
 
-def test_one_group_has_no_interval():
-    assert all(map(math.isnan, interval([[1.0, 0.0]], [[0.0, 0.0]], groups=[7, 7])))
-
-
 def test_the_spread_of_runs_is_what_their_means_vary_by_and_can_be_borrowed():
     """Items that are all alike leave the runs alone: the variance of their means."""
-    cells = [[[x] * 4 for x in runs] for runs in ([0.1, 0.3], [0.5, 0.5, 0.8], [0.4])]
-    spread = run_spread(cells)
+    cells = [[[x] * 4 for x in runs] for runs in ([0.1, 0.3], [0.5, 0.5, 0.8])]
+    spread = run_spread([(cell, None) for cell in cells])
     assert spread.df == 3 and spread.variance == pytest.approx((0.02 + 0.06) / 3)
-    assert run_spread(cells[2:]) is None
     ones, base = [[0.0, 1.0, 1.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]]
     alone, lent = (difference(ones, base, borrowed=(each, None)) for each in (None, spread))
     assert alone.runs.variance == 0 and lent.runs.variance == pytest.approx(spread.variance)

@@ -39,7 +39,7 @@ ELSEWHERE = {
     " 42.1 48.4 49.5 47.4 52.6 0.0 17.1 25.6 28.0 15.9 0.16 0.53 0.14 0.64 4.87 4.49",
 }
 FIELDS = "kind model task data seed dtype method by k heads_of select train lr_factor tested"
-FIELDS += " quantize"  # of a base model in 4 bits
+FIELDS = f"{FIELDS} quantize".split()
 TASKS = {"MQuAKE": "mquake", "CLUTRR": "clutrr", "TruthfulQA": "truthfulqa", "ListOps": "listops"}
 METRIC = {"mquake": "em_stripped", "truthfulqa": "mc1", "svamp": "accuracy", "gsm8k": "accuracy"}
 HEADS = {"smollm2-135m-instruct": 270, "gemma-3-270m": 72, "mini-llama": 128}
@@ -60,38 +60,6 @@ DEFAULTS = (
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 TABLE = re.compile(r"```\npython -m lofit\.studies (.*?)\n```\n\n<details>.*?\n\n(\|.*?)\n\n", re.S)
 INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
-
-
-class Records:
-    """All lines, by what identifies a run, and the scores of all heads."""
-
-    def __init__(self, folder: Path):
-        self.lines, self.grids = {}, {}
-        for path in sorted(folder.glob("*.jsonl")):
-            for line in map(json.loads, path.read_text().splitlines()):
-                self.lines[self.key(line)] = line
-        for path in sorted(folder.glob("*.scores.json.gz")):
-            for title, grids in json.loads(gzip.decompress(path.read_bytes())).items():
-                self.grids[path.name.split(".")[0], title] = grids
-
-    @staticmethod
-    def key(run: dict) -> tuple:
-        return tuple(run.get(name, 1.0 if name == "lr_factor" else "") for name in FIELDS.split())
-
-    def get(self, run: dict) -> dict:
-        return self.lines.get(self.key(run), {})
-
-    def base(self, run: dict) -> dict:
-        of = {name: run[name] for name in ("model", "data", "dtype")}
-        return self.get(of | {"kind": "base", "task": run.get("tested") or run["task"], "seed": 42})
-
-
-def metric_of(run: dict) -> str:
-    return METRIC.get(run.get("tested") or run["task"], "em")
-
-
-def hits_of(line: dict, metric: str) -> np.ndarray:
-    return np.array([float(hit) for hit in line["hits"][metric]])
 
 
 # Statistics
@@ -125,16 +93,9 @@ def runs_of(side: np.ndarray, groups: np.ndarray) -> tuple[float, int]:
     return max(0.0, side.mean(1).var(ddof=1) - left) / len(side), df
 
 
-def interval(ones, others, groups: list[int] | None = None, borrowed=(None, None)):
-    """(difference of the means, its 95 % interval) over items or groups, and over runs. borrowed:
-    (variance, degrees of freedom) of runs, for a side with one."""
-    middle, half, _ = parts_of(ones, others, groups, borrowed)
-    return middle, middle - half, middle + half
-
-
-def parts_of(ones, others, groups, borrowed) -> tuple[float, float, float]:
-    """(difference, half of its interval, standard error)."""
-    ones, others = np.array(ones), np.array(others)
+def difference(ones, others, groups=None, borrowed=(None, None)) -> tuple[float, float, float]:
+    """(difference of the means, half of its 95 % interval, standard error) over items or groups,
+    and over runs. borrowed: (variance, degrees of freedom) of runs, for a side with one."""
     each = ones.mean(0) - others.mean(0)
     groups = np.arange(len(each)) if groups is None else np.array(groups)
     middle, items, runs, by_df = each.mean(), of_mean(each - each.mean(), groups), 0.0, 0.0
@@ -148,121 +109,154 @@ def parts_of(ones, others, groups, borrowed) -> tuple[float, float, float]:
     return middle, width / error if error else 0.0, error
 
 
+def pooled(means: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
+    """(mean, half of its interval): random effects of DerSimonian and Laird, with Knapp and
+    Hartung's interval."""
+    weights = errors**-2
+    fixed, df = (weights * means).sum() / weights.sum(), len(means) - 1
+    excess = (weights * (means - fixed) ** 2).sum() - df
+    between = max(0.0, excess / (weights.sum() - (weights**2).sum() / weights.sum()))
+    weights = 1 / (errors**2 + between)
+    middle = (weights * means).sum() / weights.sum()
+    scale = max(1.0, (weights * (means - middle) ** 2).sum() / df)
+    return middle, t_value(df) * math.sqrt(scale / weights.sum())
+
+
+# Records. A run is a dict of what identifies it.
+
+
+def key_of(run: dict) -> tuple:
+    return tuple(run.get(name, 1.0 if name == "lr_factor" else "") for name in FIELDS)
+
+
+def metric_of(run: dict) -> str:
+    return METRIC.get(run.get("tested") or run["task"], "em")
+
+
+def n_heads(line: dict) -> int:
+    return len(line["heads"] if isinstance(line["heads"][0][0], int) else line["heads"][0])
+
+
+class Records:
+    """All lines, by what identifies a run, and the scores of all heads."""
+
+    def __init__(self, folder: Path):
+        self.lines, self.grids = {}, {}
+        for path in sorted(folder.glob("*.jsonl")):
+            for line in map(json.loads, path.read_text().splitlines()):
+                self.lines[key_of(line)] = line
+        for path in sorted(folder.glob("*.scores.json.gz")):
+            for title, grids in json.loads(gzip.decompress(path.read_bytes())).items():
+                self.grids[path.name.split(".")[0], title] = grids
+
+    def get(self, run: dict) -> dict:
+        return self.lines.get(key_of(run), {})
+
+    def base(self, run: dict) -> dict:
+        of = {name: run.get(name, "") for name in ("model", "data", "dtype", "quantize")}
+        return self.get(of | {"kind": "base", "task": run.get("tested") or run["task"], "seed": 42})
+
+    def done(self, runs: list[dict]) -> list[dict]:
+        return [run for run in runs if "eval.py" in self.get(run).get("seconds", {})]
+
+    def hits(self, runs: list[dict], metric: str = "") -> np.ndarray:
+        found = [self.get(run)["hits"][metric or metric_of(run)] for run in runs]
+        return np.array([[float(hit) for hit in hits] for hits in found])
+
+    def of_base(self, run: dict, metric: str = "") -> np.ndarray:
+        hits = self.base(run)["hits"][metric or metric_of(run)]
+        return np.array([[float(hit) for hit in hits]])
+
+    def compare(self, ones: list[dict], others: list[dict] | None, metric="", borrowed=(None,) * 2):
+        """others None: the base model, which does not vary."""
+        other = self.of_base(ones[0], metric) if others is None else self.hits(others, metric)
+        groups = self.base(ones[0]).get("clusters")
+        return difference(self.hits(ones, metric), other, groups, borrowed)
+
+
+def said(middle: float, half: float) -> str:
+    ends = (100 * middle, 100 * (middle - half), 100 * (middle + half))
+    return "{:+.9f} [{:+.9f}, {:+.9f}]".format(*ends)
+
+
 class Verdicts:
     """The table of `studies verdicts`: LoFiT − the other. A cell with all digits for each row."""
 
     def __init__(self, records: Records):
         self.records = records
-        self.runs = [
-            (dict(zip(FIELDS.split(), key, strict=True)), line)
-            for key, line in records.lines.items()
-            if key[0] == "train" and key[3] == "data/real" and (key[-3], key[-1]) == (1.0, "")
-            if "eval.py" in line.get("seconds", {}) and not key[1].endswith("mini-llama")
-        ]
+        every = [dict(zip(FIELDS, key, strict=True)) for key in records.lines]
+        common = {"kind": "train", "data": "data/real", "dtype": "float32", "quantize": ""}
+        common = (common | {"lr_factor": 1.0}).items()
+        every = [run for run in every if common <= run.items()]
+        self.runs = [run for run in records.done(every) if not run["model"].endswith("mini-llama")]
         self.spread = {drawn: self.spread_of(drawn) for drawn in (True, False)}
 
-    def side(self, model: str, task: str, label: str) -> list[tuple[dict, dict]]:
+    def which(self, model: str, **wanted) -> list[dict]:
+        wanted = dict.fromkeys(("heads_of", "train", "select"), "") | wanted
+        found = (run for run in self.runs if run["model"].endswith(model))
+        return [run for run in found if wanted.items() <= run.items()]
+
+    def side(self, model: str, task: str, label: str) -> list[dict]:
         """The runs of a label like "10 %, 25 examples", "CLUTRR's heads", "lora --lr 5e-4"."""
-        wanted = dict.fromkeys(("heads_of", "train", "select"), "") | {"task": task}
         name, _, flags = label.partition(" ")
         if name in TRIED:
-            wanted |= {"method": name, "train": flags}
-        else:
-            all_heads, drawn = label.startswith("all heads"), label == "random"
-            by = "gradient" if "gradients" in label else "random" if drawn else "scales"
-            wanted |= {"method": "lofit", "by": "all" if all_heads else by}
-            wanted |= {"k": "all" if all_heads else "10%"}
+            return self.which(model, task=task, method=name, train=flags)
+        every = label.startswith("all heads")
+        by = "all" if every else "gradient" if "gradients" in label else "scales"
+        wanted = {"task": task, "method": "lofit", "by": by, "k": "all" if every else "10%"}
         if found := re.search(r"(\d+) examples", label):
             wanted |= {"train": f"--n-train {found[1]}"}
-            wanted |= {} if label.startswith("all") else {"select": wanted["train"]}
+            wanted |= {} if every else {"select": wanted["train"]}
         if found := re.match(r"(\w+)'s heads", label):
             wanted |= {"heads_of": TASKS[found[1]]}
-        return self.which(model, wanted)
-
-    def which(self, model: str, wanted: dict) -> list[tuple[dict, dict]]:
-        return [
-            (run, line)
-            for run, line in self.runs
-            if run["model"].endswith(model) and wanted.items() <= run.items()
-        ]
-
-    def hits(self, side: list) -> np.ndarray:
-        return np.array([hits_of(line, metric_of(run)) for run, line in side])
-
-    def groups(self, side: list) -> np.ndarray:
-        groups = self.records.base(side[0][0]).get("clusters")
-        return np.arange(self.hits(side).shape[1]) if groups is None else np.array(groups)
-
-    def n_heads(self, line: dict) -> int:
-        return len(line["heads"] if isinstance(line["heads"][0][0], int) else line["heads"][0])
+        return self.which(model, **wanted)
 
     def spread_of(self, drawn: bool) -> tuple[float, int]:
         """How single runs of LoFiT vary with seven heads or more."""
         cells, ways = {}, ("random",) if drawn else ("scales", "gradient", "all")
-        for run, line in self.runs:
-            if run["method"] == "lofit" and run["by"] in ways and self.n_heads(line) >= 7:
-                key = Records.key(run | {"seed": 0})
-                cells.setdefault(key, []).append((run, line))
-        parts = [
-            (len(side) * runs_of(self.hits(side), self.groups(side))[0], len(side) - 1)
-            for side in cells.values()
-            if len(side) > 1
-        ]
+        for run in self.runs:
+            if run["method"] == "lofit" and run["by"] in ways:
+                if n_heads(self.records.get(run)) >= 7:
+                    cells.setdefault(key_of(run | {"seed": 0}), []).append(run)
+        parts = []
+        for side in cells.values():
+            if len(side) > 1:
+                hits, groups = self.records.hits(side), self.records.base(side[0]).get("clusters")
+                groups = np.arange(hits.shape[1]) if groups is None else np.array(groups)
+                parts.append((len(side) * runs_of(hits, groups)[0], len(side) - 1))
         df = sum(d for _, d in parts)
         return sum(v * d for v, d in parts) / df, df
 
-    def compared(self, ours: list, theirs: list) -> tuple[float, float, float]:
-        """theirs: empty for the base model, which does not vary."""
-        other = self.hits(theirs) if theirs else self.of_base(ours)
-        borrowed = [
-            self.spread[side[0][0]["by"] == "random"] if len(side) == 1 else None
-            for side in (ours, theirs)
-        ]
-        return parts_of(self.hits(ours), other, self.groups(ours), borrowed)
-
-    def of_base(self, ours: list) -> np.ndarray:
-        return np.array([hits_of(self.records.base(ours[0][0]), metric_of(ours[0][0]))])
+    def compared(self, ours: list[dict], theirs: list[dict] | None) -> tuple[float, float, float]:
+        sides = (ours, theirs or [])
+        lent = [self.spread[s[0]["by"] == "random"] if len(s) == 1 else None for s in sides]
+        return self.records.compare(ours, theirs, borrowed=lent)
 
     def expected(self, row: dict) -> dict[str, str]:
         if row["claim"] == "2":
             return {"LoFiT − other": self.pooled(row["LoFiT"].startswith("7 or more"))}
-        task = row["task"].split()[0]
+        task, base = row["task"].split()[0], row["the other"] == "base model"
         ours = self.side(row["model"], task, row["LoFiT"])
-        base = row["the other"] == "base model"
-        theirs = [] if base else self.side(row["model"], task, row["the other"])
-        middle, half, _ = (100 * value for value in self.compared(ours, theirs))
-        means = [100 * self.hits(ours).mean()]
-        means.append(100 * (self.of_base(ours) if base else self.hits(theirs)).mean())
+        theirs = None if base else self.side(row["model"], task, row["the other"])
+        other = self.records.of_base(ours[0]) if base else self.records.hits(theirs)
+        means = 100 * self.records.hits(ours).mean(), 100 * other.mean()
         return {
             "percent": "{:.9f} and {:.9f}".format(*means),
-            "LoFiT − other": f"{middle:+.9f} [{middle - half:+.9f}, {middle + half:+.9f}]",
+            "LoFiT − other": said(*self.compared(ours, theirs)[:2]),
         }
 
     def pooled(self, many: bool) -> str:
-        """Random effects of DerSimonian and Laird, with Knapp and Hartung's interval."""
-        sets: dict[tuple, list] = {}  # each model's task counts once
+        """Each model's task counts once, with the mean of its differences and errors."""
+        sets: dict[tuple, list] = {}
         for model in HEADS:
-            of = {(run["task"], run["k"]) for run, _ in self.which(model, {"by": "scales"})}
-            for task, k in of:
-                plain_ = dict.fromkeys(("heads_of", "train", "select"), "")
-                wanted = {"task": task, "k": k, "method": "lofit"} | plain_
-                ours, theirs = (
-                    self.which(model, wanted | {"by": by}) for by in ("scales", "random")
-                )
-                if len(ours) > 1 and len(theirs) > 1 and (self.n_heads(ours[0][1]) >= 7) == many:
-                    sets.setdefault((model, task), []).append(self.compared(ours, theirs))
+            for task, k in {(run["task"], run["k"]) for run in self.which(model, by="scales")}:
+                wanted = {"task": task, "k": k, "method": "lofit"}
+                ours, theirs = (self.which(model, by=by, **wanted) for by in ("scales", "random"))
+                if len(ours) > 1 and len(theirs) > 1:
+                    if (n_heads(self.records.get(ours[0])) >= 7) == many:
+                        sets.setdefault((model, task), []).append(self.compared(ours, theirs))
         means, _, errors = np.array([np.mean(cells, 0) for cells in sets.values()]).T
-        weights = errors**-2
-        fixed, df = (weights * means).sum() / weights.sum(), len(means) - 1
-        excess = (weights * (means - fixed) ** 2).sum() - df
-        between = max(0.0, excess / (weights.sum() - (weights**2).sum() / weights.sum()))
-        weights = 1 / (errors**2 + between)
-        middle = (weights * means).sum() / weights.sum()
-        scale = max(1.0, (weights * (means - middle) ** 2).sum() / df)
-        half = t_value(df) * math.sqrt(scale / weights.sum())
-        return "{:+.9f} [{:+.9f}, {:+.9f}]".format(
-            *(100 * x for x in (middle, middle - half, middle + half))
-        )
+        return said(*pooled(means, errors))
 
 
 class Command:
@@ -278,7 +272,7 @@ class Command:
                 self.flags[name] = []
             else:
                 self.flags[name].append(word)
-        factors = [1.0] if self.study in ("sweep", "tasks") else [0.3, 1.0, 3.0]
+        factors = [1.0] if self.study in ("sweep", "tasks", "quantized") else [0.3, 1.0, 3.0]
         self.factors = [float(x) for x in self.flags.get("lr-factors", factors)]
         self.seeds = [int(seed) for seed in self.flags["seeds"]]
 
@@ -290,9 +284,9 @@ class Command:
         found = {"kind": "train", "model": model, "task": task}
         return found | {"data": self.one("data"), "dtype": self.one("dtype")} | more
 
-    def best(self, tried, seeds=(), task="", tested="", kind="asked") -> list[dict]:
+    def best(self, tried, seeds=(), task="", tested="", kind="asked", quantize="") -> list[dict]:
         """For each seed the run that did best on validation with the first."""
-        seeds = seeds or self.seeds
+        seeds, tried = seeds or self.seeds, [run | {"quantize": quantize} for run in tried]
         known = [self.records.get(run | {"seed": seeds[0]}).get("val") for run in tried]
         if len(tried) > 1 and None in known:
             return []
@@ -327,54 +321,47 @@ class Command:
         tried = [first | {"train": f"{more} {flag} {value}".strip()} for value in values]
         return self.best(tried, task=task, **test)
 
-    def done(self, runs: list[dict]) -> list[dict]:
-        return [run for run in runs if "eval.py" in self.records.get(run).get("seconds", {})]
-
-    def hits(self, runs: list[dict], metric: str = "") -> list[np.ndarray]:
-        return [hits_of(self.records.get(r), metric or metric_of(r)) for r in self.done(runs)]
-
     def less(self, ones: list[dict], others: list[dict] | None, metric: str = "") -> str | None:
         """others None: the base model, which does not vary."""
-        one, runs = self.hits(ones, metric), self.done(ones)
-        base = self.records.base(runs[0]) if runs else {}
-        if others is None and one:
-            other = [hits_of(base, metric or metric_of(runs[0]))]
-        else:
-            other = self.hits(others or [], metric)
-        if not one or not other:
+        one, other = self.records.done(ones), self.records.done(others or [])
+        if not one or not (other or others is None):
             return None
-        single = len(one) == 1 or others is not None and len(other) == 1
-        found = [100 * value for value in interval(one, other, base.get("clusters"))]
-        return "{:+.9f} [{:+.9f}, {:+.9f}]".format(*found) + "°" * single
+        single = len(one) == 1 or len(other) == 1
+        found = self.records.compare(one, None if others is None else other, metric)
+        return said(*found[:2]) + "°" * single
+
+    def means(self, runs: list[dict], metric: str = "") -> np.ndarray:
+        done = self.records.done(runs)
+        return 100 * self.records.hits(done, metric).mean(1) if done else np.array([])
 
     def score(self, runs: list[dict]) -> str | None:
-        found = [100 * hits.mean() for hits in self.hits(runs)]
-        each = " ".join(f"{value:.9f}" for value in found)
-        return f"{np.mean(found):.9f}% ({self.less(runs, None)}): {each}" if found else None
+        each = " ".join(f"{value:.9f}" for value in self.means(runs))
+        return f"{self.mean(runs)}% ({self.less(runs, None)}): {each}" if each else None
 
     def mean(self, runs: list[dict], metric: str = "") -> str | None:
-        hits = self.hits(runs, metric)
-        return f"{100 * np.mean(hits):.9f}" if hits else None
+        means = self.means(runs, metric)
+        return f"{means.mean():.9f}" if len(means) else None
 
     def base(self, runs: list[dict], metric: str = "", sign: str = "%") -> str | None:
         found = self.records.base(runs[0]) if runs else {}
-        name = metric or (metric_of(runs[0]) if runs else "")
-        return f"{100 * found['base'][name]:.9f}{sign}" if found else None
+        return f"{100 * found['base'][metric or metric_of(runs[0])]:.9f}{sign}" if found else None
 
     def values(self, runs: list[dict]) -> str | None:
-        return next((f"{self.records.get(r)['trained_values']:,}" for r in self.done(runs)), None)
+        done = self.records.done(runs)
+        return f"{self.records.get(done[0])['trained_values']:,}" if done else None
 
     def seconds(self, runs: list[dict]) -> str | None:
-        found, of = [], ("model", "task", "data", "seed", "dtype", "by", "select")
-        for run in self.done(runs):
-            chosen = self.records.get({key: run.get(key, "") for key in of} | {"kind": "select"})
-            first = chosen.get("seconds", {}).get("select_heads.py", 0)
+        found = []
+        for run in self.records.done(runs):
+            chose = run | dict.fromkeys(("method", "k", "train", "heads_of", "tested"), "")
+            chose = self.records.get(chose | {"kind": "select", "lr_factor": 1.0})
+            first = chose.get("seconds", {}).get("select_heads.py", 0)
             found.append(first + self.records.get(run)["seconds"]["train.py"])
         return f"{min(found):.9f}" if found else None
 
     def chosen(self, runs: list[dict]) -> str | None:
         words = []
-        for run in self.done(runs):
+        for run in self.records.done(runs):
             rate = f"lr{self.records.get(run)['settings'].get('lr', 0):.3g}"
             ours = "recipe" if run.get("lr_factor") == 1 else rate
             flags = "".join(run["train"].split()[-2:]).removeprefix("--")
@@ -384,7 +371,7 @@ class Command:
         return " ".join(words) or None
 
     def spread(self, runs: list[dict]) -> str | None:
-        means = [100 * hits.mean() for hits in self.hits(runs)]
+        means = self.means(runs)
         return f"{statistics.stdev(means):.9f}" if len(means) > 1 else None
 
     def text_loss(self, runs: list[dict]) -> str | None:
@@ -392,9 +379,9 @@ class Command:
         if not found:
             return None
         base, tuned = np.array([found[0]["base"]]), np.array([line["tuned"] for line in found])
-        _, low, high = interval(tuned, base)
-        text = f"{base.mean():.9f} → {tuned.mean():.9f} [{low:+.9f}, {high:+.9f}]"
-        return text + "°" * (len(tuned) == 1)
+        middle, half, _ = difference(tuned, base)
+        ends = f"[{middle - half:+.9f}, {middle + half:+.9f}]" + "°" * (len(tuned) == 1)
+        return f"{base.mean():.9f} → {tuned.mean():.9f} {ends}"
 
     def grids(self, model: str, task: str) -> list[np.ndarray]:
         data, dtype, by = (self.one(key) for key in ("data", "dtype", "by"))
@@ -413,10 +400,6 @@ def best(grid: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-grid.ravel(), kind="stable")[:k]
 
 
-def named(columns: str, found: list) -> dict:
-    return dict(zip(columns.split("|"), found, strict=True))
-
-
 def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
     """Column -> what the records say, for the row with these labels."""
     model, by, k = row["model"], c.one("by"), c.one("heads")
@@ -425,24 +408,28 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
         k = next(k for k in c.flags["heads"] if count(k, model) == int(row["heads"]))
         ours, drawn = c.lofit(model, task, by, k), c.lofit(model, task, "random", k)
         drawn = [] if k == "all" else drawn
-        some = c.done(ours) or c.done(drawn)
-        found = [c.base(some), c.values(some), c.score(ours), c.score(drawn), c.less(ours, drawn)]
-        return named("base|values|LoFiT|random heads|LoFiT − random", found)
+        some = c.records.done(ours) or c.records.done(drawn)
+        found = {"base": c.base(some), "values": c.values(some), "LoFiT": c.score(ours)}
+        return found | {"random heads": c.score(drawn), "LoFiT − random": c.less(ours, drawn)}
     if c.study == "heads":
         draws = range(c.seeds[0], c.seeds[0] + int(c.one("draws")))
         way, k = row["chosen by"], row["heads"]
         ours = c.lofit(model, task, way, k, seeds=draws if way in DRAWN else ())
         drawn = c.lofit(model, task, "random", k, seeds=draws) if "random" in c.flags["by"] else []
         less = None if way == "random" else c.less(ours, drawn)
-        found = [c.score(ours), less, c.spread(ours), c.chosen(ours)]
-        return named("score|− random|± runs|lr", found)
-    if c.study in ("methods", "data"):
+        found = {"score": c.score(ours), "− random": less, "± runs": c.spread(ours)}
+        return found | {"lr": c.chosen(ours)}
+    if c.study in ("methods", "data", "quantized"):
         more = "" if row.get("examples", "all") == "all" else f"--n-train {row['examples']}"
-        first = c.flags["methods"][0] if c.study == "data" else f"lofit {c.flags['heads'][0]}"
-        ours, others = (c.method(model, task, name, more) for name in (row["method"], first))
-        less = None if row["method"] == first else c.less(others, ours)
-        found = [c.score(ours), c.chosen(ours), less, less, c.values(ours), c.seconds(ours)]
-        return named(f"score|chosen|{first} − it|LoFiT − it|values|seconds", found)
+        first = f"lofit {c.flags['heads'][0]}" if c.study == "methods" else c.flags["methods"][0]
+        first, four = row["method"] if "weights" in row else first, row.get("weights") == "nf4"
+        ours = c.method(model, task, row["method"], more, quantize="nf4" * four)
+        others = c.method(model, task, first, more)
+        found = {"score": c.score(ours), "chosen": c.chosen(ours), "values": c.values(ours)}
+        found |= {"seconds": c.seconds(ours), "base": c.base(c.records.done(ours))}
+        found["− float32"] = None if ours == others else c.less(ours, others)
+        less = None if ours == others else c.less(others, ours)
+        return found | {f"{first} − it": less, "LoFiT − it": less}
     if c.study == "tasks":
         ours, drawn = c.lofit(model, task, by, k), c.lofit(model, task, "random", k)
         lora = c.run(model, task, method="lora")
@@ -466,20 +453,18 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
         asked, tuned, first = row["asked"].split(" (")[0], row["tuned on"], c.flags["methods"][0]
         ours, others = (c.method(model, tuned, name, tested=asked) for name in (row["by"], first))
         text = c.method(model, tuned, row["by"], tested=asked, kind="text")
-        less = None if ours == others else c.less(others, ours)
-        found = {"base": c.base(c.done(ours)), "change": c.less(ours, None), f"{first} − it": less}
-        return found | {"loss of text": c.text_loss(text)}
+        found = {"base": c.base(c.records.done(ours)), "loss of text": c.text_loss(text)}
+        found[f"{first} − it"] = None if ours == others else c.less(others, ours)
+        return found | {"change": c.less(ours, None)}
     one, two = (c.grids(model, row[column]) for column in ("task", "beside"))  # study layers
-    k = count(row["heads"], model)
-    same_task = row["task"] == row["beside"]
+    k, same_task = count(row["heads"], model), row["task"] == row["beside"]
     shared, ranks = [], []
     for pair in itertools.combinations(one, 2) if same_task else itertools.product(one, two):
         shared.append(len({*best(pair[0], k)} & {*best(pair[1], k)}) / k)
         ranks.append(np.corrcoef(*(grid.ravel().argsort().argsort() for grid in pair))[0, 1])
     layer = np.array([best(grid, k) for grid in one]) // one[0].shape[1]
-    found = [f"{layer.mean():.9f}", f"{layer.min()} to {layer.max()}"]
-    found += [f"{np.mean(values):.9f}" for values in (shared, ranks)]
-    return named("mean layer|layers|shared|correlation", found)
+    found = {"mean layer": f"{layer.mean():.9f}", "layers": f"{layer.min()} to {layer.max()}"}
+    return found | {"shared": f"{np.mean(shared):.9f}", "correlation": f"{np.mean(ranks):.9f}"}
 
 
 def claims(records: Records) -> list[tuple[str, list[float]]]:
@@ -515,6 +500,9 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(count) - (count + 1) / 2)[place.ravel()]
 
 
+# The pages
+
+
 def plain(text: str) -> str:
     return text.replace("−", "-")
 
@@ -532,10 +520,6 @@ def same(printed: str, found: str) -> bool:
     both = [NUMBER.findall(plain(text)) for text in (printed, found)]
     alike = NUMBER.sub("#", plain(printed)) == NUMBER.sub("#", plain(found))
     return alike and all(map(close, *both))
-
-
-def unsigned(number: str) -> str:
-    return number.lstrip("+-")
 
 
 class Audit:
@@ -618,10 +602,9 @@ class Audit:
         page, model = "README.md", ""
         calls = re.findall(r"^python -m lofit\.studies (tasks .*)$", self.pages[page], re.M)
         commands = [Command(call, self.records) for call in calls]
-        first = Command("tasks", self.records).lofit("mini-llama", "mquake", "scales", "10%")[0]
-        tuned, base = self.records.get(first), self.records.base(first)
-        both = [[hits_of(line, "em_stripped")] for line in (tuned, base)]
-        middle, low, high = (100 * x for x in interval(*both))
+        first = Command("tasks", self.records).lofit("mini-llama", "mquake", "scales", "10%")[:1]
+        middle, half, _ = (100 * x for x in self.records.compare(first, None))
+        means = [100 * self.records.of_base(*first).mean(), 100 * self.records.hits(first).mean()]
         for number, line in enumerate(plain(self.pages[page]).splitlines(), 1):
             label = re.match(r"\| (?:(S\w+-135M-Instruct|Gemma-3-270M), |– )(\w+)[^|]* \|", line)
             if label:
@@ -635,12 +618,12 @@ class Audit:
                 for printed, value in zip(line[2:-2].split(" | ")[1:], columns, strict=True):
                     self.cell(page, number, label[2], printed, value)
             elif match := re.match(r"epoch 30/30 .* val em_stripped (.*)%", line):
-                self.cell(page, number, "val", match[1], f"{100 * tuned['val']['em_stripped']:.9f}")
+                val = self.records.get(*first)["val"]["em_stripped"]
+                self.cell(page, number, "val", match[1], f"{100 * val:.9f}")
             elif match := re.match(r"em_stripped +(\S+% +\S+% +\S+) \[(\S+), (\S+)\]", line):
-                means = [100 * part[0].mean() for part in both[::-1]]
                 found = "{:.9f}% {:.9f}% {:+.9f}".format(*means, middle)
                 self.cell(page, number, "example", " ".join(match[1].split()), found)
-                for printed, value in ((match[2], low), (match[3], high)):
+                for printed, value in ((match[2], middle - half), (match[3], middle + half)):
                     self.in_tables += 1
                     if abs(float(printed) - value) > 0.5:
                         self.differs(page, number, printed, f"about {value:+.1f}")
@@ -685,13 +668,13 @@ class Audit:
             self.in_text += 3
             if not any(all(map(close, match.groups(), of)) for of in whole):
                 self.differs(page, number, match[0], "no interval of these tables")
-        values = {unsigned(x) for cell in cells for x in NUMBER.findall(cell)}
+        values = {x.lstrip("+-") for cell in cells for x in NUMBER.findall(cell)}
         for printed in NUMBER.findall(INTERVAL.sub(" ", line)):
             if printed in told:
                 self.elsewhere += 1
             elif not re.search(r"\.\d|,\d{3}", printed):
                 self.unchecked += 1
-            elif any(close(unsigned(printed), value) for value in values):
+            elif any(close(printed.lstrip("+-"), value) for value in values):
                 self.in_text += 1
             else:
                 self.differs(page, number, printed, "no number of these tables")

@@ -26,14 +26,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     studies = parser.add_subparsers(dest="study", required=True)
     for name, study in STUDIES.items():
-        sub = studies.add_parser(name, description=study.about)
-        arg = sub.add_argument
+        arg = studies.add_parser(name, description=study.about).add_argument
         arg("--model", nargs="+", default=["weights/mini-llama", "weights/mini-gemma"])
         arg("--task", nargs="+", default=["mquake", "clutrr", "truthfulqa"])
         arg("--data", default="data/mini")
         arg("--seeds", nargs="+", type=int, default=[42, 43, 44])
         arg("--dtype", default="float32", help="of the base model's weights (default: %(default)s)")
-        arg("--lr-factors", nargs="+", type=float, default=[0.3, 1.0, 3.0],
+        factors = [1.0] if name in ("sweep", "tasks", "quantized") else [0.3, 1.0, 3.0]
+        arg("--lr-factors", nargs="+", type=float, default=factors,
             help="of the recipe's offset lr: the first seed's best on validation")  # fmt: skip
         for script in ("select", "train"):
             text = 'more flags of its calls, like "--epochs 5"'
@@ -42,34 +42,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
         for flag, about in study.arguments.items():
             arg(flag, **about)
-        if name in ("sweep", "tasks", "quantized"):
-            sub.set_defaults(lr_factors=[1.0])
-    sub = studies.add_parser("verdicts", description=verdicts.__doc__)
-    sub.add_argument("--records", type=Path, default=Path("docs/results"))
-    sub.set_defaults(missing=False, seeds=[])
+    arg = studies.add_parser("verdicts", description=verdicts.__doc__).add_argument
+    arg("--records", type=Path, default=Path("docs/results"))
     args = parser.parse_args(argv)
-    args.seeds = list(dict.fromkeys(args.seeds))
+    if args.study != "verdicts":
+        args.seeds = list(dict.fromkeys(args.seeds))
     return args
 
 
 def printed(args: argparse.Namespace) -> str:
     """A study's caption and table, of what is recorded."""
+    records = Records(args.records)
     if args.study == "verdicts":
-        return f"{verdicts.__doc__.strip()}\n\n{verdicts.table(Records(args.records))}"
+        return f"{verdicts.__doc__.strip()}\n\n{verdicts.table(records)}"
     study = STUDIES[args.study]
     values = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
     header = [title.format(**values) for title in (*study.labels, *study.columns)]
-    table = markdown(header, study.table(study.rows(args), Records(args.records)))
+    table = markdown(header, study.table(study.rows(args), records))
     return f"{study.about.format(**values)}.\n\n{table}"
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if not args.missing:
+    if not getattr(args, "missing", False):
         print(printed(args))
         return
-    rows = STUDIES[args.study].rows(args)
-    picks = (pick for row in rows for pick in (*row.picks, *row.less, *row.others))
+    picks = (pick for row in STUDIES[args.study].rows(args) for pick in row.picks)
     for line in missing_lines(picks, Records(args.records)):
         print(line)
 

@@ -7,7 +7,6 @@ again, and the record stays.
 
 import re
 import shlex
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,42 +25,40 @@ from lofit.tasks import find_tasks, main_metric
 
 WORK = Path("runs/studies")
 FIXED = ("random", "all")  # heads that need no selection
-WAYS = ("scales", "gradient", "probe", *FIXED)  # there were others: they can still be recorded
+GONE = ("gates", "spread", "offsets")  # ways of choosing that are recorded and cannot run
 
 
 @dataclass(frozen=True)
 class Pick:
-    """For one seed the run that did best on validation with the first seed, of those tried; as it
+    """For each seed the run that did best on validation with the first seed, of those tried; as it
     is (kind "train"), or tested on another task or text. task: what it is trained on, where
     another task's validation chose."""
 
     tried: tuple[Run, ...]
-    seed: int
+    seeds: tuple[int, ...]
     kind: str = "train"
     tested: str = ""
     task: str = ""
 
-    def run(self, records: Records) -> Run | None:
-        """None before all that is tried is recorded. Of equal scores the first."""
+    def runs(self, records: Records) -> list[Run]:
+        """One a seed, none before all that is tried is recorded. Of equal scores the first wins."""
         best = self.tried[0]
         if len(self.tried) > 1:
             if not all(records.done(run, "train.py") for run in self.tried):
-                return None
+                return []
             best = max(self.tried, key=lambda run: validation(records, run))
-        return replace(
-            best, task=self.task or best.task, seed=self.seed, kind=self.kind, tested=self.tested
-        )
+        best = replace(best, task=self.task or best.task, kind=self.kind, tested=self.tested)
+        return [replace(best, seed=seed) for seed in self.seeds]
 
     def missing(self, records: Records) -> list[tuple[Run, str]]:
         """(run, the last file that it is to make) of what is not recorded, as far as the records
         say which runs these are."""
-        run = self.run(records)
-        if run is None:
-            cells = [(each, OFFSETS) for each in self.tried]
-        else:
-            last = {"select": HEADS, "text": TEXT_LOSS}.get(self.kind, RESULTS)
-            base = [(run.base, BASE_RESULTS)] if last == RESULTS else []
-            cells = [*base, (run, last)]
+        runs = self.runs(records)
+        cells = [] if runs else [(run, OFFSETS) for run in self.tried]
+        last = {"select": HEADS, "text": TEXT_LOSS}.get(self.kind, RESULTS)
+        for run in runs:
+            cells += [(run.base, BASE_RESULTS)] if last == RESULTS else []
+            cells.append((run, last))
         return [(run, file) for run, file in cells if not records.done(run, SCRIPTS[file])]
 
 
@@ -75,17 +72,12 @@ def missing_lines(picks: Iterable[Pick], records: Records) -> Iterable[str]:
     """A shell line for each cell that can be made now. One that needs what an earlier line makes is
     left for the next time: two that ran at once would make it twice."""
     cells = dict.fromkeys(cell for pick in picks for cell in pick.missing(records))
-    gone = [run.by for run, _ in cells if run.by and run.by not in WAYS]
-    if gone:
-        ways = ", ".join(sorted({*gone}))
-        print(f"left out, by ways of choosing that are gone ({ways}): {len(gone)}", file=sys.stderr)
     making: set[Path] = set()
     for run, last in cells:
-        if run.by and run.by not in WAYS:
-            continue
         steps = [step for step in steps_to(run, last) if not step.file.exists()]
-        if not making & {step.file for step in steps}:
-            making |= {step.file for step in steps}
+        files = {step.file for step in steps}
+        if run.by not in GONE and not making & files:
+            making |= files
             yield line_of(run, steps, records)
 
 
@@ -122,48 +114,44 @@ def folder_of(run: Run) -> Path:
 
 def steps_to(run: Run, last: str) -> list[Step]:
     """All calls up to the one that makes a run's file of this name, with those whose files it
-    reads; of a task in folds each fold's."""
-
-    def calls(script: str, file: str, flags=lambda task: []) -> list[Step]:
-        found = []
-        for task, folder in run.parts(folder_of(run)).items():
-            words = ["python", *script.split(), "--model", run.model, "--task", task]
-            words += ["--data", run.data, "--seed", str(run.seed), "--dtype", run.dtype]
-            words += ["--quantize", run.quantize] if run.quantize else []
-            words += ["--run", str(folder), *flags(task)]
-            found.append(Step(run, folder / file, shlex.join(words)))
-        return found
-
-    def made_by(other: Run, task: str) -> str:
-        """The folder of the same fold of another run; of the first where `task` has no folds."""
-        folders = other.parts(folder_of(other))
-        return str(folders.get(task) or next(iter(folders.values())))
-
+    reads."""
     if run.kind == "base":
-        return calls("eval.py", last, lambda task: ["--base-only"])
+        return calls(run, "eval.py", last, "--base-only")
     if run.kind == "select":
         by = [] if run.by == "scales" else ["--by", run.by]
-        return calls("select_heads.py", last, lambda task: [*by, *shlex.split(run.select)])
+        return calls(run, "select_heads.py", last, *by, *shlex.split(run.select))
     if run.kind == "train":
         fixed = run.method != "lofit" or run.by in FIXED
-
-        def flags(task: str) -> list[str]:
-            return training_flags(run, run.by if fixed else made_by(run.selection, task))
-
         needs = [] if fixed else steps_to(run.selection, HEADS)
-        test = calls("eval.py", RESULTS) if last == RESULTS else []
-        return [*needs, *calls("train.py", OFFSETS, flags), *test]
-
-    def offsets(task: str) -> list[str]:
-        text = ["--text", run.tested] if run.kind == "text" and Path(run.tested).is_file() else []
-        return ["--offsets", made_by(run.training, task), *text]
-
+        flags = training_flags(run, run.by if fixed else run.selection)
+        test = calls(run, "eval.py", RESULTS) if last == RESULTS else []
+        return [*needs, *calls(run, "train.py", OFFSETS, *flags), *test]
+    text = ["--text", run.tested] if run.kind == "text" and Path(run.tested).is_file() else []
     script = "eval.py" if run.kind == "asked" else "-m lofit.studies.text_loss"
-    return [*steps_to(run.training, OFFSETS), *calls(script, last, offsets)]
+    test = calls(run, script, last, "--offsets", run.training, *text)
+    return [*steps_to(run.training, OFFSETS), *test]
 
 
-def training_flags(run: Run, heads: str) -> list[str]:
-    """What train.py takes beside the common flags."""
+def calls(run: Run, script: str, file: str, *flags: str | Run) -> list[Step]:
+    """One call, or of a task in folds one a fold; a run among the flags stands for the folder of
+    the same fold, or of its first where `run` has no folds."""
+    found = []
+    for task, folder in run.parts(folder_of(run)).items():
+        words = ["python", *script.split(), "--model", run.model, "--task", task]
+        words += ["--data", run.data, "--seed", str(run.seed), "--dtype", run.dtype]
+        words += ["--quantize", run.quantize] if run.quantize else []
+        words += ["--run", str(folder)]
+        for flag in flags:
+            if isinstance(flag, Run):
+                made = flag.parts(folder_of(flag))
+                flag = str(made.get(task) or next(iter(made.values())))
+            words.append(flag)
+        found.append(Step(run, folder / file, shlex.join(words)))
+    return found
+
+
+def training_flags(run: Run, heads: str | Run) -> list[str | Run]:
+    """What train.py takes beside the common flags. heads: a word, or the run that chose them."""
     # the records, older than --strength, say --alpha
     flags = shlex.split(run.train.replace("--alpha ", "--strength "))
     if run.lr_factor != 1:

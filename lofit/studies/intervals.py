@@ -53,25 +53,14 @@ class Difference:
     @property
     def p(self) -> float:
         """One less the level of the interval that ends at 0."""
-        if math.isnan(self.error) or not self.error:
-            return math.nan if self.mean or math.isnan(self.error) else 1.0
+        if not self.error:
+            return math.nan if self.mean else 1.0
         low, high = 0.0, 1.0
         for _ in range(30):
             middle = (low + high) / 2
             ends = self.interval(middle)
             low, high = (low, middle) if ends[0] <= 0 <= ends[1] else (middle, high)
         return 1 - high
-
-
-def interval(
-    ones: Scores,
-    others: Scores,
-    level: float = 0.95,
-    groups: Groups = None,
-    borrowed: Sequence[Spread | None] = (None, None),
-) -> tuple[float, float]:
-    """Confidence interval of the mean of `ones` less that of `others`; see `difference`."""
-    return difference(ones, others, groups, borrowed).interval(level)
 
 
 def difference(
@@ -85,15 +74,16 @@ def difference(
     The runs of the two are drawn independently; the items are the same, and are compared in pairs.
     A side of one run says nothing of how runs vary: the interval then holds for that very run,
     unless the spread of one run is borrowed for this side (`run_spread` of others like it). The
-    base model is one run that does not vary. NaN with less than two items or groups.
+    base model is one run that does not vary. There must be two items or groups.
     """
     sides = [torch.as_tensor(s, dtype=torch.float64) for s in (ones, others)]
-    differences = sides[0].mean(0) - sides[1].mean(0)
+    means = [side.mean(0) for side in sides]
+    differences = means[0] - means[1]
     groups = _groups(groups, len(differences))
-    mean, n_groups = differences.mean().item(), int(groups.max()) + 1
-    if n_groups < 2:
-        return Difference(mean, Spread(math.nan, 1), Spread(0.0, 1))
-    items = Spread(_of_sums(differences - mean, groups), n_groups - 1)
+    # summed as the score of a table is, so that both round alike
+    one, other = (sum(each.tolist()) / len(each) for each in means)
+    mean = one - other
+    items = Spread(_of_sums(differences - mean, groups), int(groups.max()))
     parts = [
         _of_runs(side, groups) if len(side) > 1 else spread
         for side, spread in zip(sides, borrowed, strict=True)
@@ -101,16 +91,13 @@ def difference(
     return Difference(mean, items, _sum([part for part in parts if part]))
 
 
-def run_spread(cells: Iterable[Scores], groups: Groups = None) -> Spread | None:
-    """How single runs vary about their cell's mean, over cells of runs that differ by the seed
-    alone; None without a cell of several runs."""
-    found = []
-    for cell in (torch.as_tensor(cell, dtype=torch.float64) for cell in cells):
-        if len(cell) > 1:
-            of_mean = _of_runs(cell, _groups(groups, cell.shape[1]))
-            found.append(Spread(of_mean.variance * len(cell), of_mean.df))
-    df = sum(part.df for part in found)
-    return Spread(sum(part.variance * part.df for part in found) / df, df) if found else None
+def run_spread(cells: Iterable[tuple[Scores, Groups]]) -> Spread:
+    """How single runs vary about their cell's mean, over cells of several runs that differ by the
+    seed alone, each with the groups of its items."""
+    sides = [(torch.as_tensor(scores, dtype=torch.float64), groups) for scores, groups in cells]
+    parts = [(len(side), _of_runs(side, _groups(groups, side.shape[1]))) for side, groups in sides]
+    df = sum(part.df for _, part in parts)
+    return Spread(sum(n * part.variance * part.df for n, part in parts) / df, df)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -143,11 +130,8 @@ def pooled(found: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
 
 def _groups(groups: Groups, n: int) -> torch.Tensor:
     """The groups of n items as numbers from 0."""
-    return (
-        torch.arange(n)
-        if groups is None
-        else torch.as_tensor(groups).unique(return_inverse=True)[1]
-    )
+    every = torch.arange(n) if groups is None else torch.as_tensor(groups)
+    return every.unique(return_inverse=True)[1]
 
 
 def _of_sums(left: torch.Tensor, groups: torch.Tensor) -> float:

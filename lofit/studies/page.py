@@ -12,36 +12,27 @@ import sys
 from pathlib import Path
 
 from lofit import errors
-from lofit.errors import InputError
 from lofit.files import read_text, write
 from lofit.studies.__main__ import parse_args, printed
 
 PLACE = re.compile(
-    r"```\npython -m lofit\.studies (?P<flags>[^\n]*)\n```\n\n"
-    r"<details><summary>(?P<title>[^\n]*)</summary>\n.*?</details>\n",
-    re.S,
+    r"(```\npython -m lofit\.studies (.*)\n```\n\n<details><summary>.*</summary>\n)"
+    r"(?s:.*?)</details>\n"
 )
 
 
 def filled(text: str) -> str:
     """The page with the tables that its commands print."""
 
-    def one(found: re.Match) -> str:
-        args = parse_args(shlex.split(found["flags"]))
-        return (
-            f"```\npython -m lofit.studies {found['flags']}\n```\n\n"
-            f"<details><summary>{found['title']}</summary>\n\n"
-            f"{printed(args)}\n\n</details>\n"
-        )
+    def table(found: re.Match) -> str:
+        return f"{found[1]}\n{printed(parse_args(shlex.split(found[2])))}\n\n</details>\n"
 
-    return PLACE.sub(one, text)
+    return PLACE.sub(table, text)
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1:
-        raise InputError("expected one page, like docs/results.md")
-    write(Path(argv[0]), filled(read_text(Path(argv[0]))))
+def main() -> None:
+    for page in map(Path, sys.argv[1:]):
+        write(page, filled(read_text(page)))
 
 
 if __name__ == "__main__":

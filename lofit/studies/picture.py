@@ -5,7 +5,7 @@
 One panel a model and task. The runs drawn are LoFiT's of the records' folder that were tested, with
 heads chosen for the task itself, all training examples, and the recipe's learning rate and epochs.
 A short line is the mean of the dots beside it. The line of LoRA is the mean of its runs with the
-learning rate that did best on validation.
+learning rate whose runs did best on validation in the mean.
 """
 
 import argparse
@@ -32,10 +32,8 @@ WAYS = {
     "random": ("drawn at random", "#D55E00", "x", 1),
     "all": ("all heads", "#222222", "s", 0),
 }
-LINES = {"LoRA": (6, 2), "base model": (1, 2)}  # points on, points off
 TITLES = {"mquake": "MQuAKE", "clutrr": "CLUTRR", "truthfulqa": "TruthfulQA"}
 TITLES |= {"em": "exact match", "em_stripped": "exact match", "mc1": "MC1"}
-Heads = tuple[int, str]
 
 
 @dataclass
@@ -45,29 +43,7 @@ class Panel:
 
     base: float | None = None
     lora: float | None = None
-    dots: dict[str, dict[Heads, list[float]]] = field(default_factory=dict)
-
-    @property
-    def highest(self) -> float:
-        scores = [score for of_k in self.dots.values() for runs in of_k.values() for score in runs]
-        return max([*scores, self.base or 0, self.lora or 0])
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lofit.studies.picture",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    arg = parser.add_argument
-    models = ["weights/smollm2-135m-instruct", "weights/gemma-3-270m"]
-    arg("--out", type=Path, required=True, help="the PNG to write")
-    arg("--model", nargs="+", default=models)
-    arg("--task", nargs="+", default=["mquake", "clutrr", "truthfulqa"])
-    arg("--data", default="data/real")
-    arg("--dtype", default="float32")
-    arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
-    return parser.parse_args(argv)
+    dots: dict[str, dict[tuple[int, str], list[float]]] = field(default_factory=dict)
 
 
 def read_panel(records: Records, model: str, task: str, data: str, dtype: str) -> Panel:
@@ -75,7 +51,7 @@ def read_panel(records: Records, model: str, task: str, data: str, dtype: str) -
     metric, found = main_metric(task), Panel()
     dots, lora = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for run, line in records.of_model(model).items():
-        if (run.task, run.data, run.dtype) != (task, data, dtype):
+        if (run.task, run.data, run.dtype, run.quantize) != (task, data, dtype, ""):
             continue
         if run.kind == "base" and "base" in line:
             found.base = 100 * line["base"][metric]
@@ -83,8 +59,8 @@ def read_panel(records: Records, model: str, task: str, data: str, dtype: str) -
             continue
         score = 100 * line["tuned"][metric]
         if run.method == "lofit" and run.by in WAYS and is_plain(run):
-            dots[run.by][int(n_heads(run, line)), run.k].append(score)
-        if run.method == "lora" and is_rate_alone(run.train):
+            dots[run.by][n_heads(line), run.k].append(score)
+        if run.method == "lora" and len(run.train.split()) == 2:  # a learning rate alone
             lora[run.train].append((validation(records, run), score))
     found.dots = {by: dict(sorted(dots[by].items())) for by in WAYS if by in dots}
     if lora:
@@ -97,13 +73,7 @@ def is_plain(run: Run) -> bool:
     """Whether a run of LoFiT has the recipe's values. The recipe bounds TruthfulQA's learning rate
     by 0.03; runs from before it did so name it."""
     bound = run.task == "truthfulqa" and run.by != "all" and run.train == "--lr 0.03"
-    flags = run.select or run.heads_of or (run.train and not bound)
-    return not flags and run.lr_factor == 1
-
-
-def is_rate_alone(flags: str) -> bool:
-    """Whether a learning rate is all that is given to train.py."""
-    return flags.startswith("--lr ") and len(flags.split()) == 2
+    return run.lr_factor == 1 and not (run.select or run.heads_of or (run.train and not bound))
 
 
 def draw(panels: dict[tuple[str, str], Panel], path: Path) -> None:
@@ -117,24 +87,27 @@ def draw(panels: dict[tuple[str, str], Panel], path: Path) -> None:
 
     models, tasks = (list(dict.fromkeys(part)) for part in zip(*panels, strict=True))
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    legend = {}
     with plt.rc_context(style):
+        size = (0.6 + 2.8 * len(tasks), 0.9 + 2.3 * len(models))
         figure, grid = plt.subplots(
-            len(models), len(tasks), figsize=(0.6 + 2.8 * len(tasks), 0.9 + 2.3 * len(models)),
-            sharey=True, squeeze=False, layout="constrained",
-        )  # fmt: skip
+            len(models), len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
         for model, line in zip(models, grid, strict=True):
             shown = [panels[model, task] for task in tasks]
             heads = sorted({k for panel in shown for of_k in panel.dots.values() for k in of_k})
             for axes, panel in zip(line, shown, strict=True):
                 draw_panel(axes, panel, heads)
+                legend |= {line.get_label(): line for line in axes.get_lines()}
             line[0].set_ylabel(f"{Path(model).name}\ntest accuracy, %")
         for task, axes in zip(tasks, grid[0], strict=True):
             metric = main_metric(task)
             axes.set_title(f"{TITLES.get(task, task)}, {TITLES.get(metric, metric)}", fontsize=10)
         for axes in grid[-1]:
             axes.set_xlabel("number of heads")
-        grid[0, 0].set_ylim(-1.5, 1.05 * max(panel.highest for panel in panels.values()))
-        legend(figure, grid.flat)
+        named = {label: line for label, line in legend.items() if label[0] != "_"}
+        place = {"loc": "outside upper center", "frameon": False, "columnspacing": 1.3}
+        figure.legend(named.values(), named, ncols=len(named), **place)
         # of what it shows, so that a test can tell an old picture; pixels depend on matplotlib
         shows = {"Description": hashlib.sha256(repr(panels).encode()).hexdigest()}
         data = io.BytesIO()
@@ -143,13 +116,10 @@ def draw(panels: dict[tuple[str, str], Panel], path: Path) -> None:
         plt.close(figure)
 
 
-def draw_panel(axes, panel: Panel, heads: list[Heads]) -> None:
-    """The dots, their means, and lines for the base model and LoRA; a tick for each of `heads`."""
+def draw_panel(axes, panel: Panel, heads: list[tuple[int, str]]) -> None:
+    """The dots, their means, and lines for LoRA and the base model; a tick for each of `heads`."""
     axes.grid(axis="y", color="#e8e8e8", lw=0.8)
     axes.set_axisbelow(True)
-    for name, value in (("LoRA", panel.lora), ("base model", panel.base)):
-        if value is not None:
-            axes.axhline(value, color="#555555", lw=1.2, dashes=LINES[name], label=name, zorder=1)
     for by, of_k in panel.dots.items():
         label, colour, marker, side = WAYS[by]
         edge = {"mec": colour, "mew": 1.3} if marker == "x" else {"mec": "white", "mew": 0.5}
@@ -159,39 +129,30 @@ def draw_panel(axes, panel: Panel, heads: list[Heads]) -> None:
                 axes.plot([x - 0.1, x + 0.1], [mean(scores)] * 2, color=colour, lw=1.6)
             dots = [x] * len(scores), scores, marker
             axes.plot(*dots, color=colour, ms=5, alpha=0.75, label=label, **edge)
-    shares = [k.replace("%", " %") for _, k in heads]
-    labels = [f"{n}\n{k}" for (n, _), k in zip(heads, shares, strict=True)]
-    axes.set_xticks(range(len(heads)), labels)
+    for name, value, dashes in (("LoRA", panel.lora, (6, 2)), ("base model", panel.base, (1, 2))):
+        if value is not None:
+            axes.axhline(value, color="#555555", lw=1.2, dashes=dashes, label=name, zorder=1)
+    axes.set_xticks(range(len(heads)), [f"{n}\n{k.replace('%', ' %')}" for n, k in heads])
     axes.set_xlim(-0.5, len(heads) - 0.5)
 
 
-def legend(figure, grid) -> None:
-    """Above all panels, what any of them shows."""
-    handles = {}
-    for axes in grid:
-        handles |= {line.get_label(): line for line in axes.get_lines()}
-    names = [*(label for label, *_ in WAYS.values()), *LINES]
-    shown = [name for name in names if name in handles]
-    figure.legend(
-        [handles[name] for name in shown], shown, loc="outside upper center", ncols=len(shown),
-        frameon=False, columnspacing=1.3,
-    )  # fmt: skip
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    records = Records(args.records)
-    panels = {
-        (model, task): read_panel(records, model, task, args.data, args.dtype)
-        for model in args.model
-        for task in args.task
-    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arg = parser.add_argument
+    models = ["weights/smollm2-135m-instruct", "weights/gemma-3-270m"]
+    arg("--out", type=Path, required=True, help="the PNG to write")
+    arg("--model", nargs="+", default=models)
+    arg("--task", nargs="+", default=["mquake", "clutrr", "truthfulqa"])
+    arg("--data", default="data/real")
+    arg("--dtype", default="float32")
+    arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    records, panels = Records(args.records), {}
     for model in args.model:
-        if not any(panels[model, task].dots for task in args.task):
-            raise InputError(
-                f"{args.records}: no tested LoFiT run of {model} on {args.data} with the recipe's"
-                " learning rate; see python -m lofit.studies sweep --missing"
-            )
+        for task in args.task:
+            panels[model, task] = read_panel(records, model, task, args.data, args.dtype)
     draw(panels, args.out)
     print(f"-> {args.out}")
 

@@ -10,14 +10,14 @@ import argparse
 import gzip
 import itertools
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.files import hash_of, parse_json, read_json, read_jsonl, read_tensors, reading, write
+from lofit.files import hash_of, read_json, read_jsonl, read_tensors, write, write_jsonl
 from lofit.run.files import HEADS, OFFSETS, PREDICTIONS, RESULTS
 from lofit.run.summary import mean
 from lofit.tasks import find_tasks
@@ -59,8 +59,7 @@ class Run:
     @property
     def base(self) -> "Run":
         """The run that asked the base model what this one was tested on."""
-        task = self.tested or self.task
-        of = (self.model, task, self.data, BASE_SEED, self.dtype)
+        of = (self.model, self.tested or self.task, self.data, BASE_SEED, self.dtype)
         return Run("base", *of, quantize=self.quantize)
 
     @property
@@ -76,22 +75,18 @@ class Run:
 
     def as_dict(self) -> dict:
         """The fields that are not at their default."""
-        found = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
-        return {name: value for name, (value, default) in found.items() if value != default}
+        return {k: v for k, v in asdict(self).items() if v != getattr(Run, k, None)}
 
     def parts(self, folder: Path) -> dict[str, Path]:
         """The tasks that it calls the scripts with, folds each for itself, and their folders."""
         name = self.tested or self.task
-        if self.kind == "text":  # folds share their prompts; a text of its own needs no task
-            name = self.task if Path(name).is_file() else name
-            return {_names(name)[0]: folder}
-        names = _names(name)
+        if self.kind == "text" and Path(name).is_file():  # it needs no task
+            name = self.task
+        found = find_tasks(name)
+        names = [task.name for task in found] if len(found) > 1 else [name]
+        if self.kind == "text":  # folds share their prompts
+            return {names[0]: folder}
         return {name: folder} if len(names) == 1 else {fold: folder / fold for fold in names}
-
-
-def _names(task: str) -> list[str]:
-    found = find_tasks(task)
-    return [task] if len(found) == 1 else [each.name for each in found]
 
 
 class Records:
@@ -99,7 +94,7 @@ class Records:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._runs: dict[str, dict[Run, dict]] = {}
+        self._runs: dict[Path, dict[Run, dict]] = {}
 
     def of(self, run: Run) -> dict:
         """What was measured of a run; {} if it is not recorded."""
@@ -111,23 +106,17 @@ class Records:
     def of_model(self, model: str) -> dict[Run, dict]:
         """All recorded runs of a model, and what was measured of each."""
         path = self._path(model, "jsonl")
-        if path.name not in self._runs:
+        if path not in self._runs:
             lines = read_jsonl(path) if path.exists() else []
-            self._runs[path.name] = dict(from_line(*line) for line in lines)
-        return self._runs[path.name]
+            self._runs[path] = dict(from_line(line) for _, line in lines)
+        return self._runs[path]
 
     def grids(self, model: str) -> dict[str, list[Grid]]:
         """The scores of all heads of a model's selections, by the title: one of each fold."""
         path = self._path(model, "scores.json.gz")
-        if not path.exists():
-            return {}
-        try:
-            text = gzip.decompress(path.read_bytes()).decode()
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not readable ({error}); restore it from git") from None
-        return parse_json(text, str(path), dict)
+        return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
 
-    def add(self, run: Run, found: dict[str, dict], grids: list[Grid] | None = None) -> None:
+    def add(self, run: Run, found: dict[str, dict], grids: list[Grid]) -> None:
         """Add what each script measured to a run's line; what is recorded already stays. The file
         is written whole, under a lock: no process loses what another adds at the same time."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,30 +130,24 @@ class Records:
                 )
             line = runs.setdefault(run, {"seconds": {}, "device": {}})
             for script, part in found.items():
-                if self.done(run, script):
-                    continue
-                both = {
-                    key: line.get(key, {}) | {script: part[key]} for key in ("seconds", "device")
-                }
-                line |= part | both
-            if grids and run.title not in (kept := self.grids(run.model)):
+                if script not in line["seconds"]:
+                    times = {key: line[key] | {script: part[key]} for key in ("seconds", "device")}
+                    line |= part | times
+            kept = self.grids(run.model)
+            if grids and run.title not in kept:
                 text = json.dumps(kept | {run.title: grids}, separators=(",", ":"))
                 data = gzip.compress(text.encode(), mtime=0)
                 write(self._path(run.model, "scores.json.gz"), data)
-            lines = (json.dumps(r.as_dict() | f, ensure_ascii=False) for r, f in runs.items())
-            write(self._path(run.model, "jsonl"), "".join(f"{line}\n" for line in lines))
+            write_jsonl(self._path(run.model, "jsonl"), [r.as_dict() | f for r, f in runs.items()])
 
     def _path(self, model: str, suffix: str) -> Path:
         return self.folder / f"{Path(model).name}.{suffix}"
 
 
-def from_line(where: str, line: dict) -> tuple[Run, dict]:
-    """A run, and what was measured of it. InputError if the line names no run."""
+def from_line(line: dict) -> tuple[Run, dict]:
+    """A run, and what was measured of it."""
     names = {field.name for field in fields(Run)}
-    try:
-        run = Run(**{key: value for key, value in line.items() if key in names})
-    except TypeError as error:
-        raise InputError(f"{where}: not a recorded run ({error})") from None
+    run = Run(**{key: value for key, value in line.items() if key in names})
     return run, {key: value for key, value in line.items() if key not in names}
 
 
@@ -195,34 +178,32 @@ def unpack(hits: str | list[float]) -> list[float]:
 def measured(run: Run, folder: Path) -> tuple[dict[str, dict], list[Grid]]:
     """({script: what a record keeps of what it left in a run's folder}, the scores of all heads).
     Of a task in folds lists, one entry a fold."""
-    found: dict[str, dict] = {}
+    found, grids = {}, []
     folders = list(run.parts(folder).values())
     for name, script in SCRIPTS.items():
         paths = [part / name for part in folders]
         if not all(path.exists() for path in paths):
             continue
-        with reading(paths[0]):
-            files = [
-                read_tensors(path)[1] if name == OFFSETS else read_json(path) for path in paths
-            ]
-            part = {key: files[0].get(key) for key in ("fingerprint", "data_hash")}
-            found[script] = part | KEPT[script](files, paths)
-            took = [spent(path, script.removesuffix(".py")) for path in paths]
+        files = [read_tensors(p)[1] if name == OFFSETS else read_json(p) for p in paths]
+        if name == HEADS and run.kind == "select":
+            grids = [file["scores"] for file in files]
+        took = [spent(path, script.removesuffix(".py")) for path in paths]
+        found[script] = {key: files[0].get(key) for key in ("fingerprint", "data_hash")}
+        found[script] |= KEPT[script](files, paths)
         found[script] |= {"seconds": round(sum(t for t, _ in took), 2), "device": took[0][1]}
-    chose = folders if run.kind == "select" and found else []
-    return found, [read_json(part / HEADS)["scores"] for part in chose]
-
-
-def of_selection(files: list[dict], paths: list[Path]) -> dict:
-    return {"settings": _settings(files[0]), "heads": _one([f["heads"] for f in files])}
+    return found, grids
 
 
 def of_training(files: list[dict], paths: list[Path]) -> dict:
-    kept = {"settings": _settings(files[0]), "offsets_hash": _one([hash_of(p) for p in paths])}
+    """Or of a selection. Settings without what the run's identity says already."""
+    settings = {k: v for k, v in files[0]["settings"].items() if k not in ("heads", "by")}
+    kept = {"settings": settings}
+    if paths[0].name == OFFSETS:
+        kept["offsets_hash"] = _one([hash_of(path) for path in paths])
     for key in ("heads", "val"):
         if key in files[0]:
-            kept[key] = _one([f[key] for f in files])
-    return kept | {"trained_values": files[0]["trained_values"]}
+            kept[key] = _one([file[key] for file in files])
+    return kept | {key: files[0][key] for key in ("trained_values",) if key in files[0]}
 
 
 def of_evaluation(files: list[dict], paths: list[Path]) -> dict:
@@ -231,28 +212,25 @@ def of_evaluation(files: list[dict], paths: list[Path]) -> dict:
     both = zip(paths, names, strict=True)
     lines = [line for path, name in both for _, line in read_jsonl(path.with_name(name))]
     whos, metrics = files[0]["scores"], list(files[0]["scores"]["base"])
-    kept = {"n": _one([f["n"] for f in files])}
+    kept = {"n": _one([file["n"] for file in files])}
     kept |= {who: {m: mean([line[who][m] for line in lines]) for m in metrics} for who in whos}
     if "tuned" in whos:
-        about = [f["adapters"]["tuned"] for f in files]
+        about = [file["adapters"]["tuned"] for file in files]
         kept["trained_values"] = about[0]["trained_values"]
         kept["offsets_hash"] = _one([each["offsets_hash"] for each in about])
     if len(files) == 1:
-        kept |= {
-            key: files[0][key]
-            for key in ("always", "given", "groups", "clusters", "rules")
-            if key in files[0]
-        }
+        more = ("always", "given", "groups", "clusters", "rules")
+        kept |= {key: files[0][key] for key in more if key in files[0]}
     who = "tuned" if "tuned" in whos else "base"
     return kept | {"hits": {m: pack([line[who][m] for line in lines]) for m in metrics}}
 
 
 def of_text(files: list[dict], paths: list[Path]) -> dict:
-    losses = {who: [round(loss, 6) for loss in files[0][who]] for who in ("base", "tuned")}
-    return {"losses": losses}
+    both = ("base", "tuned")
+    return {"losses": {who: [round(loss, 6) for loss in files[0][who]] for who in both}}
 
 
-KEPT = {"select_heads.py": of_selection, "train.py": of_training}
+KEPT = {"select_heads.py": of_training, "train.py": of_training}
 KEPT |= {"eval.py": of_evaluation, "text_loss": of_text}
 
 
@@ -271,20 +249,13 @@ def _one(values: list):
     return values[0] if len(values) == 1 else values
 
 
-def _settings(found: dict) -> dict:
-    """Without what the run's identity says already."""
-    return {k: v for k, v in found["settings"].items() if k not in ("heads", "by")}
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="+", type=Path, help="of a line of --missing")
     parser.add_argument("--records", type=Path, default=Path("docs/results"))
     args = parser.parse_args(argv)
     for folder in args.folder:
-        run, _ = from_line(str(folder / CELL), read_json(folder / CELL))
+        run, _ = from_line(read_json(folder / CELL))
         found, grids = measured(run, folder)
         if not found:
             raise InputError(f"{folder}: nothing is in it to record; run its line first")

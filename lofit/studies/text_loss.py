@@ -5,7 +5,6 @@
 The text is a task's first 200 test prompts, or the first 200 lines of --text.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -22,13 +21,6 @@ from lofit.run.setup import open_runs
 N_TEXTS = 200
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(__doc__)
-    parser.add_argument("--offsets", required=True, help="run folder or adapter")
-    parser.add_argument("--text", type=Path, help="a file, one text a line")
-    return parser.parse_args(argv)
-
-
 @torch.no_grad()
 def text_losses(model: CausalLM, texts: list[list[int]]) -> list[float]:
     """The mean -log p of each text's tokens after the first. texts: ids, two at least."""
@@ -42,7 +34,10 @@ def text_losses(model: CausalLM, texts: list[list[int]]) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = common_parser(__doc__)
+    parser.add_argument("--offsets", required=True, help="run folder or adapter")
+    parser.add_argument("--text", type=Path, help="a file, one text a line")
+    args = parser.parse_args(argv)
     with open_runs(args, "text_loss") as runs:
         run = next(runs)  # of one fold: they share their prompts
         if args.text:

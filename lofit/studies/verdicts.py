@@ -7,12 +7,12 @@ set: it counts once, with the mean of their differences and the mean of their er
 rose and fell together. Two models that answer the same questions count as independent."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lofit.run.summary import mean
-from lofit.studies.intervals import Difference, Spread, difference, holm, pooled, run_spread
+from lofit.studies import tables
+from lofit.studies.intervals import Difference, Spread, holm, pooled, run_spread
 from lofit.studies.records import Records, Run
-from lofit.studies.tables import ONE_RUN, groups_of, markdown, mean_items, points, scores_of
 from lofit.tasks import main_metric
 
 SMOL, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
@@ -20,7 +20,8 @@ TEN = {"method": "lofit", "by": "scales", "k": "10%"}
 ALL = {"method": "lofit", "by": "all", "k": "all"}
 DRAWN = TEN | {"by": "random"}
 MANY = 7  # heads, from which on runs vary little
-LIKE = ("train", "data/real", "lofit", 1.0, "")
+COMMON = {"kind": "train", "data": "data/real", "dtype": "float32", "quantize": ""}
+COMMON |= {"lr_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,22 @@ class Side:
     fields: dict
 
     def runs(self, records: Records, model: str, task: str) -> list[Run]:
-        wanted = {"kind": "train", "task": task, "data": "data/real", "lr_factor": 1.0}
-        wanted |= {"heads_of": "", "train": "", "select": "", "quantize": ""} | self.fields
-        return [
-            run
-            for run in records.of_model(model)
-            if records.done(run, "eval.py")
-            and all(getattr(run, key) == value for key, value in wanted.items())
-        ]
+        plain = {"task": task, "heads_of": "", "train": "", "select": ""}
+        return tested(records, model, plain | self.fields)
+
+
+def tested(records: Records, model: str, fields: dict) -> list[Run]:
+    """The runs of a model with these fields whose test scores are recorded."""
+    wanted = (COMMON | fields).items()
+    runs = (run for run in records.of_model(model) if records.done(run, "eval.py"))
+    return [run for run in runs if all(getattr(run, key) == value for key, value in wanted)]
 
 
 def baseline(name: str, *flags: str) -> Side:
     return Side(f"{name} {' '.join(flags)}", {"method": name, "train": " ".join(flags)})
 
 
-LOFIT, EVERY, RANDOM = Side("10 %", TEN), Side("all heads", ALL), Side("random heads", DRAWN)
+LOFIT, EVERY = Side("10 %", TEN), Side("all heads", ALL)
 # claim, model, task, LoFiT's side, the other; the other None: the base model
 COMPARED = [
     *(("1", m, t, LOFIT, None) for m, t in (
@@ -76,98 +78,75 @@ COMPARED = [
 
 def spread_of_runs(records: Records, by: tuple[str, ...]) -> Spread:
     """Of LoFiT's cells with MANY heads or more whose heads were chosen in one of these ways."""
-    cells: dict[tuple, list[Run]] = {}
+    cells: dict[Run, list[Run]] = {}
     for model in (SMOL, GEMMA):
-        for run in records.of_model(model):
-            alike = (run.kind, run.data, run.method, run.lr_factor, run.quantize) == LIKE
-            if alike and run.by in by:
-                if records.done(run, "eval.py") and n_heads(records, run) >= MANY:
-                    key = tuple({**run.as_dict(), "seed": 0}.items())
-                    cells.setdefault(key, []).append(run)
-    parts = [
-        run_spread([scores_of(records, runs)], groups_of(records, runs))
+        for run in tested(records, model, {"method": "lofit"}):
+            if run.by in by and tables.n_heads(records.of(run)) >= MANY:
+                cells.setdefault(replace(run, seed=0), []).append(run)
+    return run_spread(
+        (tables.scores_of(records, runs), records.of(runs[0].base).get("clusters"))
         for runs in cells.values()
         if len(runs) > 1
-    ]
-    df = sum(part.df for part in parts)
-    return Spread(sum(part.variance * part.df for part in parts) / df, df)
-
-
-def n_heads(records: Records, run: Run) -> int:
-    heads = records.of(run)["heads"]
-    return len(heads if isinstance(heads[0][0], int) else heads[0])
-
-
-def compared(
-    records: Records, one: list[Run], other: list[Run], fixed: Spread, drawn: Spread
-) -> Difference:
-    """other: empty for the base model, which does not vary."""
-    base = [one[0].base]
-    sides = [scores_of(records, runs) for runs in (one, other or base)]
-    borrowed = [
-        (drawn if runs[0].by == "random" else fixed) if len(runs) == 1 else None
-        for runs in (one, other or base)
-    ]
-    borrowed[1] = borrowed[1] if other else None
-    return difference(*sides, groups_of(records, one), borrowed)
-
-
-def rows(records: Records) -> Iterator[list[str]]:
-    fixed, drawn = (
-        spread_of_runs(records, by) for by in (("scales", "gradient", "all"), ("random",))
     )
-    found = []
-    for claim, model, task, one, other in COMPARED:
-        ours = one.runs(records, model, task)
-        theirs = other.runs(records, model, task) if other else []
-        if ours and (theirs or not other):
-            found.append((claim, model, task, one, other, ours, theirs,
-                          compared(records, ours, theirs, fixed, drawn)))  # fmt: skip
-    corrected = holm([each[-1].p for each in found])
-    for (claim, model, task, one, other, ours, theirs, diff), p in zip(
-        found, corrected, strict=True
-    ):
-        means = [
-            f"{100 * sum(mean_items(s)) / len(s[0]):.1f}"
-            for s in (scores_of(records, runs) for runs in (ours, theirs or [ours[0].base]))
-        ]
-        runs = [
-            f"{len(side)}{ONE_RUN if len(side) == 1 else ''}" for side in (ours, theirs) if side
-        ]
-        label = f"{task} ({main_metric(task)})"
-        versus = other.label if other else "base model"
-        low, high = diff.interval()
-        yield [
-            claim, model, label, one.label, versus, ", ".join(runs), " and ".join(means),
-            f"{points(diff.mean)} [{points(low)}, {points(high)}]", f"{p:.3f}",
-        ]  # fmt: skip
-    yield from pooled_rows(records, fixed, drawn)
 
 
-def pooled_rows(records: Records, fixed: Spread, drawn: Spread) -> Iterator[list[str]]:
-    """Claim 2: chosen − random heads."""
-    cells: dict[bool, dict[tuple, list[Difference]]] = {True: {}, False: {}}
-    for model in (SMOL, GEMMA):
-        for task, k in sorted({(r.task, r.k) for r in records.of_model(model) if r.by == "scales"}):
-            ours = Side("", TEN | {"k": k}).runs(records, model, task)
-            theirs = Side("", DRAWN | {"k": k}).runs(records, model, task)
-            if len(ours) > 1 and len(theirs) > 1:
-                of_many = cells[n_heads(records, ours[0]) >= MANY]
-                found = compared(records, ours, theirs, fixed, drawn)
-                of_many.setdefault((model, task), []).append(found)
-    for many, sets in cells.items():
-        if len(sets) > 1:
-            middle, low, high = pooled(
-                [(mean([d.mean for d in of]), mean([d.error for d in of])) for of in sets.values()]
-            )
-            number = f"{MANY} or more" if many else f"fewer than {MANY}"
-            found = f"{points(middle)} [{points(low)}, {points(high)}]"
-            pool = f"{len(sets)} test sets pooled"
-            yield ["2", "both", pool, f"{number} chosen heads", "as many random", "", "", found, ""]
+class Comparisons:
+    def __init__(self, records: Records):
+        self.records = records
+        self.drawn = spread_of_runs(records, ("random",))
+        self.fixed = spread_of_runs(records, ("scales", "gradient", "all"))
+
+    def difference(self, ours: list[Run], theirs: list[Run]) -> Difference:
+        """theirs: empty for the base model. A side with one run borrows how runs vary."""
+        lent = [
+            (self.drawn if side[0].by == "random" else self.fixed) if len(side) == 1 else None
+            for side in (ours, theirs)
+        ]
+        return tables.compared(self.records, ours, theirs, borrowed=lent)
+
+    def rows(self) -> Iterator[list[str]]:
+        found = []
+        for claim, model, task, one, other in COMPARED:
+            ours = one.runs(self.records, model, task)
+            theirs = other.runs(self.records, model, task) if other else []
+            if ours and (theirs or not other):
+                versus = other.label if other else "base model"
+                labels = [claim, model, f"{task} ({main_metric(task)})", one.label, versus]
+                found.append((labels, ours, theirs, self.difference(ours, theirs)))
+        corrected = holm([diff.p for *_, diff in found])
+        for (labels, ours, theirs, diff), p in zip(found, corrected, strict=True):
+            sizes = [len(side) for side in (ours, theirs) if side]
+            runs = ", ".join(f"{n}{tables.ONE_RUN * (n == 1)}" for n in sizes)
+            means = [mean(tables.means_of(self.records, side or [ours[0].base]))
+                     for side in (ours, theirs)]  # fmt: skip
+            percent = "{:.1f} and {:.1f}".format(*(100 * share for share in means))
+            yield [*labels, runs, percent, tables.said(diff), f"{p:.3f}"]
+        yield from self.pooled_rows()
+
+    def pooled_rows(self) -> Iterator[list[str]]:
+        """Claim 2: chosen − random heads."""
+        cells: dict[bool, dict[tuple, list[Difference]]] = {True: {}, False: {}}
+        for model in (SMOL, GEMMA):
+            of = {(run.task, run.k) for run in self.records.of_model(model) if run.by == "scales"}
+            for task, k in sorted(of):
+                sides = [Side("", way | {"k": k}) for way in (TEN, DRAWN)]
+                ours, theirs = (side.runs(self.records, model, task) for side in sides)
+                if len(ours) > 1 and len(theirs) > 1:
+                    many = tables.n_heads(self.records.of(ours[0])) >= MANY
+                    found = self.difference(ours, theirs)
+                    cells[many].setdefault((model, task), []).append(found)
+        for many, sets in cells.items():
+            if len(sets) > 1:
+                each = [(mean([d.mean for d in of]), mean([d.error for d in of]))
+                        for of in sets.values()]  # fmt: skip
+                middle, low, high = map(tables.points, pooled(each))
+                heads = f"{MANY} or more" if many else f"fewer than {MANY}"
+                labels = ["2", "both", f"{len(sets)} test sets pooled", f"{heads} chosen heads"]
+                yield [*labels, "as many random", "", "", f"{middle} [{low}, {high}]", ""]
 
 
 HEADER = ["claim", "model", "task", "LoFiT", "the other", "runs", "percent", "LoFiT − other", "p"]
 
 
 def table(records: Records) -> str:
-    return markdown(HEADER, rows(records))
+    return tables.markdown(HEADER, Comparisons(records).rows())

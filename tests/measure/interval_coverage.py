@@ -17,7 +17,7 @@ from statistics import NormalDist
 
 import torch
 
-from lofit.studies.intervals import Spread, interval, run_spread
+from lofit.studies.intervals import Spread, difference, run_spread
 
 # Shares of the variance: edit, item; the same for one method; the run; edit and item for one run.
 # How alike a difference is within an edit (0.3 and 0.5) is as in the recorded runs.
@@ -58,7 +58,7 @@ class Study:
         return (torch.stack(found) > 0).double()
 
     def borrowed(self) -> Spread:
-        return run_spread([self.runs(LEVELS[0], 3) for _ in range(8)], self.groups)
+        return run_spread([(self.runs(LEVELS[0], 3), self.groups) for _ in range(8)])
 
 
 def covered(
@@ -75,17 +75,14 @@ def covered(
     truth = chance(LEVELS[0]) - chance(level)
     spread = study.borrowed() if lends else None
     sides = (spread, None if of_base else spread)
-    both = [interval(ones, others, groups=of, borrowed=sides) for of in (None, groups)]
+    both = [difference(ones, others, of, sides).interval() for of in (None, groups)]
     return [(low <= truth <= high, high - low) for low, high in both]
 
 
 def clusters_of(folder: Path) -> list[int]:
-    """Of MQuAKE's items, as recorded by lofit.studies.clusters."""
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in map(json.loads, path.open()):
-            if line["kind"] == "base" and len(line.get("clusters", [])) == 864:
-                return line["clusters"]
-    raise SystemExit(f"{folder}: no clusters of MQuAKE; run python -m lofit.studies.clusters first")
+    """Which of MQuAKE's items share an edit, as recorded with the base model's answers."""
+    lines = map(json.loads, (folder / "smollm2-135m-instruct.jsonl").open())
+    return next(line["clusters"] for line in lines if len(line.get("clusters", [])) == 864)
 
 
 def main() -> None:
