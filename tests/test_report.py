@@ -92,35 +92,33 @@ def test_given_answers_are_read_as_the_most_probable_one():
 
 
 def test_the_curves_are_those_of_the_last_training():
-    def step(script, n, loss, epoch=1):
-        return {"script": script, "epoch": epoch, "step": n, "task_loss": loss}
+    def epoch(n, loss, em):
+        val = {"loss": loss / 2, "em": em}
+        return {"script": "train", "epoch": n, "train_loss": loss, "val": val}
 
-    def validated(epoch, em):
-        return {"script": "train", "epoch": epoch, "val": {"loss": 0.5, "em": em}}
-
-    log = [step("select_heads", 1, 9.0), step("train", 1, 8.0), step("train", 1, 2.0)]
-    log += [step("train", 2, 1.0), validated(1, 0.25)]
-    found = report.read_curves(log)
-    assert found["training loss"] == [(0.5, 2.0), (1.0, 1.0)]
-    assert found["validation loss"] == [(1, 0.5)] and found["em"] == [(1, 25.0)]
-    # stopped in the second epoch, and continued from its beginning
-    log += [step("train", 3, 7.0, 2), step("train", 3, 0.5, 2), step("train", 4, 0.25, 2)]
-    found = report.read_curves([*log, validated(2, 0.5)])
-    assert found["training loss"] == [(0.5, 2.0), (1.0, 1.0), (1.5, 0.5), (2.0, 0.25)]
-    assert found["em"] == [(1, 25.0), (2, 50.0)]
+    older = [epoch(1, 9.0, 0.125), epoch(2, 8.0, 0.125)]
+    step = {"script": "train", "epoch": 1, "step": 1, "task_loss": 7.0}
+    # continued after a kill in its second epoch
+    log = [{"script": "select_heads", "epoch": 1}, *older, step, epoch(1, 2.0, 0.25)]
+    log += [epoch(2, 1.5, 0.25), epoch(2, 1.0, 0.5)]
+    assert report.read_curves(log) == {
+        "training loss": [(1, 2.0), (2, 1.0)],
+        "validation loss": [(1, 1.0), (2, 0.5)],
+        "em": [(1, 25.0), (2, 50.0)],
+    }
 
 
 def test_losses_and_scores_are_drawn_apart_and_runs_beside_each_other():
     """Of a box of 100 x 100 with the first epoch's end in its middle and 0 at its bottom."""
-    one = {"training loss": [(0.5, 3.0), (2.0, 1.0)], "validation loss": [(1, 2.0)]}
+    one = {"training loss": [(1, 3.0), (2, 1.0)], "validation loss": [(1, 2.0)]}
     one |= {"mc1": [(1, 20.0), (2, 65.0)]}
     loss, scores = report.plots([{"name": "a", "curves": one}, {"name": "b", "curves": one}])
-    assert (loss["end"], loss["top"], scores["end"], scores["top"]) == (2.0, 3, 2, 70)
+    assert (loss["end"], loss["top"], scores["end"], scores["top"]) == (2, 3, 2, 70)
     assert list(loss["curves"]) == [
         f"{n} {kind} loss" for n in "ab" for kind in ("training", "validation")
     ]
     assert list(scores["curves"]) == ["a mc1", "b mc1"]
-    assert loss["curves"]["a training loss"] == "25.00,0.00 100.00,66.67"
+    assert loss["curves"]["a training loss"] == "50.00,0.00 100.00,66.67"
     assert scores["curves"]["b mc1"] == "50.00,71.43 100.00,7.14"
     assert report.plots([{"name": "", "curves": {}}]) == []
 

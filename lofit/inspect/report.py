@@ -27,7 +27,7 @@ from lofit.run.tuned import Tuned, open_tuned
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
 # how many items are shown, by whether the base model was right and whether the tuned one is
 SHOWN = {(False, True): 6, (True, False): 3, (True, True): 1, (False, False): 2}
-Curve = list[tuple[float, float]]
+Curve = list[tuple[int, float]]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,24 +67,19 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def read_curves(log: list[dict]) -> dict[str, Curve]:
-    """log.jsonl -> (epoch, value) of the training loss of each step, and of the validation loss and
-    metrics (in percent) of each epoch, of the last training in it."""
-    records = [r for r in log if r.get("script") == "train"]
-    starts = [i for i, r in enumerate(records) if r.get("step") == 1]
-    records = records[starts[-1] :] if starts else []
-    # a training that was stopped goes on after its last whole epoch: of what stands twice the
-    # second counts
-    steps = {r["step"]: r for r in records if "task_loss" in r}
-    epochs = {r["epoch"]: r["val"] for r in records if "val" in r}
-    per_epoch = max(steps, default=1) / max((r["epoch"] for r in steps.values()), default=1)
-    curves: dict[str, Curve] = {}
-    for n in sorted(steps):
-        curves.setdefault("training loss", []).append((n / per_epoch, steps[n]["task_loss"]))
-    for epoch in sorted(epochs):
-        for name, value in epochs[epoch].items():
-            label, scale = ("validation loss", 1) if name == "loss" else (name, 100)
-            curves.setdefault(label, []).append((epoch, scale * value))
-    return curves
+    """log.jsonl -> (epoch, value) of the losses and the validation metrics, these in percent, of
+    the last training in it."""
+    curves: dict[str, dict[int, float]] = {}
+    for record in log:
+        if record.get("script") == "train" and "val" in record:
+            if record["epoch"] == 1:  # a new training
+                curves = {}
+            val = dict(record["val"])
+            values = {"training loss": record["train_loss"], "validation loss": val.pop("loss")}
+            values |= {name: 100 * value for name, value in val.items()}
+            for label, value in values.items():
+                curves.setdefault(label, {})[record["epoch"]] = value
+    return {label: sorted(points.items()) for label, points in curves.items()}
 
 
 def plots(parts: list[dict]) -> list[dict]:
