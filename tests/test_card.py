@@ -30,7 +30,8 @@ def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
     tiny_folder.rename("owner/name")
     text = card(tmp_path, "peft", "--model", "owner/name")
     assert "\nbase_model: owner/name\n" in text and "- base_model:adapter:owner/name\n" in text
-    text = card(tmp_path, "hf", "--model", "owner/name")
+    text = card(tmp_path, "hf", "--model", "owner/name")  # the base has moved
+    assert (tmp_path / "out-2" / "tokenizer.json").exists()
     assert "\nbase_model: owner/name\n" in text and "base_model:adapter" not in text
     assert "vLLM 0.32.0 (CPU)" in text and "serve the base model" not in text
 

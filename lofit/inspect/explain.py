@@ -71,9 +71,8 @@ def explain(model: CausalLM, tokenizer: Tokenizer, n: int) -> list[dict]:
         found = {"layer": layer, "head": head, "written_norm": shift.norm().item()}
         return found | {"raises": raises, "lowers": lowers}
 
-    heads, offsets = attached_offsets(model)
     found, together = [], {}
-    for (layer, head), v in zip(heads, offsets, strict=True):
+    for (layer, head), v in zip(*attached_offsets(model), strict=True):
         shift = head_write(model, layer, head, v)
         together.setdefault(layer, []).append(shift)
         found.append(entry(layer, head, shift) | {"norm": v.norm().item()})
