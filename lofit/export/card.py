@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from lofit.heads import attached_offsets
-from lofit.llm.hub import find_folder
+from lofit.llm.hub import SHIPPED, find_folder
 from lofit.run.files import read_results
 from lofit.run.summary import results_table
 from lofit.run.tuned import Tuned
@@ -29,7 +29,8 @@ SEEN = {
 def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
     """README.md of an export. name: its hub id or folder; checked: what --check found."""
     info, base = tuned.info, tuned.model.source.name.partition("@")[0]
-    hub_id = base if re.fullmatch(HUB_ID, base) else None  # the hub refuses other names
+    # the hub refuses other names, and has none of our own folders
+    hub_id = base if re.fullmatch(HUB_ID, base) and base.split("/")[0] not in SHIPPED else None
     data = ModelCardData(
         base_model=hub_id,
         library_name="transformers" if form == "hf" else form,
@@ -40,8 +41,9 @@ def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
     # what evaluates these offsets as they were trained
     command = ["python", "eval.py", "--model", tuned.base, "--task", str(info.get("task", "TASK"))]
     command += [f"--{flag}" for flag in ("chat", "plain") if info.get(flag)]
-    if dtype := info["settings"].get("dtype"):
-        command += ["--dtype", dtype]
+    for flag in ("dtype", "quantize"):
+        value = info["settings"].get(flag)
+        command += [f"--{flag}", value] if value not in (None, "stored") else []
     command += ["--offsets", str(tuned.path.parent)]
     heads, offsets = attached_offsets(tuned.model)
     results = read_results(tuned.path.parent)

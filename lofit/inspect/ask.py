@@ -38,7 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("--task", action="store_true", help="ask in the prompt of the run's task (default: as it"
         " stands)")  # fmt: skip
     arg("--model", help="where the base model is now (default: where the run had it)")
-    arg("--max-new-tokens", type=natural, default=32, help="of an answer (default: %(default)s)")
+    arg("--max-new-tokens", type=natural, default=32, help="tokens of an answer, at most"
+        " (default: %(default)s)")  # fmt: skip
     arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU"
         " where there is one)")  # fmt: skip
     arg("--dtype", choices=DTYPES, help="of the base model's weights (default: the run's)")

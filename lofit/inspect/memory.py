@@ -172,7 +172,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("--batch-size", type=natural, default=8, help="examples of a training step, over all GPUs"
         " (default: %(default)s)")  # fmt: skip
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--quantize", choices=["nf4"], help="the weights are in 4 bits")
+    way.add_argument(
+        "--quantize", choices=["nf4"], help="the weights in 4 bits (default: in --dtype)"
+    )
     way.add_argument("--shard", action="store_true", help="the weights are split over --gpus")
     args = parser.parse_args(argv)
     if args.length <= ANSWER:
