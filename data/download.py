@@ -4,10 +4,11 @@
     python -m data.download arc_challenge boolq    # others by name, or `all`
     python -m data.download siqa --source FOLDER   # from files that are already there
 
-The files of mquake, clutrr and truthfulqa stay as they are. Those of other tasks go to
-data/real/tasks/, and data/real/<task>/ gets train.jsonl, val.jsonl and test.jsonl. What is there
-and right is not fetched again. A --source has the files by the same names (MQuAKE/train.jsonl,
-tasks/boolq/val.jsonl, ..., all in data/SHA256SUMS), as data/real of another machine has.
+The files of mquake, clutrr and truthfulqa are used as they are. Those of other tasks go to
+data/real/tasks/, and data/real/<task>/ gets train.jsonl, val.jsonl and test.jsonl. A file that is
+there and has the right hash is not fetched again. A --source folder has the files under the names
+in data/SHA256SUMS (MQuAKE/train.jsonl, tasks/boolq/val.jsonl, ...), as another machine's data/real
+does.
 """
 
 import argparse
@@ -31,14 +32,14 @@ RETRIES = 3  # after a server's error or a transfer that was cut
 
 
 def is_file_of(content: bytes, sha: str) -> bool:
-    """Whether a content has this sha256; or this hash of a git blob, which has 40 digits."""
+    """Whether a content has this sha256, or this hash of a git blob, which has 40 digits."""
     if len(sha) == 40:
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == sha
     return hashlib.sha256(content).hexdigest() == sha
 
 
 def fetch(url: str) -> bytes:
-    """What is at a URL, with a bar on a terminal. InputError if it cannot be fetched whole."""
+    """Fetch a URL, with a progress bar on a terminal. InputError if it cannot be fetched whole."""
     pooch.get_logger().setLevel("ERROR")
     with tempfile.TemporaryDirectory() as folder:
         # no hash: pooch would fetch another file three times more, and it knows no git blobs
@@ -105,15 +106,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     first = ["mquake", "clutrr", "truthfulqa"]
     parser.add_argument(
-        "tasks", nargs="*", default=first, metavar="TASK", help=f"{', '.join(SOURCES)}, or all"
+        "tasks",
+        nargs="*",
+        default=first,
+        metavar="TASK",
+        help=f"{', '.join(SOURCES)}, or all (default: {' '.join(first)})",
     )
-    parser.add_argument("--out", type=Path, default=Path("data/real"))
     parser.add_argument(
-        "--test", type=natural, metavar="N", help="draw N test items (default: all)"
+        "--out", type=Path, default=Path("data/real"), help="where to (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--test", type=natural, metavar="N", help="draw N items for the test split (default: all)"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--source", type=Path, metavar="FOLDER", help="take the files from a folder")
-    where.add_argument("--mirror", metavar="URL", help="a copy of such a folder")
+    where.add_argument(
+        "--source",
+        type=Path,
+        metavar="FOLDER",
+        help="copy the files from a folder (default: fetch them from raw.githubusercontent.com)",
+    )
+    where.add_argument("--mirror", metavar="URL", help="fetch them from a copy of such a folder")
     args = parser.parse_args(argv)
     if "all" in args.tasks:
         args.tasks = list(SOURCES)

@@ -38,7 +38,8 @@ PROMPT = (
 
 
 def draw(rng: random.Random, depth: int, nested: float = 1.0) -> list[str]:
-    """The symbols of one expression of at most this depth; an operation with probability nested."""
+    """The symbols of one expression of at most this depth: an operation with probability `nested`,
+    else a digit."""
     if depth == 0 or rng.random() >= nested:
         return [str(rng.randrange(10))]
     symbols = [rng.choice(list(OPERATIONS))]
@@ -86,7 +87,7 @@ def make(n: int, seed: int, depth: int, symbols: int) -> list[dict]:
                 f"{TRIES} draws gave no new expression after {len(lines)} of {n}"
             )
     found = list(lines.values())
-    rng.shuffle(found)  # what is drawn late is longer: the short ones were there before
+    rng.shuffle(found)  # what is drawn late is longer: the short ones had been drawn before
     return found
 
 
@@ -94,12 +95,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("data/real/listops"))
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--depth", type=natural, default=20, help="at most (default: %(default)s)")
-    parser.add_argument("--symbols", type=int, default=30, help="at most (default: %(default)s)")
+    arg, shown = parser.add_argument, "(default: %(default)s)"
+    arg("--out", type=Path, default=Path("data/real/listops"), help=f"where to {shown}")
+    arg("--seed", type=int, default=42, help=f"of the draw {shown}")
+    arg("--depth", type=natural, default=20, help=f"operations inside each other, at most {shown}")
+    arg("--symbols", type=int, default=30, help=f"symbols of an expression, at most {shown}")
     for split, n in (("train", 300), ("val", 100), ("test", 500)):
-        parser.add_argument(f"--{split}", type=natural, default=n, help=f"items (default: {n})")
+        arg(f"--{split}", type=natural, default=n, help=f"items of this split {shown}")
     return parser.parse_args(argv)
 
 

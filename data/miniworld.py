@@ -132,7 +132,9 @@ def truthfulqa_folds(world: World, seed: int = 0) -> dict[str, list[list[str]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/mini"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/mini"), help="where to (default: %(default)s)"
+    )
     args = parser.parse_args()
     world = World()
     for split, cases in mquake_splits(world).items():

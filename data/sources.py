@@ -110,10 +110,10 @@ LOFIT = "fc2869/lo-fit/ebd344a273d3dab0b63d8bbfd7ecdb5185ae5b7b/dataset/"
 ADAPTERS = "AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a/dataset/"
 SUITE = "FormulaMonks/llm-benchmarker-suite/5d3c8009ab8f5adab4899c34dd203cbf7afcb372/data/"
 MATH = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
-# that this file stands in this commit is likely, not seen; it is known by its hash
+# we did not see this file in this commit, but it probably is there; its hash decides
 EDITING = "heddayam/kb-model-editing/8e586d1a62b068f235f582a0366729b601fe0ef1/data/boolq/"
-# how a file's name begins, below data/real -> the same below raw.githubusercontent.com: OWNER/NAME/
-# COMMIT/FOLDER/
+# beginning of a file's name below data/real -> its beginning below raw.githubusercontent.com:
+# OWNER/NAME/COMMIT/FOLDER/
 PLACES = {
     "MQuAKE/": LOFIT + "MQuAKE/",
     "clutrr/": LOFIT + "clutrr/",
@@ -144,7 +144,7 @@ def place_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A task's originals: split -> file of SUMS. sizes: of the splits that are drawn from the
+    """A task's original files: split -> file of SUMS. sizes: of the splits that are drawn from the
     train file, which are train, and val where it has no file of its own."""
 
     licence: str
@@ -206,8 +206,8 @@ SOURCES = {
 
 def convert(task: str, folder: Path, missing: list[str] = ()) -> dict[str, list[dict]]:
     """{"train", "val", "test": lines} of a task from its files below a folder. If the train file is
-    missing, what is drawn comes out of the test file. InputError if one is malformed or too short.
-    """
+    missing, train and val are drawn from the test file. InputError if a file is malformed or has
+    too few items."""
     source = SOURCES[task]
     there = {s: folder / file for s, file in source.files.items() if file not in missing}
     lines = {split: list(_lines(path, source.line)) for split, path in there.items()}
@@ -228,8 +228,9 @@ def convert(task: str, folder: Path, missing: list[str] = ()) -> dict[str, list[
 
 
 def draw(pool: list[dict], sizes: dict[str, int], others: set, where: str) -> dict[str, list[dict]]:
-    """Draw splits of these sizes from a pool, without what has its kin among the others and what is
-    too long. Kin comes into one split, and one prompt once. InputError if the pool is too small."""
+    """Draw splits of these sizes from a pool, without items that are too long or akin to one of the
+    others. Items that are akin (see `kin`) come into the same split, and a prompt comes once.
+    InputError if the pool is too small."""
     groups: dict[object, dict[str, dict]] = {}
     for line in pool:
         if len(line["prompt"] + line["answer"]) > LONGEST:
@@ -259,8 +260,9 @@ def kin(line: dict) -> object:
 
 
 def write_splits(folder: Path, splits: dict[str, list[dict]]) -> None:
-    """Write train.jsonl, val.jsonl and test.jsonl of one draw. The first goes before the others
-    change and comes last: where it is, all are of one draw, so no test item is trained on."""
+    """Write train.jsonl, val.jsonl and test.jsonl of one draw. train.jsonl is removed before the
+    others change, and written last: where it is, all three are of one draw, so that no test item is
+    trained on."""
     train = folder / "train.jsonl"
     try:
         train.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Several processes, started by torchrun: each computes its share, the first prints and writes.
+"""Several processes under torchrun: each computes its share, the first one prints and writes.
 
     torchrun --standalone --nproc-per-node 2 -- train.py
 
-Every process runs the same script on the same batches. Of a batch each computes the loss of its own
-rows; the gradients of the edits, a few thousand values, are summed over the processes. With --shard
-the layers' weights are split over them as well, by torch's FSDP2.
+Every process runs the same script on the same batches, and computes the loss of its own rows of
+each batch. The gradients of the edits, a few thousand values, are summed over the processes. With
+--shard the layers' weights are split over the processes as well, by torch's FSDP2.
 """
 
 import os
@@ -24,9 +24,9 @@ from lofit.objectives import KnownGradients, Objective, trained_parameters
 
 
 def join(device: str) -> str:
-    """Meet the other processes; all but the first write nothing from here on, and are silent.
-    Returns this process's own device."""
-    # a process that waits for another hears no signal until that one answers: let it end at once
+    """Meet the other processes. All but the first write and print nothing from here on. Returns
+    this process's own device. InputError if it has none."""
+    # a process that waits for another handles no signal before that one answers: end it at once
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not dist.is_initialized():
         gpus = torch.cuda.is_available()
@@ -46,20 +46,21 @@ def join(device: str) -> str:
     own, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device not in ("auto", "cuda") or own >= n:
         raise InputError(
-            f"--device {device}: each process takes a GPU of its own, and {n} are visible; start as"
-            " many processes with --device cuda, or --device cpu"
+            f"--device {device}: each process needs a GPU of its own, and {n} are visible; start"
+            f" {n} processes with --device cuda, or take --device cpu"
         )
     torch.cuda.set_device(own)
     return f"cuda:{own}"
 
 
 def wait() -> None:
-    """Go on when all processes have come here."""
+    """Return when all processes have called this."""
     dist.barrier()
 
 
 def spread(work: Callable[[list], list], items: list) -> list:
-    """work(items), a share in each process; what it gives for each item, in their order."""
+    """work(items), with a share of the items in each process. Returns the results of all, in the
+    items' order."""
     rank, n = dist.get_rank(), dist.get_world_size()
     own, parts = items[rank::n], [None] * n
     dist.all_gather_object(parts, work(own) if own else [])
@@ -67,7 +68,7 @@ def spread(work: Callable[[list], list], items: list) -> list:
 
 
 class SharedObjective:
-    """An objective whose loss is computed by all processes, each for some of the rows. They must
+    """An objective whose loss all processes compute together, each for some of the rows. They must
     ask for the same losses in the same order."""
 
     def __init__(self, objective: Objective):
@@ -76,8 +77,8 @@ class SharedObjective:
 
     def batch(self, rows: list[int]) -> tuple[Batch, float, int]:
         """This process's rows, their share of the loss, and the weight of all rows."""
-        # Without a row of its own a process takes the first, for nothing: where the weights are
-        # split, every layer needs all processes.
+        # A process without a row of its own computes the first one, with weight 0: every layer of
+        # split weights needs all processes.
         own = rows[dist.get_rank() :: dist.get_world_size()]
         batch = self.objective.batch(own or rows[:1])
         weights = torch.tensor([float(self.objective.weight(batch)) if own else 0.0])
@@ -89,8 +90,8 @@ class SharedObjective:
         return batch[2]
 
     def loss(self, batch: tuple[Batch, float, int]) -> torch.Tensor:
-        """The mean over the rows of all. Gradients are summed here, so that a penalty and clipping
-        see the whole gradient and every process takes the same step."""
+        """The mean over the rows of all processes. Gradients are summed here, so that the penalty
+        and clipping see the whole gradient, and every process takes the same step."""
         own, share, _ = batch
         trained = trained_parameters(self.model)
         loss = self.objective.loss(own) * share

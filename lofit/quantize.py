@@ -1,8 +1,9 @@
-"""The base model's weights in 4 bits (NF4, as QLoRA has it: arXiv 2305.14314), by bitsandbytes.
+"""Keep the base model's weights in 4 bits (NF4, of QLoRA: arXiv 2305.14314), by bitsandbytes.
 
-Loaded for --quantize, and for checkpoints that bitsandbytes quantised before. The linear layers of
-the blocks are quantised one by one as they are read, so the whole model is never in memory; norms,
-embedding, lm_head and the edits stay as they are. All of it is frozen, and gradients pass through.
+Used for --quantize, and for checkpoints that bitsandbytes quantised before. The blocks' linear
+layers are quantised one by one as they are read, so the unquantised model is never whole in memory.
+Norms, embedding, lm_head and the edits keep their dtype. The weights are frozen; gradients pass
+through them.
 """
 
 import torch
@@ -15,9 +16,7 @@ from lofit.llm.model import CausalLM
 try:
     import bitsandbytes as bnb
 except ImportError:
-    raise InputError(
-        'weights in 4 bits need bitsandbytes; pip install -e ".[quantize]" has it'
-    ) from None
+    raise InputError('weights in 4 bits need bitsandbytes; pip install -e ".[quantize]"') from None
 
 STATS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
 KIND = {"quant_type": "nf4", "compress_statistics": True}  # the second: double quantisation
@@ -28,10 +27,12 @@ class Quantized(Whole):
 
     def __init__(self, dtype: torch.dtype, device: str):
         super().__init__(dtype, device)
-        self.stored: dict[str, dict[str, torch.Tensor]] = {}  # of a checkpoint in 4 bits, by weight
+        # what a checkpoint in 4 bits stores of each weight: its data as "", its statistics by name
+        self.stored: dict[str, dict[str, torch.Tensor]] = {}
 
     def takes(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a stored tensor is a part of a weight that was quantised before; kept if so."""
+        """Keep a stored tensor if it is a part of a weight that was quantised before; returns
+        whether it is."""
         weight, _, part = name.partition(".weight.")
         if not is_linear(f"{weight.removesuffix('.weight')}.weight"):
             return False
@@ -64,8 +65,8 @@ class Quantized(Whole):
                 new = bnb.nn.Linear4bit(
                     old.in_features, old.out_features, old.bias is not None, self.dtype, **KIND
                 )
-            # else a pass without gradients on a CPU with bf16 units repacks the weight for good,
-            # computes in bf16, and training steps after it have no gradients (bitsandbytes 0.50)
+            # Without this line a pass without gradients on a CPU with bf16 units repacks the weight
+            # for good and computes in bf16; later training steps have no gradients (0.50).
             new.support_avx512bf16_for_cpu = False
             new.weight = kept[name]
             setattr(model.get_submodule(parent), child, new)

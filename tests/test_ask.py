@@ -76,5 +76,5 @@ def test_other_tasks_have_no_prompt(run, task):
     path = folder / "offsets.safetensors"
     tensors, info = read_tensors(path)
     write_tensors(path, tensors, info | {"task": task})
-    with pytest.raises(InputError, match=rf"the run's task \({task}\) asks its prompts as"):
+    with pytest.raises(InputError, match=rf"the run's task \({task}\) has no prompt; leave"):
         ask.main([str(folder), "--task", "Who?"])

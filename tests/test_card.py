@@ -1,9 +1,7 @@
 """What a model card says."""
 
-from pathlib import Path
-
 import pytest
-from conftest import MINI, MINI_GEMMA, make_run, run_export
+from conftest import make_run, run_export
 
 from lofit.files import hash_of, read_tensors, write_json, write_tensors
 
@@ -30,7 +28,8 @@ def test_the_card_says_what_it_is(tiny_folder, tmp_path, monkeypatch):
     tiny_folder.rename("owner/name")
     text = card(tmp_path, "peft", "--model", "owner/name")
     assert "\nbase_model: owner/name\n" in text and "- base_model:adapter:owner/name\n" in text
-    text = card(tmp_path, "hf", "--model", "owner/name")
+    text = card(tmp_path, "hf", "--model", "owner/name")  # the base has moved
+    assert (tmp_path / "out-2" / "tokenizer.json").exists()
     assert "\nbase_model: owner/name\n" in text and "base_model:adapter" not in text
     assert "vLLM 0.32.0 (CPU)" in text and "serve the base model" not in text
 
@@ -40,11 +39,13 @@ def test_the_command_asks_as_it_was_trained(tiny_folder, tmp_path, chat):
     make_run(tmp_path / "run", tiny_folder)
     path = tmp_path / "run" / "offsets.safetensors"
     tensors, info = read_tensors(path)
-    write_tensors(path, tensors, info | {"chat": chat, "settings": {"dtype": "bfloat16"}})
+    settings = {"dtype": "bfloat16", "quantize": "nf4" if chat else "stored"}
+    write_tensors(path, tensors, info | {"chat": chat, "settings": settings})
     text = card(tmp_path, "peft")
     command = next(line for line in text.splitlines() if line.startswith("python eval.py"))
     assert f"--model {tiny_folder} --task mquake" in command and "--dtype bfloat16" in command
     assert ("--chat" in command) == chat == ("apply_chat_template" in text)
+    assert ("--quantize nf4" in command) == chat and "stored" not in command
     assert command.endswith(f"--offsets {tmp_path / 'run'}")
 
 
@@ -63,10 +64,11 @@ def test_scores_are_those_of_these_offsets(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "form", "warned"),
-    [(MINI_GEMMA, "hf", True), (MINI_GEMMA, "peft", False), (MINI, "hf", False)],
+    [("mini-gemma", "hf", True), ("mini-gemma", "peft", False), ("mini-llama", "hf", False)],
 )
-def test_the_card_of_a_gemma_1_warns_of_vllm(base: Path, form, warned, tmp_path):
-    make_run(tmp_path / "run", base)
+def test_the_card_of_a_gemma_1_warns_of_vllm(base, form, warned, tmp_path):
+    make_run(tmp_path / "run", f"weights/{base}")
     text = card(tmp_path, form)
+    assert "base_model:" not in text  # a folder of this repository, not of the hub
     assert ("**vLLM's own Gemma 1" in text) is warned
     assert ("`python -m lofit.export RUN --format hf`" in text) is (form == "peft")

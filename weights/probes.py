@@ -100,8 +100,18 @@ def run_probes(model: CausalLM, tokenizer: Tokenizer, corpus: Corpus) -> dict[st
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", type=Path, default=Path("weights/mini-llama"))
-    parser.add_argument("--offsets", type=Path, help="of a run: examine the tuned model")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        default=Path("weights/mini-llama"),
+        help="folder of the base model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--offsets",
+        type=Path,
+        help="a run's file or folder: examine the tuned model (default: examine the base)",
+    )
     args = parser.parse_args(argv)
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     if args.offsets:

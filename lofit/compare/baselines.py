@@ -1,4 +1,4 @@
-"""Other methods, trained or computed with LoFiT's data, loop, validation and files:
+"""The baselines: other methods, with LoFiT's data, training loop, validation and files.
 
     lora        (arXiv 2106.09685)  W x + (alpha / r) B A x on q and v, r = 8, as the paper compares
     red         (arXiv 2402.15179)  h <- scale * h + bias on what each feed-forward part returns
@@ -7,8 +7,8 @@
     iti         (arXiv 2306.03341)  z <- z + alpha * sigma * theta on heads that tell right answers
     repe        (arXiv 2310.01405)  a reading vector added to what the middle layers return
 
-The last two learn nothing. To add one: an `Edit`, its line in METHODS, and its name in
-run/arguments.py.
+The last two compute their vectors and learn nothing. A new baseline is a class, its line in METHODS
+and its name in run/arguments.py.
 """
 
 import math
@@ -33,15 +33,15 @@ RANK, LORA_ALPHA, TARGETS = 8, 8, ("q_proj", "v_proj")
 
 class Baseline(Edit):
     """A baseline's part in one layer. It stands in the layer's slot, where it lets z pass, and
-    changes what other modules return for as long as it stands there: so `heads.edits_off`, and
-    whatever attaches another edit, switch it off."""
+    changes what other modules return only while it stands there. So `heads.edits_off` and another
+    edit in the slot switch it off."""
 
     def __init__(self, block: Block, tensors: dict[str, torch.Tensor]):
         super().__init__()
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.detach().float().clone()))
-        # in a tuple, so that the layer does not count as a part of its own edit; and hooks are
-        # methods, so that a copy of the model has a copy of them, and can be pickled
+        # A tuple, so that the layer does not count as a part of its own edit. Hooks are methods, so
+        # that a copy of the model has a copy of them.
         self.of = (block,)
         for module, change in self.changes(block).items():
             module.register_forward_hook(partial(self.hook, change))
@@ -50,9 +50,9 @@ class Baseline(Edit):
         return z
 
     def hook(self, change, module, args, y):
-        """What a module returns instead of y: change(x, y), x what it got."""
-        stands = self.of[0].self_attn.head_out is self
-        return change(args[0], y).to(y.dtype) if stands else y
+        """What a module returns instead of y: change(x, y), with x its input."""
+        in_slot = self.of[0].self_attn.head_out is self
+        return change(args[0], y).to(y.dtype) if in_slot else y
 
 
 class LoRA(Baseline):
@@ -94,35 +94,32 @@ class RED(Baseline):
 class Bias(Baseline):
     """bias: [D], 0 at first. W (z + v) = W z + W v, but in the hidden states' own coordinates."""
 
+    name = "bias"
+
     def changes(self, block: Block) -> dict:
         return {block.self_attn.o_proj: self.change}
 
     def change(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.bias
+        return y + self.get_parameter(self.name)
 
-    @staticmethod
-    def start(config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return {"bias": torch.zeros(config.hidden_size)}
+    @classmethod
+    def start(cls, config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {cls.name: torch.zeros(config.hidden_size)}
 
 
-class Shift(Baseline):
-    """shift: [D], 0 at first, or what repe found."""
+class Shift(Bias):
+    """shift: [D], 0 at first, or what repe computed."""
+
+    name = "shift"
 
     def changes(self, block: Block) -> dict:
         return {block: self.change}
 
-    def change(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.shift
-
-    @staticmethod
-    def start(config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return {"shift": torch.zeros(config.hidden_size)}
-
 
 @dataclass(frozen=True)
 class Method:
-    """edit: what it puts into a layer, None for offsets; lr: a learning rate that the best of three
-    on validation is rarely far from; compute: of methods that learn nothing."""
+    """edit: what it puts into a layer, None for offsets; lr: a learning rate that is rarely far
+    from the best of three on validation; strength, compute: of methods that learn nothing."""
 
     edit: type[Baseline] | None
     lr: float = 0.0
@@ -133,8 +130,8 @@ class Method:
 def attach_method(
     run: Run, name: str, examples: list[Example], strength: float | None, top: str | None
 ) -> tuple[list[nn.Parameter], float, str]:
-    """Attach a method's edits; returns what is to be trained (nothing, if the method computes its
-    edits), and a learning rate with its origin."""
+    """Attach a method's edits. Returns the parameters to train (none, if the method computes its
+    edits), a learning rate and its origin."""
     method, origin = METHODS[name], f"default of {name}"
     run.info["settings"]["method"] = name
     if method.edit:
@@ -146,7 +143,7 @@ def attach_method(
     config, generator = run.model.config, torch.Generator().manual_seed(run.seed)
     n = config.num_hidden_layers
     layers = range(n)
-    if top:  # of the layers, evenly spread: the middle one of each of k equal parts
+    if top:  # k layers, evenly spread: the middle one of each of k equal parts
         k = count_of(top, n, "layers")
         layers = run.info["settings"]["layers"] = [(2 * i + 1) * n // (2 * k) for i in range(k)]
     tensors = {
@@ -165,29 +162,28 @@ def attach_edits(
     parameters. InputError for a layer, name or shape that this model does not have."""
     if name not in METHODS or not METHODS[name].edit:
         raise InputError(f"method {name!r}: expected one of {', '.join(METHODS)}")
-    edit, device = METHODS[name].edit, model.lm_head.weight.device
-    expected = {k: t.shape for k, t in edit.start(model.config, torch.Generator()).items()}
-    by_layer: dict[int, dict[str, torch.Tensor]] = {}
+    edit, blocks = METHODS[name].edit, model.model.layers
+    shapes = {k: t.shape for k, t in edit.start(model.config, torch.Generator()).items()}
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         layer, _, part = key.removeprefix("layers.").partition(".")
-        if not layer.isdecimal() or tensor.shape != expected.get(part):
-            raise InputError(f"{key} {list(tensor.shape)}: this model's {name} has no such part")
-        by_layer.setdefault(int(layer), {})[part] = tensor.to(device)
-    whole = all(own.keys() == expected.keys() for own in by_layer.values())
-    if not by_layer or not whole or max(by_layer) >= len(model.model.layers):
-        n, parts = len(model.model.layers), ", ".join(expected)
-        raise InputError(f"{name}: expected {parts} of some of {n} layers")
-    remove_edits(model)
-    parameters = []
+        by_layer.setdefault(layer, {})[part] = tensor.to(model.lm_head.weight.device)
+    known = set(map(str, range(len(blocks))))
     for layer, own in by_layer.items():
-        block = model.model.layers[layer]
-        block.self_attn.head_out = edit(block, own)
-        parameters += block.self_attn.head_out.parameters()
-    return parameters
+        if layer not in known or {part: t.shape for part, t in own.items()} != shapes:
+            expected = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
+            raise InputError(
+                f"layer {layer}: {', '.join(own)} do not fit; {name} has {expected} in some of this"
+                f" model's {len(blocks)} layers"
+            )
+    remove_edits(model)
+    for layer, own in by_layer.items():
+        blocks[int(layer)].self_attn.head_out = edit(blocks[int(layer)], own)
+    return [p for layer in by_layer for p in blocks[int(layer)].self_attn.head_out.parameters()]
 
 
 def compute_iti(run: Run, examples: list[Example], alpha: float, top: str | None) -> None:
-    """Shifts of the heads whose probes tell right answers from wrong ones best."""
+    """Attach shifts of the heads whose probes tell right answers from wrong ones best."""
     k = count_heads(run.setting("top", top, run.recipe.heads), run.model.config)
     z = last_z(run.model, contrast(run, examples))
     heads = run.info["heads"] = rank_heads(probe_accuracy(z, run.seed), k)
@@ -195,7 +191,7 @@ def compute_iti(run: Run, examples: list[Example], alpha: float, top: str | None
 
 
 def compute_repe(run: Run, examples: list[Example], alpha: float, top: str | None) -> None:
-    """Reading vectors of right and wrong answers, in the middle third of the layers."""
+    """Attach reading vectors of right and wrong answers to the middle third of the layers."""
     shift = reading_vectors(last_hidden(run.model, contrast(run, examples)), alpha)
     n = len(shift)
     middle = range(n // 3, max(n // 3 + 1, 2 * n // 3))

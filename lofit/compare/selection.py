@@ -1,7 +1,7 @@
-"""Other ways to choose heads: each gives every head a score. LoFiT's own stands in select_heads.py.
+"""Other ways to choose heads: each gives every head a score. LoFiT's own is in select_heads.py.
 
-Heads differ by far in the size of their outputs, so gradients are in units of each head's own
-standard deviation of z (`head_sigma`).
+The outputs of heads differ much in size, so gradients are in units of each head's own standard
+deviation of z (`head_sigma`).
 """
 
 import random
@@ -28,7 +28,7 @@ def score_heads(by: str, run: Run, n_train: int | None) -> torch.Tensor:
 
 
 def by_random(run: Run, examples: list[Example]) -> torch.Tensor:
-    """A draw by the seed: what a choice has to beat."""
+    """Scores drawn by the seed: what a choice has to beat."""
     return torch.rand(head_grid(run.model), generator=torch.Generator().manual_seed(run.seed))
 
 
@@ -58,8 +58,7 @@ def by_probe(run: Run, examples: list[Example]) -> torch.Tensor:
     """ITI's criterion (arXiv 2306.03341, section 3.1): how well a linear probe on a head's z at the
     last token tells right answers from wrong ones; accuracy by cross-validation over pairs."""
     with edits_off(run.model):
-        z = last_z(run.model, contrast(run, examples))
-    return probe_accuracy(z, run.seed)
+        return probe_accuracy(last_z(run.model, contrast(run, examples)), run.seed)
 
 
 def probe_accuracy(z: torch.Tensor, seed: int) -> torch.Tensor:
@@ -79,8 +78,8 @@ def probe_accuracy(z: torch.Tensor, seed: int) -> torch.Tensor:
 def hits_of_probes(
     z: torch.Tensor, right: torch.Tensor, z_new: torch.Tensor, right_new: torch.Tensor
 ) -> torch.Tensor:
-    """Fit a logistic regression on each head, z: [n, heads, head_dim] and right: [n] (0 or 1), with
-    scikit-learn's penalty; whether each tells the new ones: [m, heads] bool."""
+    """Fit a logistic regression to each head, z: [n, heads, head_dim] and right: [n] (0 or 1), with
+    scikit-learn's penalty. Returns whether it is right about each new text: [m, heads] bool."""
     mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
     # [heads, n, head_dim]: a matrix product a head
     z, z_new = (((x - mean) / std).transpose(0, 1).contiguous() for x in (z, z_new))
@@ -100,7 +99,7 @@ def hits_of_probes(
 
 @torch.no_grad()
 def read_texts(model: CausalLM, texts: list[list[int]], hooks: list) -> None:
-    """Let the model read texts (ids), one by one; then the hooks go."""
+    """Let the model read texts (ids) one by one, then remove the hooks."""
     try:
         for ids in texts:
             model.model(torch.tensor([ids], device=model.lm_head.weight.device))

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, from which base, how well it does, how to use it."""
+"""Write the model card of an export: what it is, of which base, how well it does, how to use it."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from lofit.heads import attached_offsets
-from lofit.llm.hub import find_folder
+from lofit.llm.hub import SHIPPED, find_folder
 from lofit.run.files import read_results
 from lofit.run.summary import results_table
 from lofit.run.tuned import Tuned
@@ -15,8 +15,8 @@ from lofit.run.tuned import Tuned
 TEMPLATE = Path(__file__).with_name("card.md")
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 LICENCE_KEYS = ("license", "license_name", "license_link")
-# Where exports of a class were seen to answer as the tuned model: tests/measure/serving.py, the
-# tests, docs/export.md. What is not in the table was not tried.
+# Where exports of a class were measured to answer as the tuned model (docs/export.md). What is not
+# here was not tried.
 SEEN = {
     "llama": "vLLM 0.32.0 (CPU)",
     "gemma": "vLLM 0.32.0 (CPU) with `--model-impl transformers`. **vLLM's own Gemma 1 leaves"
@@ -28,8 +28,9 @@ SEEN = {
 
 def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
     """README.md of an export. name: its hub id or folder; checked: what --check found."""
-    base = tuned.model.source.name.partition("@")[0]
-    hub_id = base if re.fullmatch(HUB_ID, base) else None  # the hub refuses other names
+    info, base = tuned.info, tuned.model.source.name.partition("@")[0]
+    # the hub refuses other names, and has none of our own folders
+    hub_id = base if re.fullmatch(HUB_ID, base) and base.split("/")[0] not in SHIPPED else None
     data = ModelCardData(
         base_model=hub_id,
         library_name="transformers" if form == "hf" else form,
@@ -37,26 +38,24 @@ def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
         tags=["lofit", *([f"base_model:adapter:{hub_id}"] if hub_id and form == "peft" else [])],
         **licence_of(find_folder(tuned.base)),
     )
+    # what evaluates these offsets as they were trained
+    command = ["python", "eval.py", "--model", tuned.base, "--task", str(info.get("task", "TASK"))]
+    command += [f"--{flag}" for flag in ("chat", "plain") if info.get(flag)]
+    for flag in ("dtype", "quantize"):
+        value = info["settings"].get(flag)
+        command += [f"--{flag}", value] if value not in (None, "stored") else []
+    command += ["--offsets", str(tuned.path.parent)]
     heads, offsets = attached_offsets(tuned.model)
     results = read_results(tuned.path.parent)
     return str(
         ModelCard.from_template(
             data, TEMPLATE, form=form, name=name, base=base, source=tuned.model.source,
-            method=tuned.method, info=tuned.info, heads=heads, n_values=offsets.numel(),
+            method=tuned.method, info=info, heads=heads, n_values=offsets.numel(),
             results=results, table=results_table(results) if results else "",
-            command=command_of(tuned), checked=checked,
+            command=shlex.join(command), checked=checked,
             seen=SEEN.get(tuned.model.config.model_type) if form == "hf" else None,
         )
     )  # fmt: skip
-
-
-def command_of(tuned: Tuned) -> str:
-    """The command that evaluates these offsets as they were trained."""
-    info, dtype = tuned.info, tuned.info["settings"].get("dtype")
-    words = ["python", "eval.py", "--model", tuned.base, "--task", str(info.get("task", "TASK"))]
-    words += [f"--{flag}" for flag in ("chat", "plain") if info.get(flag)]
-    words += ["--dtype", dtype] if dtype else []
-    return shlex.join([*words, "--offsets", str(tuned.path.parent)])
 
 
 def licence_of(folder: Path) -> dict[str, str]:

@@ -16,20 +16,22 @@ from lofit.run.files import PREDICTIONS, find_edits
 from lofit.run.tuned import Tuned
 
 N, NEW_TOKENS = 20, 16
-ENOUGH = 0.9  # of the answers: rounding may turn one
+ENOUGH = 0.9  # of the answers: rounding may change one
 NEEDED = {"hf": ("transformers",), "peft": ("transformers", "peft")}
 
 
 def find_prompts(run: str, form: str) -> list[str]:
-    """N prompts that eval.py asked these offsets. InputError if there are none, or what is to
+    """N prompts that eval.py asked these offsets. InputError if there are none, or if what is to
     answer them is not installed."""
     if form not in NEEDED:
         raise InputError(f"--check: stock transformers reads --format {' and '.join(NEEDED)} alone")
-    try:
-        for package in NEEDED[form]:
+    for package in NEEDED[form]:
+        try:
             importlib.import_module(package)
-    except ImportError:
-        raise InputError(f'--check: {package} is not installed; pip install -e ".[test]"') from None
+        except ImportError:
+            raise InputError(
+                f'--check: {package} is not installed; pip install -e ".[test]"'
+            ) from None
     path = find_edits(run).with_name(PREDICTIONS)
     if not path.exists():
         raise InputError(f"--check: {path}: no such file; run eval.py first, which writes it")
@@ -37,8 +39,8 @@ def find_prompts(run: str, form: str) -> list[str]:
 
 
 def check(tuned: Tuned, prompts: list[str], form: str, out: Path) -> str:
-    """How many greedy answers of transformers on an export equal the tuned model's and the base
-    model's, token by token, in fp32. InputError if too few do."""
+    """How many greedy answers of stock transformers on an export equal the tuned model's and the
+    base model's, token by token, in fp32. InputError if too few equal the tuned model's."""
     import transformers
 
     model, chat = tuned.model.float(), bool(tuned.info.get("chat"))
@@ -49,7 +51,6 @@ def check(tuned: Tuned, prompts: list[str], form: str, out: Path) -> str:
     with edits_off(model):
         base = generate_all(model, ids, NEW_TOKENS, tokenizer.eos_ids, N, "base model")
     stock = _stock_answers(tuned.base, form, out, prompts, chat, tokenizer.eos_ids)
-
     as_tuned, as_base = (
         sum(a == b for a, b in zip(stock, answers, strict=True)) for answers in (ours, base)
     )
@@ -62,14 +63,14 @@ def check(tuned: Tuned, prompts: list[str], form: str, out: Path) -> str:
             f"--check: {found}; expected at least {ENOUGH:.0%} of the tuned model's. Nothing was"
             " written; a --dtype that rounds more than the base's own may be the reason"
         )
-    return found + (" (which are the same: the check tells nothing)" if ours == base else "")
+    return found + (" (both answer alike: the check shows nothing)" if ours == base else "")
 
 
 @torch.no_grad()
 def _stock_answers(
     base: str, form: str, out: Path, prompts: list[str], chat: bool, eos: tuple[int, ...]
 ) -> list[list[int]]:
-    """What stock programs generate from texts, up to eos, asked one by one."""
+    """What stock programs generate from the prompts, asked one by one, up to eos."""
     import transformers
 
     whole = out if form == "hf" else find_folder(base)
@@ -83,14 +84,12 @@ def _stock_answers(
         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=list(eos), pad_token_id=eos[0]
     )
     found = []
-    for prompt in prompts:
+    for text in prompts:
         if chat:
-            turns = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False
-            )
-        ids = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt").input_ids
-        mask = torch.ones_like(ids)
+            turns = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        asked = tokenizer(text, add_special_tokens=not chat, return_tensors="pt")
+        ids, mask = asked.input_ids, asked.attention_mask
         new = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
         new = new[0, ids.shape[1] :].tolist()
         found.append(new[: next((i for i, t in enumerate(new) if t in eos), len(new))])

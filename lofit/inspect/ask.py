@@ -3,9 +3,9 @@
     python -m lofit.inspect.ask runs/mini-llama/mquake "Q: What is the capital of Braviland? A:"
     python -m lofit.inspect.ask runs/mini-llama/mquake --task "What is the capital of Braviland?"
 
-RUN is what `eval.py --offsets` takes. Without a question it waits for one after the other; Ctrl-D
-ends it. The models get a question as it stands (a run trained with --chat: in the chat template);
-with --task they get it in the prompt of the run's task.
+RUN is a run folder, an adapter or a hub id. Without a QUESTION the program waits for one after the
+other; Ctrl-D ends it. Both models get a question as it stands, or in the chat template if the run
+was trained with --chat; with --task they get it in the prompt of the run's task.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.arguments import natural
 from lofit.run.setup import pick_device
 from lofit.run.tuned import open_tuned
-from lofit.tasks import Example, Task, find_tasks
+from lofit.tasks import Example, find_tasks
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,24 +33,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arg = parser.add_argument
-    arg("run", metavar="RUN")
-    arg("question", metavar="QUESTION", nargs="?")
-    arg("--task", action="store_true", help="ask in the prompt of the run's task")
-    arg("--model", help="where the base model is (default: where the run had it)")
-    arg("--max-new-tokens", type=natural, default=32, help="(default: %(default)s)")
-    arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    arg("--dtype", choices=DTYPES, help="of the base model's weights (default: as in the run)")
+    arg("run", metavar="RUN", help="a run folder, an adapter folder or a hub id")
+    arg("question", metavar="QUESTION", nargs="?", help="what to ask (default: read from stdin)")
+    arg("--task", action="store_true", help="ask in the prompt of the run's task (default: as it"
+        " stands)")  # fmt: skip
+    arg("--model", help="where the base model is now (default: where the run had it)")
+    arg("--max-new-tokens", type=natural, default=32, help="tokens of an answer, at most"
+        " (default: %(default)s)")  # fmt: skip
+    arg("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto, a GPU"
+        " where there is one)")  # fmt: skip
+    arg("--dtype", choices=DTYPES, help="of the base model's weights (default: the run's)")
     return parser.parse_intermixed_args(argv)  # RUN --task QUESTION
 
 
-def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
-    """What answers a question: text -> {"base": answer, "tuned": answer}. InputError."""
-    tuned = open_tuned(args.run, args.model, args.dtype, pick_device(args.device))
-    task = find_task(str(tuned.info.get("task"))) if args.task else None
-    chat = bool(tuned.info.get("chat"))
-    wrap, end_of_turn = load_chat_template(tuned.base) if chat else (str, None)
-    tokenizer = load_tokenizer(tuned.base, end_of_turn)
-    positions = tuned.model.config.max_position_embeddings
+def asker(args: argparse.Namespace) -> Callable[[str], None]:
+    """Returns what prints both models' answers to a question, and raises InputError if the question
+    is too long. InputError if the run cannot be opened, or --task and its task has no prompt."""
+    tuned, task = open_tuned(args.run, args.model, args.dtype, pick_device(args.device)), None
+    if args.task:
+        name = str(tuned.info.get("task"))
+        with suppress(InputError):  # a folder of the user's own may be gone
+            (task,) = find_tasks(name)
+        if not task or not task.ask:
+            raise InputError(f"--task: the run's task ({name}) has no prompt; leave --task out")
+    wrap, end = load_chat_template(tuned.base) if tuned.info.get("chat") else (str, None)
+    tokenizer, model = load_tokenizer(tuned.base, end), tuned.model
+    positions = model.config.max_position_embeddings
 
     def answer(prompt: str) -> str:
         ids = tokenizer.encode(wrap(prompt))
@@ -59,50 +67,33 @@ def open_both(args: argparse.Namespace) -> Callable[[str], dict[str, str]]:
                 f"the question has {len(ids)} tokens, and the model {positions} positions; ask a"
                 " shorter one, or take a smaller --max-new-tokens"
             )
-        (new,) = generate(tuned.model, [ids], args.max_new_tokens, tokenizer.eos_ids)
+        (new,) = generate(model, [ids], args.max_new_tokens, tokenizer.eos_ids)
         # decoded together: SentencePiece drops the space in front of a first word
         text = tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
         return task.extract(Example(prompt, ""), text) if task and task.extract else text
 
-    def both(question: str) -> dict[str, str]:
+    def ask(question: str) -> None:
         prompt = task.ask(question) if task else question
-        with edits_off(tuned.model):
+        with edits_off(model):
             base = answer(prompt)
-        return {"base": base, "tuned": answer(prompt)}
+        for who, text in (("base", base), ("tuned", answer(prompt))):
+            # further lines of an answer stand below its first
+            print(f"{who:5}  {text.strip().replace(chr(10), chr(10) + ' ' * 7)}", flush=True)
 
-    return both
-
-
-def find_task(name: str) -> Task:
-    """The task of this name, whose `ask` makes a prompt of a question. InputError if it has none,
-    as tasks of one's own folders."""
-    with suppress(InputError):
-        (task,) = find_tasks(name)
-        if task.ask:
-            return task
-    raise InputError(
-        f"--task: the run's task ({name}) asks its prompts as they stand; leave --task out"
-    )
-
-
-def show(answers: dict[str, str]) -> None:
-    """Both answers, one below the other; further lines stand below their first."""
-    for who, text in answers.items():
-        print(f"{who:5}  {text.strip().replace(chr(10), chr(10) + ' ' * 7)}", flush=True)
+    return ask
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    both = open_both(args)
+    ask = asker(args)
     if args.question is not None:
-        show(both(args.question))
-        return
+        return ask(args.question)
     with suppress(EOFError):  # Ctrl-D
         while True:
             question = input("> " if sys.stdin.isatty() else "")
             try:
                 if question.strip():
-                    show(both(question))
+                    ask(question)
             except InputError as error:  # the next one may be better
                 print(f"error: {error}", file=sys.stderr)
 

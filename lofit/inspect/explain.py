@@ -1,8 +1,8 @@
-"""What the offsets of a run write: the tokens that each one raises and lowers most.
+"""Which tokens each offset of a run raises and lowers most.
 
     python -m lofit.inspect.explain runs/mini-llama/mquake
 
-RUN is what `eval.py --offsets` takes. Prints a table and writes explain.json to a run's folder.
+RUN is a run folder, an adapter or a hub id. Prints a table and writes explain.json to its folder.
 
 A head's offset v adds W_o v to the hidden state of every position. The logit lens (nostalgebraist,
 2020) reads such a vector through the final norm and lm_head as if no layer followed. It is a
@@ -33,9 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arg = parser.add_argument
-    arg("run", metavar="RUN")
-    arg("--model", help="where the base model is (default: where the run had it)")
-    arg("--tokens", type=natural, default=5, help="how many each (default: %(default)s)")
+    arg("run", metavar="RUN", help="a run folder, an adapter folder or a hub id")
+    arg("--model", help="where the base model is now (default: where the run had it)")
+    arg("--tokens", type=natural, default=5, help="tokens of each kind (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -56,53 +56,45 @@ def lens(model: CausalLM, layer: int, shift: torch.Tensor) -> torch.Tensor:
     return model.lm_head(model.model.norm(shift)).float()
 
 
-def explain(model: CausalLM, tokenizer: Tokenizer, n: int) -> dict:
-    """What the attached offsets write: {"heads": one entry a head, by layer, "layers": one a layer,
-    of all its heads together}; each with norms and the n tokens of highest and of lowest logit,
-    "raises" and "lowers": [[token, logit], ...]."""
+def explain(model: CausalLM, tokenizer: Tokenizer, n: int) -> list[dict]:
+    """What the attached offsets write: an entry for each head, by layer, and where a layer has
+    several one of their sum ("head": "all"). Each has |W_o v| ("written_norm") and the n tokens of
+    highest and of lowest logit, "raises" and "lowers": [[token, logit], ...]."""
 
-    def entry(layer: int, shift: torch.Tensor, **more) -> dict:
+    def entry(layer: int, head: int | str, shift: torch.Tensor) -> dict:
         logits = lens(model, layer, shift)[: tokenizer.size]
         order = logits.argsort(descending=True, stable=True).tolist()
-        words = {
-            name: [[tokenizer.token(i), round(logits[i].item(), 2)] for i in which]
-            for name, which in (("raises", order[:n]), ("lowers", order[::-1][:n]))
-        }
-        return {"layer": layer} | more | {"written_norm": shift.norm().item()} | words
+        raises, lowers = (
+            [[tokenizer.token(i), round(logits[i].item(), 2)] for i in which]
+            for which in (order[:n], order[::-1][:n])
+        )
+        found = {"layer": layer, "head": head, "written_norm": shift.norm().item()}
+        return found | {"raises": raises, "lowers": lowers}
 
-    heads, together, count = [], {}, {}
+    found, together = [], {}
     for (layer, head), v in zip(*attached_offsets(model), strict=True):
         shift = head_write(model, layer, head, v)
-        together[layer] = together.get(layer, 0) + shift
-        count[layer] = count.get(layer, 0) + 1
-        heads.append(entry(layer, shift, head=head, norm=v.norm().item()))
-    layers = [entry(layer, shift, heads=count[layer]) for layer, shift in together.items()]
-    return {"heads": heads, "layers": layers}
-
-
-def as_table(found: dict) -> str:
-    """Both parts of `explain` as text."""
-    lines = [f"{'layer':>5} {'head':>4} {'|v|':>7} {'|Wv|':>7}  raises | lowers"]
-    for part in ("heads", "layers"):
-        for e in found[part]:
-            first = f"{e['head']:4} {e['norm']:7.2f}" if "head" in e else f"{e['heads']:4} {'':7}"
-            raises, lowers = (
-                " ".join(repr(token) for token, _ in e[name]) for name in ("raises", "lowers")
-            )
-            lines.append(f"{e['layer']:5} {first} {e['written_norm']:7.2f}  {raises} | {lowers}")
-        lines += ["\nall edited heads of a layer together"] if part == "heads" else []
-    return "\n".join(lines)
+        together.setdefault(layer, []).append(shift)
+        found.append(entry(layer, head, shift) | {"norm": v.norm().item()})
+    found += [entry(layer, "all", sum(own)) for layer, own in together.items() if len(own) > 1]
+    return sorted(found, key=lambda e: e["layer"])  # stable: "all" stands after its heads
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     tuned = open_tuned(args.run, args.model, device=pick_device("auto"))
     found = explain(tuned.model, load_tokenizer(tuned.base), args.tokens)
-    if not found["heads"]:
+    if not found:
         raise InputError(f"{args.run}: edits of {tuned.method} are no offsets of heads")
     path = tuned.folder_to_write / EXPLAIN
-    write_json(path, found)
-    print(f"{as_table(found)}\n-> {path}")
+    write_json(path, {"offsets": found})
+    print("layer head     |v|   |Wv|  raises | lowers")
+    for e in found:
+        norm = f"{e['norm']:.2f}" if "norm" in e else ""
+        words = [" ".join(repr(token) for token, _ in e[name]) for name in ("raises", "lowers")]
+        numbers = f"{e['layer']:5} {e['head']:>4} {norm:>7} {e['written_norm']:6.2f}"
+        print(f"{numbers}  {' | '.join(words)}")
+    print(f"-> {path}")
 
 
 if __name__ == "__main__":

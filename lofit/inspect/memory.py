@@ -1,12 +1,12 @@
-"""The memory that a run will take, computed from config.json alone: no weights are read.
+"""Compute the memory that a run will take from config.json alone: no weights are read.
 
     python -m lofit.inspect.memory --model meta-llama/Llama-3.1-8B --memory 24 --task clutrr --chat
     python -m lofit.inspect.memory --model meta-llama/Llama-3.1-70B --gpus 8 --shard
 
-With --task the texts are the longest of its data (the tokenizer is read as well); without they have
---length tokens, as many as the paper's tasks allow. A training step (selection, which edits every
-layer) and an evaluation's batch are run on tensors without values, and what is alive at the same
-time is counted. What torch's allocator leaves unused, a few percent, is not.
+With --task the texts are the longest of its data (the tokenizer is read as well); without it they
+have --length tokens. A step of select_heads.py, which edits every layer, and a batch of eval.py are
+run on tensors without values, and the bytes that are alive at the same time are counted. What
+torch's allocator leaves unused, a few percent, is not counted.
 """
 
 import argparse
@@ -41,7 +41,7 @@ GATHERED = 2  # times the bytes of a layer: as it comes from all processes, and 
 NF4 = 4.127  # bits of a weight with its share of the two scales
 CONTEXT = GB // 2  # what CUDA and its libraries take in each process
 ANSWER = 16  # tokens
-Rows = list[list[Encoded]]  # what becomes a row of a batch: one text, or several with one beginning
+Rows = list[list[Encoded]]  # a row of a batch is one text, or several with a common beginning
 
 
 class Alive(TorchDispatchMode):
@@ -78,13 +78,14 @@ def empty_model(config: ModelConfig, dtype: torch.dtype) -> CausalLM:
 
 
 def losses(model: CausalLM, rows: Rows) -> torch.Tensor:
+    """The loss of each text."""
     several = any(len(row) > 1 for row in rows)
     batch = pack(rows, "cpu") if several else collate([text for (text,) in rows], "cpu")
     return target_losses(model, batch)
 
 
 def training_bytes(config: ModelConfig, dtype: torch.dtype, rows: Rows) -> int:
-    """At the peak of a step of selection: activations, and the scales with AdamW's state."""
+    """The peak of a step of select_heads.py: activations, and the scales with AdamW's state."""
     with FakeTensorMode():
         model = empty_model(config, dtype)
         scales = torch.zeros(config.num_hidden_layers, config.num_attention_heads, config.head_dim)
@@ -96,24 +97,23 @@ def training_bytes(config: ModelConfig, dtype: torch.dtype, rows: Rows) -> int:
 
 @torch.no_grad()
 def evaluation_bytes(config: ModelConfig, dtype: torch.dtype, rows: Rows, new: int) -> int:
-    """At the peak of a batch: of `new` generated tokens with their cache; 0: of given answers."""
+    """The peak of a batch of eval.py, which generates `new` tokens; 0: it scores given answers."""
     with FakeTensorMode():
         model = empty_model(config, dtype)
         with Alive(model) as alive:
             if new:
                 n, length = len(rows), max(map(size, rows))
-                cache = KVCache(model, n, length + new)
                 ids = torch.ones(n, length, dtype=torch.int64)
-                prefill(model, ids, torch.full((n,), length), cache)
+                prefill(model, ids, torch.full((n,), length), KVCache(model, n, length + new))
             else:
                 losses(model, rows)
         return alive.peak
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, gpus: int = 1, nf4: bool = False) -> int:
-    """What the weights take in one process. gpus: with --shard it keeps its rows of each layer, all
-    of the rest, and gathers a layer at a time; nf4: the blocks' linear layers are in 4 bits, and
-    one at a time is unpacked."""
+    """The bytes of the weights in one process. gpus: those of --shard, with which a process keeps
+    its rows of each layer and all of the rest, and gathers one layer at a time; nf4: the blocks'
+    linear layers are in 4 bits, and one at a time is unpacked."""
     with torch.device("meta"):
         model = empty_model(config, dtype)
     layers = list(model.model.layers.parameters())
@@ -121,9 +121,9 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, gpus: int = 1, nf4: bo
     if nf4:
         kept = sum(int(p.numel() * NF4 / 8) if p.dim() == 2 else p.nbytes for p in layers)
         return rest + kept + max(p.nbytes for p in layers)
-    own = rest + sum(p.chunk(gpus)[0].nbytes for p in layers)
-    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
-    return own + (GATHERED * layer if gpus > 1 else 0)
+    gathered = GATHERED * sum(p.nbytes for p in model.model.layers[0].parameters())
+    own = sum(p.chunk(gpus)[0].nbytes for p in layers)
+    return rest + own + (gathered if gpus > 1 else 0)
 
 
 def read_rows(args: argparse.Namespace, folder: Path) -> tuple[Rows, Rows, int]:
@@ -161,19 +161,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     arg, shared = parser.add_argument, common_parser("").parse_args([])
     arg("--model", default=shared.model, help="a folder, or a hub id (default: %(default)s)")
-    arg("--task", help="whose data has the texts (default: none)")
-    arg("--data", type=Path, default=shared.data, help="as of the scripts (default: data/mini)")
-    arg("--chat", action="store_true", help="texts are asked in the chat template")
-    arg("--length", type=natural, default=512, help="tokens of a text, without --task"
+    arg("--task", help="take the texts of this task (default: made-up texts of --length tokens)")
+    arg("--data", type=Path, default=shared.data, help="the tasks' data (default: data/mini)")
+    arg("--chat", action="store_true", help="the task's texts are asked in the chat template")
+    arg("--length", type=natural, default=512, help="tokens of a made-up text"
         " (default: %(default)s)")  # fmt: skip
-    arg("--gpus", type=natural, default=1, help="processes, each with a GPU (default: 1)")
-    arg("--memory", type=natural, default=80, help="GB (10^9 bytes) of each (default: 80)")
-    arg("--dtype", default="bfloat16", choices=DTYPES, help="(default: %(default)s)")
-    arg("--batch-size", type=natural, default=8, help="of a training step, over all processes"
+    arg("--gpus", type=natural, default=1, help="GPUs, one for each process (default: 1)")
+    arg("--memory", type=natural, default=80, help="GB (10^9 bytes) of a GPU (default: 80)")
+    arg("--dtype", default="bfloat16", choices=DTYPES, help="of the weights (default: %(default)s)")
+    arg("--batch-size", type=natural, default=8, help="examples of a training step, over all GPUs"
         " (default: %(default)s)")  # fmt: skip
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--quantize", choices=["nf4"], help="as of the scripts")
-    way.add_argument("--shard", action="store_true", help="as of the scripts, over --gpus")
+    way.add_argument(
+        "--quantize", choices=["nf4"], help="the weights in 4 bits (default: in --dtype)"
+    )
+    way.add_argument("--shard", action="store_true", help="the weights are split over --gpus")
     args = parser.parse_args(argv)
     if args.length <= ANSWER:
         parser.error(f"--length: expected more than the {ANSWER} tokens of an answer")
@@ -187,33 +189,35 @@ def main(argv: list[str] | None = None) -> None:
     trained, asked, new = read_rows(args, folder)
     nf4 = bool(args.quantize or config.stored_in_4_bits)
     weights = weight_bytes(config, dtype, args.gpus if args.shard else 1, nf4)
-
-    def training(n: int) -> int:
-        return training_bytes(config, dtype, trained[:n])
-
-    def evaluation(n: int) -> int:  # n counts given answers, of which a row has several
-        return evaluation_bytes(config, dtype, asked[: math.ceil(n / len(asked[0]))], new)
-
+    steps = {  # name -> texts at once, and the bytes that n of them need
+        "training": (
+            math.ceil(args.batch_size / args.gpus),
+            lambda n: training_bytes(config, dtype, trained[:n]),
+        ),
+        "evaluation": (  # n counts given answers, of which a row has several
+            BATCH,
+            lambda n: evaluation_bytes(config, dtype, asked[: math.ceil(n / len(asked[0]))], new),
+        ),
+    }
     table, cures = {"weights": weights, "CUDA": CONTEXT}, []
-    room, own = args.memory * GB - weights - CONTEXT, math.ceil(args.batch_size / args.gpus)
-    for name, need, n in (("training", training, own), ("evaluation", evaluation, BATCH)):
+    for name, (n, need) in steps.items():
         used = table[f"{name}, {n} at once"] = need(n)
         table[f"all in {name}"] = weights + CONTEXT + used
+        room = args.memory * GB - weights - CONTEXT
         if used > room:
             halves = (n >> i for i in range(1, n.bit_length()))
             fits = next((half for half in halves if need(half) <= room), 0)
             cure = f"eval.py --batch-size {fits} fits"
-            if need is training and fits:  # a smaller batch would be another recipe
+            if name == "training" and fits:  # a smaller batch would be another recipe
                 cure = f"train.py --accumulate {math.ceil(n / fits)} fits"
             cures.append(cure if fits else f"no {name} fits: --quantize nf4, or --shard and --gpus")
     if args.task:
         states = sum(map(size, trained)) * config.hidden_size * dtype.itemsize
         table["kept states (RAM), at most"] = min(states, MAX_BYTES)
-
     print(
-        f"{args.model}, {args.dtype}, {args.gpus} processes, {args.task or 'made-up texts'}: rows"
-        f" of up to {size(trained[0])} tokens in training, {size(asked[0])} in evaluation\n\n"
-        "GB of a process, computed"
+        f"{args.model}, {args.dtype}, --gpus {args.gpus}, {args.task or 'made-up texts'}: rows of"
+        f" up to {size(trained[0])} tokens in training, {size(asked[0])} in evaluation\n\n"
+        "GB of each GPU, computed"
     )
     for name, n_bytes in table.items():
         print(f"{name:28}{n_bytes / GB:10.3f}")

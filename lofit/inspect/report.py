@@ -1,22 +1,18 @@
-"""Runs as one page to look at: what was learned, how well it does, which answers changed.
+"""One page about one run or several: scores, chosen heads, training, answers, raised tokens.
 
     python -m lofit.inspect.report runs/mini-llama/mquake   # -> its report.html
     python -m lofit.inspect.report runs/mini-llama/truthfulqa-0 runs/mini-llama/truthfulqa-1
 
 Several runs, the two folds of TruthfulQA for example, are parts of one page in the first one's
-folder. The page needs no network and no script. Its pictures need matplotlib (the `plot` extra).
+folder. The page is one file that needs no network and no script.
 """
 
 import argparse
-import base64
-import io
 import itertools
-from dataclasses import dataclass
-from functools import partial
+import math
 from pathlib import Path
 
 import jinja2
-import torch
 
 from lofit import errors
 from lofit.files import read_jsonl, write
@@ -29,26 +25,9 @@ from lofit.run.summary import summarize
 from lofit.run.tuned import Tuned, open_tuned
 
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
-# answers that are shown, by what became of them
-SHOWN = {"became right": 6, "became wrong": 3, "stayed right": 1, "stayed wrong": 2}
-STYLE = {"font.size": 10, "svg.fonttype": "path"}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-Curve = list[tuple[float, float]]
-
-
-@dataclass
-class Part:
-    """One run. name: of its folder, "" of a run alone; results: None if these offsets were not
-    evaluated; scores: [layer, head] of step 1, if it was run; curves: see `read_curves`."""
-
-    name: str
-    info: dict
-    heads: list
-    explained: dict
-    results: dict | None
-    answers: list[dict]
-    scores: torch.Tensor | None
-    curves: dict[str, Curve]
+# how many items are shown, by whether the base model was right and whether the tuned one is
+SHOWN = {(False, True): 6, (True, False): 3, (True, True): 1, (False, False): 2}
+Curve = list[tuple[int, float]]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,20 +36,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", nargs="+", help="run folders, of one model")
-    parser.add_argument("--model", help="where the base model is (default: where the run had it)")
+    arg = parser.add_argument
+    arg("runs", metavar="RUN", nargs="+", help="run folders, of one model")
+    arg("--model", help="where the base model is now (default: where the runs had it)")
     return parser.parse_args(argv)
 
 
-def read_part(name: str, tuned: Tuned) -> Part:
+def read_part(name: str, tuned: Tuned) -> dict:
+    """What the page shows of one run. name: of its folder, "" of a run alone; results: None if
+    these offsets were not evaluated; scores: [layer][head] of step 1, if it was run."""
     folder, scores = tuned.path.parent, None
-    results, curves = read_results(folder), read_curves(lines_of(folder / "log.jsonl"))
-    answers = lines_of(folder / PREDICTIONS) if results else []
+    results = read_results(folder)
     if (folder / HEADS).exists():
         _, scores, _ = load_heads(folder / HEADS, tuned.model)
-    heads, _ = attached_offsets(tuned.model)
-    explained = explain(tuned.model, load_tokenizer(tuned.base), 5)
-    return Part(name, tuned.info, heads, explained, results, answers, scores, curves)
+    return {
+        "name": name,
+        "info": tuned.info,
+        "method": "LoFiT" if tuned.method == "lofit" else tuned.method,
+        "heads": attached_offsets(tuned.model)[0],
+        "explained": explain(tuned.model, load_tokenizer(tuned.base), 5),
+        "results": results,
+        "answers": lines_of(folder / PREDICTIONS) if results else [],
+        "scores": None if scores is None else scores.tolist(),
+        "curves": read_curves(lines_of(folder / "log.jsonl")),
+    }
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -78,24 +67,45 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def read_curves(log: list[dict]) -> dict[str, Curve]:
-    """log.jsonl -> (epoch, value) of the training loss of each step, and of the validation loss and
-    metrics (in percent) of each epoch, of the last training in it."""
-    records = [r for r in log if r.get("script") == "train"]
-    starts = [i for i, r in enumerate(records) if r.get("step") == 1]
-    records = records[starts[-1] :] if starts else []
-    # a training that was stopped goes on after its last whole epoch: what stands twice counts as
-    # it was the second time
-    steps = {r["step"]: r for r in records if "task_loss" in r}
-    epochs = {r["epoch"]: r["val"] for r in records if "val" in r}
-    last = max((r["epoch"] for r in steps.values()), default=1)
-    per_epoch = max(steps, default=1) / last
-    found = [(n / per_epoch, steps[n]["task_loss"]) for n in sorted(steps)]
-    curves = {"training loss": found} if found else {}
-    for epoch in sorted(epochs):
-        for name, value in epochs[epoch].items():
-            label, scale = ("validation loss", 1) if name == "loss" else (name, 100)
-            curves.setdefault(label, []).append((epoch, scale * value))
-    return curves
+    """log.jsonl -> (epoch, value) of the losses and the validation metrics, these in percent, of
+    the last training in it."""
+    curves: dict[str, dict[int, float]] = {}
+    for record in log:
+        if record.get("script") == "train" and "val" in record:
+            if record["epoch"] == 1:  # a new training
+                curves = {}
+            val = dict(record["val"])
+            values = {"training loss": record["train_loss"], "validation loss": val.pop("loss")}
+            values |= {name: 100 * value for name, value in val.items()}
+            for label, value in values.items():
+                curves.setdefault(label, {})[record["epoch"]] = value
+    return {label: sorted(points.items()) for label, points in curves.items()}
+
+
+def plots(parts: list[dict]) -> list[dict]:
+    """The losses and the validation scores, to be drawn in a box of 100 x 100: where the axes end,
+    and each curve's label and points."""
+    found = []
+    for caption, of_loss in (
+        ("Loss of step 2", True),
+        ("Scores on the validation split, %", False),
+    ):
+        curves = {
+            f"{part['name']} {label}".strip(): points
+            for part in parts
+            for label, points in part["curves"].items()
+            if label.endswith("loss") == of_loss
+        }
+        if curves:
+            end, highest = (max(max(p[i] for p in c) for c in curves.values()) for i in (0, 1))
+            digit = 10 ** math.floor(math.log10(highest or 1))
+            top = math.ceil((highest or 1) / digit) * digit  # its first digit, rounded up
+            drawn = {
+                label: " ".join(f"{100 * x / end:.2f},{100 - 100 * y / top:.2f}" for x, y in points)
+                for label, points in curves.items()
+            }
+            found.append({"caption": caption, "end": end, "top": top, "curves": drawn})
+    return found
 
 
 def answer_of(line: dict, who: str) -> str:
@@ -105,96 +115,36 @@ def answer_of(line: dict, who: str) -> str:
         return line[who]["prediction"].strip()
     answers = [*line["right"], *line["wrong"]]
     scores = [*line[who]["log_probs"]["right"], *line[who]["log_probs"]["wrong"]]
-    return answers[max(range(len(answers)), key=scores.__getitem__)].strip()
+    return answers[scores.index(max(scores))].strip()
 
 
 def gold_of(line: dict) -> str:
-    """The right answer: of several the first; a number as it was given."""
-    first = next(iter(line.get("references") or line.get("right") or [line["answer"]]))
-    return f"{line['value']:g}" if "value" in line else first.strip()
+    """The gold answer: of several the first; a number without the text that leads to it."""
+    if "value" in line:
+        return f"{line['value']:g}"
+    return (line.get("references") or line.get("right") or [line["answer"]])[0].strip()
 
 
 def pick_answers(lines: list[dict], metric: str) -> list[dict]:
-    """A dozen items, each with the gold answer and whether the two models' are right."""
-    kinds: dict[str, list[dict]] = {kind: [] for kind in SHOWN}
+    """A dozen items, each with the gold answer, and both models' with whether it is right."""
+    kinds: dict[tuple[bool, bool], list[dict]] = {kind: [] for kind in SHOWN}
     for line in lines:
-        answers = {who: (answer_of(line, who), line[who][metric] == 1) for who in ("base", "tuned")}
-        before, after = (right for _, right in answers.values())
-        kind = f"{'stayed' if before == after else 'became'} {'right' if after else 'wrong'}"
-        item = {"kind": kind, "question": line["prompt"].strip(), "gold": gold_of(line)}
-        kinds[kind].append(item | {"answers": answers})
+        answers = [(who, answer_of(line, who), line[who][metric] == 1) for who in ("base", "tuned")]
+        item = {"question": line["prompt"].strip(), "gold": gold_of(line), "answers": answers}
+        kinds[tuple(right for *_, right in answers)].append(item)
     return [item for kind, n in SHOWN.items() for item in kinds[kind][:n]]
 
 
-def pictures(parts: list[Part]) -> list[tuple[str, str]] | None:
-    """(caption, data: URL of an SVG) of each head map, the losses and the validation scores; None
-    where matplotlib is not installed."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    wanted = []
-    for part in parts:
-        if part.scores is not None:
-            caption = f"{of(part)}Score of every head in step 1; the chosen ones are framed"
-            wanted.append((caption, 0.9 + 0.16 * len(part.scores), partial(draw_heads, part)))
-    for caption, of_loss in (("Loss of step 2, the offsets", True), ("Validation, %", False)):
-        if any(label.endswith("loss") == of_loss for part in parts for label in part.curves):
-            wanted.append((caption, 2.6, partial(draw_curves, parts, of_loss)))
-    made = []
-    with rc_context(STYLE):
-        for caption, height, draw in wanted:
-            figure, out = Figure(figsize=(5, height), layout="constrained"), io.BytesIO()
-            draw(figure.subplots())
-            figure.savefig(out, format="svg", transparent=True)
-            code = base64.b64encode(out.getvalue()).decode()
-            made.append((caption, f"data:image/svg+xml;base64,{code}"))
-    return made
-
-
-def of(part: Part) -> str:
-    return f"{part.name}: " if part.name else ""
-
-
-def draw_heads(part: Part, axes) -> None:
-    """Map of layers x heads."""
-    from matplotlib.patches import Rectangle
-
-    image = axes.imshow(part.scores.numpy(), origin="lower", cmap="Blues", aspect="auto")
-    for layer, head in part.heads:
-        square = Rectangle((head - 0.4, layer - 0.4), 0.8, 0.8, fill=False, ec="#d55e00", lw=1.5)
-        axes.add_patch(square)
-    axes.set(xlabel="head", ylabel="layer")
-    axes.locator_params(integer=True)
-    axes.figure.colorbar(image, label="score")
-
-
-def draw_curves(parts: list[Part], of_loss: bool, axes) -> None:
-    """The losses, or the scores, over epochs: a colour for each run, or for each curve of one run.
-    Dashes differ, so that of equal curves all are seen."""
-    for n, part in enumerate(parts):
-        mine = [label for label in part.curves if label.endswith("loss") == of_loss]
-        for i, label in enumerate(mine):
-            style = {"color": f"C{n if part.name else i}", "ls": ["-", "--", ":", "-."][i % 4]}
-            style |= {"alpha": 0.5, "lw": 1} if label == "training loss" else {"marker": "."}
-            points = zip(*part.curves[label], strict=True)
-            axes.plot(*points, label=of(part) + label, **style)
-    axes.set(xlabel="epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-
-
-def all_folds(parts: list[Part]) -> dict | None:
-    """The results of both folds of TruthfulQA together: each question was held out once."""
-    both = sorted(str(part.info.get("task")) for part in parts) == ["truthfulqa-0", "truthfulqa-1"]
-    if not both or not all(part.results and part.answers for part in parts):
-        return None
-    lines = [line for part in parts for line in part.answers]
-    metrics = tuple(parts[0].results["scores"]["base"])
+def all_folds(parts: list[dict]) -> dict:
+    """The results of both folds of TruthfulQA together, each question held out once; {} of other
+    runs."""
+    tasks = sorted(str(part["info"].get("task")) for part in parts)
+    if tasks != ["truthfulqa-0", "truthfulqa-1"] or not all(part["answers"] for part in parts):
+        return {}
+    first, lines = parts[0]["results"], [line for part in parts for line in part["answers"]]
     scored = {who: [line[who] for line in lines] for who in ("base", "tuned")}
-    return {"split": parts[0].results["split"], "n": len(lines)} | summarize(scored, metrics)
+    whole = {"split": first["split"], "n": len(lines)}
+    return {"both folds": whole | summarize(scored, tuple(first["scores"]["base"]))}
 
 
 def page(runs: list[str], model: str | None = None) -> tuple[Path, str]:
@@ -207,25 +157,23 @@ def page(runs: list[str], model: str | None = None) -> tuple[Path, str]:
         tuned = open_tuned(run, model, device=pick_device("auto"))
         out = out or tuned.folder_to_write / PAGE
         parts.append(read_part(name, tuned))
-    whole = all_folds(parts)
-    results = {"both folds": whole} if whole else {}
-    results |= {part.name: part.results for part in parts if part.results}
+    results = all_folds(parts) | {p["name"]: p["results"] for p in parts if p["results"]}
     # the first metric is the main one
-    metric = next(iter(next(iter(results.values()))["scores"]["base"])) if results else ""
-    # in turn of each run
-    lines = [line for lines in itertools.zip_longest(*(p.answers for p in parts)) for line in lines]
+    metric = next((next(iter(r["scores"]["base"])) for r in results.values()), "")
+    # an item of each run in turn
+    lines = itertools.chain(*itertools.zip_longest(*(part["answers"] for part in parts)))
     answers = pick_answers([line for line in lines if line and metric in line["base"]], metric)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        parts=parts, info=parts[0].info, results=results, metric=metric, answers=answers,
-        pictures=pictures(parts),
+        parts=parts, info=parts[0]["info"], results=results, metric=metric, answers=answers,
+        plots=plots(parts),
     )  # fmt: skip
     return out, text
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    out, text = page(args.run, args.model)
+    out, text = page(args.runs, args.model)
     write(out, text)
     print(f"-> {out}")
 
