@@ -8,7 +8,7 @@ import shutil
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, SHARED, golden_prompts
+from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, SHARED, golden_prompts, import_transformers
 from safetensors.torch import load_file
 
 from lofit.errors import InputError
@@ -35,51 +35,49 @@ def test_the_miniatures_tokenizer():
     assert tokenizer.decode(ids[n:]) == answer
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """transformers' tokenizer of mini-gemma; kind of file -> a folder with it alone: the shipped
+    tokenizer.model, and the tokenizer.json that transformers makes of it."""
+    pytest.importorskip("google.protobuf", reason='needs pip install -e ".[test]"')
+    theirs = import_transformers().AutoTokenizer.from_pretrained(MINI_GEMMA)
+    folder = tmp_path_factory.mktemp("gemma")
+    theirs.save_pretrained(folder)
+    shutil.copy(MINI_GEMMA / "config.json", folder)
+    assert not (folder / "tokenizer.model").exists()
+    return theirs, {"tokenizer.model": MINI_GEMMA, "tokenizer.json": folder}
+
+
 @pytest.fixture(params=["tokenizer.json", "tokenizer.model"])
-def one_kind(request, recordings, tmp_path):
-    """The paper's tiny tokenizer, from one of its two files."""
-    for name in ("config.json", "tokenizer_config.json", request.param):
-        shutil.copy(recordings / name, tmp_path / name)
-    return load_tokenizer(tmp_path)
+def one_kind(request, gemma):
+    return load_tokenizer(gemma[1][request.param])
 
 
-def test_both_kinds_agree_with_transformers(recordings, one_kind, transformers):
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(recordings / "tokenizer.json"))
-    for text in TEXTS:
+def test_both_kinds_agree_with_transformers(gemma, one_kind):
+    for text in (*TEXTS, "A:Norvia", " a"):
         ids = one_kind.encode(text)
-        assert ids == [1, *theirs.encode(text, add_special_tokens=False)]
+        assert ids == gemma[0].encode(text)
         assert one_kind.decode(ids) == text
 
 
-def test_prompts_and_generated_texts_are_the_papers(recordings, one_kind):
-    golden = load_file(GOLDEN / "generate.safetensors")
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_prompts_and_generated_texts_are_the_papers(recordings, tmp_path, kind):
+    for name in ("config.json", "tokenizer_config.json", kind):
+        shutil.copy(recordings / name, tmp_path / name)
+    golden, tokenizer = load_file(GOLDEN / "generate.safetensors"), load_tokenizer(tmp_path)
     told = json.loads((recordings / "generate.json").read_text())
     prompts = golden_prompts(golden)
-    assert [one_kind.encode(prompt) for prompt in told["prompts"]] == prompts
+    assert [tokenizer.encode(prompt) for prompt in told["prompts"]] == prompts
     width = golden["input_ids"].shape[1]
     for which in ("unmodified", "modified", "trained"):
         rows = golden[f"output_ids.{which}"][:, width:].tolist()
-        texts = [one_kind.decode(ids + row) for ids, row in zip(prompts, rows, strict=True)]
+        texts = [tokenizer.decode(ids + row) for ids, row in zip(prompts, rows, strict=True)]
         assert texts == told[f"text.{which}"]
-
-
-def test_gemmas_two_files_give_the_same_ids(tmp_path, transformers):
-    """transformers makes tokenizer.json out of tokenizer.model: we read both, it gives its ids."""
-    pytest.importorskip("google.protobuf", reason='needs pip install -e ".[test]"')
-    theirs = transformers.AutoTokenizer.from_pretrained(MINI_GEMMA)
-    theirs.save_pretrained(tmp_path)
-    shutil.copy(MINI_GEMMA / "config.json", tmp_path / "config.json")
-    assert not (tmp_path / "tokenizer.model").exists()
-    pieces, json_file = load_tokenizer(MINI_GEMMA), load_tokenizer(tmp_path)
-    for text in (*TEXTS, "A:Norvia", " a"):
-        ids = pieces.encode(text)
-        assert ids == json_file.encode(text) == theirs.encode(text)
-        assert pieces.decode(ids) == json_file.decode(ids) == text
 
 
 @pytest.mark.parametrize(
     ("prompt", "answer"),
-    [("Q: Who? A:", "Sweden"), ("the fam", "ily"), ("Karl D", "öhler"), ("東", "京"), ("", "A")],
+    [("Q: Is it? A: ", "city"), ("the ci", "ty"), ("Karl D", "öhler"), ("東", "京"), ("", "A")],
 )
 def test_a_token_across_the_border_counts_as_answer(one_kind, prompt, answer):
     """SentencePiece may join the prompt's end with the answer's start; training then sees it."""
@@ -408,7 +406,7 @@ REFUSED = [  # a file, its bytes or changed keys, the message
 
 
 @pytest.mark.parametrize(("name", "content", "message"), REFUSED)
-def test_bad_tokenizer_files_are_refused_by_one_line(pieces_alone, name, content, message):
+def test_bad_tokenizer_files_are_refused(pieces_alone, name, content, message):
     path = pieces_alone / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -417,9 +415,8 @@ def test_bad_tokenizer_files_are_refused_by_one_line(pieces_alone, name, content
     else:
         write_json(pieces_alone / "tokenizer_config.json", eos_token=None)
         write_json(path, **content)
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=message):
         load_tokenizer(pieces_alone)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_end_of_a_text_is_no_unknown_text(tiny_folder):
