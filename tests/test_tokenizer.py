@@ -62,6 +62,7 @@ def test_both_kinds_agree_with_transformers(gemma, one_kind):
 
 @pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
 def test_prompts_and_generated_texts_are_the_papers(recordings, tmp_path, kind):
+    """And the two files of a Llama agree on odd texts."""
     for name in ("config.json", "tokenizer_config.json", kind):
         shutil.copy(recordings / name, tmp_path / name)
     golden, tokenizer = load_file(GOLDEN / "generate.safetensors"), load_tokenizer(tmp_path)
@@ -73,6 +74,11 @@ def test_prompts_and_generated_texts_are_the_papers(recordings, tmp_path, kind):
         rows = golden[f"output_ids.{which}"][:, width:].tolist()
         texts = [tokenizer.decode(ids + row) for ids, row in zip(prompts, rows, strict=True)]
         assert texts == told[f"text.{which}"]
+    theirs = tokenizers.Tokenizer.from_file(str(recordings / "tokenizer.json"))
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == [1, *theirs.encode(text, add_special_tokens=False).ids]
+        assert tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize(
