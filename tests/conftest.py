@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of models so small a second thread only waits
+# on a machine that has other work threads wait for one another, at ten times the processor's time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 import torch  # noqa: E402
 
