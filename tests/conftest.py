@@ -14,9 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 
+# on a machine that has other work threads wait for one another, at ten times the processor's time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
+import torch  # noqa: E402
+
 # whether there is a GPU, asked without starting CUDA, which would fix what this process sees
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 SEES_GPU, HAS_GPU = dict(os.environ), torch.cuda.is_available()
@@ -148,12 +151,12 @@ def loud(tmp_path_factory):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
     """3 layers x 4 heads (2 key/value heads) x 8; the vocabulary is the miniature's."""
     return ModelConfig(
         vocab_size=891, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
         rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=(2,),
     )  # fmt: skip
 
@@ -167,14 +170,19 @@ def random_model(config: ModelConfig, seed: int = 0) -> CausalLM:
     return model
 
 
-@pytest.fixture
-def tiny_folder(tmp_path, tiny_config) -> Path:
-    """A model folder of random weights with the miniature's tokenizer."""
-    folder = tmp_path / "tiny"
+@pytest.fixture(scope="session")
+def tiny_once(tmp_path_factory, tiny_config) -> Path:
+    folder = tmp_path_factory.mktemp("once") / "tiny"
     save_model(random_model(tiny_config), folder, torch.float32)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MINI / name, folder / name)
     return folder
+
+
+@pytest.fixture
+def tiny_folder(tmp_path, tiny_once) -> Path:
+    """A model folder of random weights with the miniature's tokenizer, the test's own."""
+    return shutil.copytree(tiny_once, tmp_path / "tiny")
 
 
 @pytest.fixture
@@ -199,6 +207,12 @@ def small_data(tmp_path) -> Path:
         with path.open() as lines:
             (folder / "truthfulqa" / path.name).write_text("".join(islice(lines, n + 1)))
     return folder
+
+
+@pytest.fixture
+def flags(tiny_folder, small_data) -> list[str]:
+    """Of a script, for these two."""
+    return ["--model", str(tiny_folder), "--data", str(small_data)]
 
 
 # what torchrun does for scripts, without its own start

@@ -136,11 +136,9 @@ BAD = [  # a template, what the error says
 
 
 @pytest.mark.parametrize(("template", "message"), BAD)
-def test_bad_and_wicked_templates_are_one_line(chatty, template, message):
-    with pytest.raises(InputError, match=message) as caught:
+def test_bad_and_wicked_templates_are_refused(chatty, template, message):
+    with pytest.raises(InputError, match=message):
         load_chat_template(chatty(template, "tokenizer_config.json"))[0](TEXT)
-    assert len(str(caught.value).splitlines()) == 1
-    str(caught.value).encode()
 
 
 def test_a_model_without_template_is_refused(tiny_folder, tmp_path):

@@ -6,11 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LOUD_MODELS, MINI, REPO, difference, random_model
+from conftest import LOUD_MODELS, MINI, REPO, difference
 from safetensors.torch import load_file, save_file
 
 from lofit.errors import InputError
@@ -202,7 +201,7 @@ def test_a_spoilt_folder_is_refused_by_name(tiny_folder, spoil, message):
     spoil(tiny_folder)
     with pytest.raises(InputError, match=message) as caught:
         load_model(tiny_folder)
-    assert str(caught.value).startswith(str(tiny_folder)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tiny_folder))
 
 
 def test_what_a_dtype_cannot_hold_is_refused(tiny_folder):
@@ -233,7 +232,8 @@ def test_ways_to_store_a_tied_checkpoint(loud, tmp_path, body, ends):
     with torch.no_grad():
         again = type(theirs).from_pretrained(tmp_path, attn_implementation="eager")(IDS).logits
     assert difference(again, theirs(IDS).logits) == 0
-    assert torch.equal(load_model(tmp_path)(IDS), load_model(folder)(IDS))
+    one, other = load_model(tmp_path), load_model(folder)
+    assert torch.equal(one(IDS), other(IDS)) and one.source.fingerprint == other.source.fingerprint
 
 
 def test_model_safetensors_goes_before_an_old_index(tiny_folder, transformers):
@@ -299,13 +299,3 @@ def test_a_model_loads_without_the_modules_of_unix():
     code = f"FOLDER = {str(MINI)!r}\n" + MISSING
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     assert ended.returncode == 0, ended.stderr
-
-
-def test_a_tied_model_is_the_same_with_one_end_stored_or_both(tiny_folder, tmp_path, tiny_config):
-    folder = tmp_path / "tied"
-    save_model(random_model(replace(tiny_config, tie_word_embeddings=True)), folder, torch.float32)
-    one = load_model(folder).source.fingerprint
-    tensors = load_file(folder / "model.safetensors")
-    both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    save_file(both, folder / "model.safetensors", {"format": "pt"})
-    assert load_model(folder).source.fingerprint == one

@@ -167,9 +167,8 @@ def test_iti_is_honest_llamas_formula_on_recorded_activations():
 
 
 @pytest.fixture
-def flags(tiny_folder, small_data, tmp_path):
-    own = ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(tmp_path / "run")]
-    return [*own, "--dtype", "float32"]
+def flags(flags, tmp_path):
+    return [*flags, "--run", str(tmp_path / "run"), "--dtype", "float32"]
 
 
 def test_iti_moves_heads_from_wrong_answers_to_right_ones(flags, tmp_path):

@@ -21,8 +21,9 @@ PATH = re.compile(
 
 def blocks(page: Path) -> list[str]:
     """The lines of fenced blocks, those of commands with a backslash joined."""
-    fenced = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", page.read_text(), re.M | re.S)
-    return [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+    found = [block.replace("\\\n", " ") for kind, block in fenced if kind in ("", "bash", "sh")]
+    return [line for block in found for line in block.splitlines()]
 
 
 def commands(page: Path) -> list[str]:

@@ -46,10 +46,9 @@ def test_all_of_it_runs_on_a_cpu(tmp_path):
     """As it will on a GPU, but with few of everything. `graphs` are tests that run here anyway."""
     pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
     args = ["all", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path), "--patience", "4"]
-    names = ["same", "steps", "decoding", "benchmark", "whole", "shard"]
+    names = ["same", "benchmark", "whole", "shard"]
     assert gpu.main([*args, "--only", *names]) == 0
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
-    assert text["steps"].count("apart") == 2 and text["decoding"].count("33 of 33 tokens") == 2
     assert "checked: losses and scores within 0.0001" in text["benchmark"]
     assert "test items" in text["whole"]
     assert "--shard:" in text["shard"] and text["shard"].count("same heads") == 3

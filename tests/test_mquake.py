@@ -4,11 +4,9 @@ import json
 from unicodedata import normalize
 
 import pytest
-from conftest import MINI, SHARED
+from conftest import SHARED
 
 from lofit.errors import InputError
-from lofit.llm.batches import encode_example
-from lofit.llm.tokenizer import load_tokenizer
 from lofit.tasks import Example, mquake
 
 REWRITE = {
@@ -49,14 +47,6 @@ def test_prompt_and_references(write):
     assert example.answer == "Sweden"
     assert example.references == ("Sweden", "Kingdom of Sweden")
     assert example.outdated == ("United States of America", "USA")
-
-
-def test_no_space_between_prompt_and_answer():
-    tokenizer = load_tokenizer(MINI)
-    prompt, answer = mquake.prompt("X is Y", "Who?"), "Norvia"
-    assert prompt.endswith("A:")
-    ids, _ = encode_example(tokenizer, prompt, answer)
-    assert ids == [*tokenizer.encode(prompt + answer), 2]
 
 
 @pytest.mark.parametrize(

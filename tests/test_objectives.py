@@ -4,16 +4,15 @@ import math
 
 import pytest
 import torch
-from conftest import MINI, difference
+from conftest import difference
+from safetensors.torch import load_file
 
 import train
 from lofit.errors import InputError
 from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, edits_off
-from lofit.llm.checkpoint import load_model
 from lofit.llm.tokenizer import load_tokenizer
 from lofit.objectives import Accumulated, CrossEntropy, Preference, mean_loss
-from lofit.run.files import load_offsets
 from lofit.training import Schedule, draw_epochs, make_optimizer, train_step
 
 HEADS = [(2, 1), (0, 3)]
@@ -116,16 +115,16 @@ def test_kept_states_are_bounded_and_follow_the_heads(tiny, tokenizer):
 
 @pytest.mark.parametrize("kind", [CrossEntropy, Preference])
 @pytest.mark.parametrize("parts", [2, 3, 9])
-def test_loss_and_gradients_are_those_of_the_whole_batch(kind, parts):
+def test_loss_and_gradients_are_those_of_the_whole_batch(tiny, tokenizer, kind, parts):
     """The parts have different numbers of answer tokens: a mean of their means would differ."""
-    model, rows = load_model(MINI), [0, 1, 2, 3]
+    rows = [0, 1, 2, 3]
     long = "Q: What is the capital of Braviland? A:"
     texts = [(long, " Braviland"), ("Q: Who?", " the the the the"), ("A:", " Who"), (long, " Q Q")]
     texts = texts if kind is CrossEntropy else [(*text, " is") for text in texts]
-    whole = kind(model, load_tokenizer(MINI), texts)
+    whole = kind(tiny, tokenizer, texts)
     apart, found = Accumulated(whole, parts), []
     for each in (whole, apart):
-        parameters = attach_offsets(model, [(1, 2), (6, 3)], torch.full((2, 16), 0.2))
+        parameters = attach_offsets(tiny, [(1, 2), (2, 3)], torch.full((2, 8), 0.2))
         loss = each.loss(each.batch(rows))
         (3 * loss).backward()
         found.append([loss.detach(), *(p.grad for p in parameters)])
@@ -136,16 +135,12 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(kind, parts):
 
 
 def test_an_epoch_of_4_x_2_ends_as_one_of_batches_of_8(tmp_path, small_data):
+    flags = ["--data", str(small_data), "--dtype", "float32"]
+    flags += ["--heads", "random", "--top", "4", "--epochs", "1", "--n-train", "16"]
     offsets = []
     for parts in ("1", "4"):
-        run = tmp_path / parts
-        train.main([
-            "--data", str(small_data), "--dtype", "float32", "--heads", "random", "--top", "4",
-            "--epochs", "1", "--accumulate", parts, "--n-train", "16", "--run", str(run),
-        ])  # fmt: skip
-        model = load_model(MINI)
-        load_offsets(run, model)
-        offsets.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
+        train.main([*flags, "--accumulate", parts, "--run", str(tmp_path / parts)])
+        offsets.append(load_file(tmp_path / parts / "offsets.safetensors")["offsets"])
     one, other = offsets
     assert (one - other).abs().max() <= 1e-5 * one.abs().max()
 

@@ -14,7 +14,7 @@ from lofit.errors import InputError
 from lofit.evaluation import score_given
 from lofit.llm.batches import collate, encode_example
 from lofit.llm.scoring import target_losses
-from lofit.run.setup import open_runs
+from lofit.run.setup import make_objective, open_runs
 from lofit.tasks import first_option
 from lofit.tasks.own import NAMED, own_task
 
@@ -123,6 +123,7 @@ def test_options_are_whole_words(task, choices, answer, said, given):
         ("( 76 - 25 ) = 51", 51, 1), ("51 dollars, 3 packs", 51, 0), ("so it is -5.", -5, 1),
         ("so it is 5", -5, 0), ("1,234,567", 1234567, 1), ("#### 1,200", 1200, 1), ("7.0", 7, 1),
         ("3.0009", 3, 1), ("3.0011", 3, 0), ("fifty-one", 51, 0), ("", 0, 0), ("9" * 999, 51, 0),
+        (".5", 0.5, 1), ("-.5", -0.5, 1), ("wait...72", 72, 1), ("10-5", -5, 1),
     ],
 )  # fmt: skip
 def test_a_number_is_the_last_one_generated(task, text, value, right):
@@ -190,9 +191,8 @@ BAD = [
 
 @pytest.mark.parametrize(("form", "line", "message"), BAD)
 def test_a_bad_line_is_named(task, form, line, message):
-    with pytest.raises(InputError, match=f"test.jsonl, line 2: .*({message})") as caught:
+    with pytest.raises(InputError, match=f"test.jsonl, line 2: .*({message})"):
         task(FORMS[form], FORMS[form] | line)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize(
@@ -281,12 +281,12 @@ def test_groups_and_answers_are_reported(flags, tmp_path, capsys):
 def test_a_prompt_that_ends_inside_a_token_is_warned_of(flags, tmp_path, capsys):
     """With the miniature's words a space at the end is nothing; with mini-gemma's it is."""
     good, bad = ({"prompt": f"Q: Is it? A:{end}", "answer": "city"} for end in ("", " "))
-    gemma = [*flags, "--model", str(MINI_GEMMA), "--heads", "random", "--top", "1"]
     write(tmp_path / "mine", [good, bad, bad], ["train"])
-    write(tmp_path / "mine", [good], ["val", "test"])
-    train.main([*gemma, "--epochs", "1"])
-    err = capsys.readouterr().err
-    assert "train.jsonl, line 2 and 1 more: the prompt ends inside a token" in err
-    write(tmp_path / "mine", [good])
-    train.main([*gemma, "--epochs", "1"])
-    assert "inside a token" not in capsys.readouterr().err
+    write(tmp_path / "mine", [good], ["val"])
+    with open_runs(train.parse_args([*flags, "--model", str(MINI_GEMMA)]), "train") as runs:
+        run = next(runs)
+        make_objective(run, run.read("train"), "train")
+        err = capsys.readouterr().err
+        assert "train.jsonl, line 2 and 1 more: the prompt ends inside a token" in err
+        make_objective(run, run.read("val"), "val")
+        assert "inside a token" not in capsys.readouterr().err

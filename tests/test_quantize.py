@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MINI, REPO, difference, random_model
+from conftest import REPO, difference, random_model
 from safetensors.torch import load_file, save_file
 
 import eval as evaluate
@@ -28,49 +28,49 @@ IDS = torch.randint(3, 800, (2, 24), generator=torch.Generator().manual_seed(0))
 
 def plain_twin(quantized):
     """A model in fp32 with the weights that the 4 bits stand for."""
-    twin = load_model(MINI)
+    twin = load_model(quantized.source.name)
     for name, module in quantized.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             twin.get_submodule(name).weight.data.copy_(dequantized(module))
     return twin
 
 
-def test_a_pass_and_gradients_are_those_of_the_dequantised_weights():
+def test_a_pass_and_gradients_are_those_of_the_dequantised_weights(tiny_folder):
     """Twice: a pass without gradients may not change what a training step then computes."""
-    ours = load_model(MINI, way=Quantized)
-    twin, heads = plain_twin(ours), [(3, 1), (5, 2)]
-    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in ours.modules()) == 8 * 7
+    ours = load_model(tiny_folder, way=Quantized)
+    twin, heads = plain_twin(ours), [(1, 1), (2, 2)]
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in ours.modules()) == 3 * 7
     for _ in range(2):
         with torch.no_grad():
             assert difference(ours(IDS), twin(IDS)) < 1e-4
         found = []
         for model in (ours, twin):
-            parameters = attach_offsets(model, heads, torch.full((2, 16), 0.1))
+            parameters = attach_offsets(model, heads, torch.full((2, 8), 0.1))
             model(IDS).log_softmax(-1)[:, :, 5].mean().backward()
             found.append(torch.cat([p.grad for p in parameters]))
         assert found[0].abs().max() > 0
         assert difference(*found) < 1e-5
         for model in (ours, twin):
-            attach_offsets(model, heads, torch.zeros(2, 16))
+            attach_offsets(model, heads, torch.zeros(2, 8))
 
 
 @pytest.fixture
-def stored(tmp_path, transformers):
+def stored(tiny_folder, tmp_path, transformers):
     """A checkpoint that transformers quantised, and its model."""
     how = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        MINI, dtype=torch.float32, quantization_config=how
+        tiny_folder, dtype=torch.float32, quantization_config=how
     )
     theirs.save_pretrained(tmp_path / "stored")
     return theirs, tmp_path / "stored"
 
 
-def test_the_bits_are_those_of_transformers_and_its_checkpoints_are_read(stored):
+def test_the_bits_are_those_of_transformers_and_its_checkpoints_are_read(stored, tiny_folder):
     theirs, folder = stored
-    ours, read = load_model(MINI, way=Quantized), load_model(folder)
+    ours, read = load_model(tiny_folder, way=Quantized), load_model(folder)
     for name, module in ours.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             other = theirs.get_submodule(name).weight
@@ -86,7 +86,7 @@ def test_a_part_that_is_missing_and_other_kinds_are_refused(stored, tmp_path):
     _, folder = stored
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    name = "model.layers.3.mlp.up_proj.weight"
+    name = "model.layers.1.mlp.up_proj.weight"
     save_file({k: t for k, t in tensors.items() if k != name}, path, {"format": "pt"})
     with pytest.raises(InputError, match="up_proj.weight: statistics of 4 bits without"):
         load_model(folder)
@@ -96,11 +96,12 @@ def test_a_part_that_is_missing_and_other_kinds_are_refused(stored, tmp_path):
         ModelConfig.from_hf(raw)
 
 
-def test_a_run_in_4_bits_says_so_everywhere(tmp_path, small_data, capsys):
-    run, same = tmp_path / "run", ["--data", str(small_data), "--dtype", "float32"]
+def test_a_run_in_4_bits_says_so_everywhere(flags, tiny, tmp_path, capsys):
+    run, same = tmp_path / "run", [*flags, "--dtype", "float32"]
     short = ["--heads", "random", "--top", "2", "--epochs", "1"]
     train.main([*short, *same, "--quantize", "nf4", "--run", str(run)])
-    assert "5,703,424 parameters" in capsys.readouterr().out  # not half as many, packed
+    n = sum(p.numel() for p in tiny.parameters())
+    assert f"{n:,} parameters" in capsys.readouterr().out  # not half as many, packed
     evaluate.main([*same, "--quantize", "nf4", "--run", str(run)])
     assert "warning" not in capsys.readouterr().err
     assert json.loads((run / "results.json").read_text())["settings"]["quantize"] == "nf4"
@@ -108,9 +109,9 @@ def test_a_run_in_4_bits_says_so_everywhere(tmp_path, small_data, capsys):
     assert "trained with quantize nf4, evaluated with quantize None" in capsys.readouterr().err
 
 
-def test_a_copy_of_the_model_has_edits_of_its_own():
-    model = load_model(MINI, way=Quantized)
-    attach_offsets(model, [(2, 3)], torch.ones(1, 16))
+def test_a_copy_of_the_model_has_edits_of_its_own(tiny_folder):
+    model = load_model(tiny_folder, way=Quantized)
+    attach_offsets(model, [(2, 3)], torch.ones(1, 8))
     other = copy.deepcopy(model)
     with torch.no_grad():
         want = model(IDS)

@@ -2,17 +2,13 @@
 bytes."""
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import MINI, random_model
+from conftest import MINI
 
 import select_heads
 import train
-from lofit.llm.save import save_model
 from lofit.objectives import CrossEntropy, Preference
 from lofit.run.files import save_results
 
@@ -21,15 +17,6 @@ FAST = ["--epochs", "3", "--lr", "0.05", "--batch-size", "2"]
 
 class Killed(BaseException):
     """As SIGKILL: nobody handles it."""
-
-
-@pytest.fixture
-def flags(tiny_config, small_data, tmp_path):
-    config = replace(tiny_config, max_position_embeddings=512)
-    save_model(random_model(config), tmp_path / "tiny", torch.float32)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MINI / name, tmp_path / "tiny" / name)
-    return ["--model", str(tmp_path / "tiny"), "--data", str(small_data)]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The three scripts as a user runs them: the whole way through, and every kind of bad input."""
 
+import io
 import json
 import os
 import signal
@@ -15,14 +16,15 @@ from safetensors.torch import load_file, save_file
 import eval as eval_script
 import select_heads
 import train
+from lofit import errors
 from lofit.errors import InputError
 
 FAST = ["--epochs", "2", "--lr", "0.05"]
 
 
 @pytest.fixture
-def flags(tiny_folder, small_data, tmp_path):
-    return ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(tmp_path / "run")]
+def flags(flags, tmp_path):
+    return [*flags, "--run", str(tmp_path / "run")]
 
 
 def test_the_whole_way_through(flags, tmp_path, capsys):
@@ -55,24 +57,13 @@ def test_the_whole_way_through(flags, tmp_path, capsys):
     for artefact in (heads, results):
         assert artefact["task"] == "mquake" and artefact["seed"] == 42
         assert artefact["fingerprint"] == heads["fingerprint"]
+    assert sum(means["n"] for means in results["groups"].values()) == 20
     printed = capsys.readouterr().out
     for text in ("(flag)", "for mquake; offsets by rule", "layer   2 |", "val em_stripped",
                  "was the best on validation", "95 % interval"):  # fmt: skip
         assert text in printed
     scripts = [json.loads(line)["script"] for line in (run / "log.jsonl").open()]
     assert list(dict.fromkeys(scripts)) == ["select_heads", "train", "eval"]
-
-
-def test_the_same_seed_gives_the_same_heads_and_offsets(flags, tmp_path):
-    def once(seed, run):
-        own = [*flags[:-1], str(tmp_path / run), "--seed", seed, "--n-train", "8"]
-        select_heads.main([*own, *FAST, "--heads", "3"])
-        train.main([*own, *FAST])
-        return load_file(tmp_path / run / "offsets.safetensors")
-
-    one, two, other = once("1", "a"), once("1", "b"), once("2", "c")
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert not torch.equal(one["offsets"], other["offsets"])
 
 
 @pytest.mark.slow
@@ -106,10 +97,12 @@ def test_controls_need_no_selection_and_get_folders_of_their_own(
     top = ["--top", "25%"] if choice == "random" else []
     train.main([*flags[:4], *FAST, "--heads", choice, *top])
     path = tmp_path / "runs" / "tiny" / f"mquake-{choice}" / "offsets.safetensors"
-    heads = load_file(path)["heads"].tolist()
-    assert len({tuple(head) for head in heads}) == n
+    one = load_file(path)
+    assert len({tuple(head) for head in one["heads"].tolist()}) == n
     train.main([*flags[:4], *FAST, "--heads", choice, *top, "--seed", "1"])
-    assert (load_file(path)["heads"].tolist() == heads) == (choice == "all")
+    other = load_file(path)
+    assert torch.equal(one["heads"], other["heads"]) == (choice == "all")
+    assert not torch.equal(one["offsets"], other["offsets"])
 
 
 def test_heads_of_a_file_and_the_best_of_them(flags, tmp_path):
@@ -118,9 +111,8 @@ def test_heads_of_a_file_and_the_best_of_them(flags, tmp_path):
         return load_file(tmp_path / "own" / "offsets.safetensors")["heads"].tolist()
 
     own = tmp_path / "mine.json"
-    for content in ([[2, 3], [1, 1]], {"heads": [[2, 3], [1, 1]]}):
-        own.write_text(json.dumps(content))
-        assert trained(own) == [[1, 1], [2, 3]]
+    own.write_text("[[2, 3], [1, 1]]")
+    assert trained(own) == [[1, 1], [2, 3]]
     refused(train, [*flags, "--heads", str(own), "--top", "1"], "mine.json has no scores")
     select_heads.main([*flags, *FAST, "--heads", "6"])
     heads = json.loads((tmp_path / "run" / "heads.json").read_text())["heads"]
@@ -128,12 +120,11 @@ def test_heads_of_a_file_and_the_best_of_them(flags, tmp_path):
 
 
 def refused(script, argv, message):
-    """The script ends with a message of one line, and no artefact is there."""
+    """The script ends with this message, and no artefact is there."""
     run = Path(argv[len(argv) - argv[::-1].index("--run")])
     before = {p.name for p in run.iterdir()} if run.is_dir() else set()
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=message):
         script.main(argv)
-    assert "\n" not in str(caught.value)
     left = {p.name for p in run.iterdir()} if run.is_dir() else set()
     assert left - before <= {"log.jsonl", ".lock"}
 
@@ -207,7 +198,7 @@ def test_flags_out_of_range_are_refused(extra, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_text_outside_the_terminals_characters_ends_no_evaluation(flags, small_data, tmp_path):
+def test_a_text_outside_the_terminals_characters_ends_no_evaluation(flags, tmp_path, monkeypatch):
     """It ended it after all of its work, where the answers are counted."""
     write = "".join(
         json.dumps({"prompt": "Q: Is it? A:", "answer": "Ж", "choices": ["Ж", "東"], "group": "é→"})
@@ -218,10 +209,11 @@ def test_a_text_outside_the_terminals_characters_ends_no_evaluation(flags, small
     for split in ("train", "val", "test"):
         (task / f"{split}.jsonl").write_text(write, encoding="utf-8")
     own = [*flags[:2], "--task", str(task), "--run", str(tmp_path / "run"), "--base-only"]
-    script = start("eval.py", *own, PYTHONIOENCODING="ascii")
-    out, error = script.communicate(timeout=120)
-    assert script.returncode == 0, error
-    assert "results-base.json" in out and "?" in out
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    errors.run(lambda: eval_script.main(own))
+    assert b"results-base.json" in terminal.getvalue() and b"?" in terminal.getvalue()
 
 
 def test_half_a_surrogate_pair_is_written_and_read(flags, small_data, tmp_path):
@@ -234,11 +226,11 @@ def test_half_a_surrogate_pair_is_written_and_read(flags, small_data, tmp_path):
     assert line["answer"] == "Nor\ud800via"
 
 
-def start(script, *argv, **env):
+def start(script, *argv):
     command = [sys.executable, str(REPO / script), *argv]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | env,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ TEXTS = [("Q: What is the capital of Braviland? A:", "Brasaville"), ("Q: Who is 
 
 
 @pytest.fixture
-def flags(tiny_folder, small_data, tmp_path):
-    return ["--model", str(tiny_folder), "--data", str(small_data), "--run", str(tmp_path / "run")]
+def flags(flags, tmp_path):
+    return [*flags, "--run", str(tmp_path / "run")]
 
 
 @pytest.fixture

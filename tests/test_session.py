@@ -1,12 +1,12 @@
-"""What the scripts share: the folder of a run and its lock, TruthfulQA's two folds, what is checked
-before work begins, and each task the whole way through."""
+"""What the scripts share: the folder of a run and its lock, TruthfulQA's two folds, and what is
+checked before work begins."""
 
 import json
-import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHARED, random_model
+from conftest import random_model
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
@@ -21,23 +21,19 @@ FAST = ["--epochs", "1", "--lr", "0.05"]
 
 
 @pytest.fixture
-def mini_flags(tiny_folder, small_data, tmp_path):
-    """Flags for a tiny model with positions enough for TruthfulQA's prefix."""
-    path = tiny_folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 512}))
-    folders = ["--model", str(tiny_folder), "--data", str(small_data)]
-    return [*folders, "--run", str(tmp_path / "run")]
+def flags(flags, tmp_path):
+    return [*flags, "--run", str(tmp_path / "run")]
 
 
-def test_truthfulqa_is_two_tasks_of_one_model(mini_flags, tmp_path, capsys, monkeypatch):
+def test_truthfulqa_is_two_tasks_of_one_model(flags, tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr(
         "lofit.run.setup.load_model", lambda *a: opened.append(a) or load_model(a[0])
     )
-    run, flags = tmp_path / "run", [*mini_flags, "--task", "truthfulqa"]
-    select_heads.main([*flags, *FAST, "--heads", "3"])
-    train.main([*flags, *FAST])
-    eval_script.main(flags)
+    run, both = tmp_path / "run", [*flags, "--task", "truthfulqa"]
+    select_heads.main([*both, *FAST, "--heads", "3"])
+    train.main([*both, *FAST])
+    eval_script.main(both)
     assert len(opened) == 3
     heads, results, n = [], [], 0
     for name in ("truthfulqa-0", "truthfulqa-1"):
@@ -53,7 +49,7 @@ def test_truthfulqa_is_two_tasks_of_one_model(mini_flags, tmp_path, capsys, monk
 
     # one alone leaves the other as it is; and neither is scored on what it was trained on
     before = (run / "truthfulqa-0" / "offsets.safetensors").read_bytes()
-    one = [*mini_flags[:-1], str(run / "truthfulqa-1"), "--task", "truthfulqa-1"]
+    one = [*flags[:-1], str(run / "truthfulqa-1"), "--task", "truthfulqa-1"]
     train.main([*one, *FAST, "--seed", "7"])
     assert (run / "truthfulqa-0" / "offsets.safetensors").read_bytes() == before
     with pytest.raises(InputError, match="truthfulqa-0 trains on questions that truthfulqa-1 test"):
@@ -69,14 +65,14 @@ def is_held(run) -> bool:
         return True
 
 
-def test_a_notebook_lets_go_of_the_folder(mini_flags, tmp_path, monkeypatch):
+def test_a_notebook_lets_go_of_the_folder(flags, tmp_path, monkeypatch):
     """The process lives on after main(), whole or not; while it runs nobody else may write."""
     held = []
     save_edits = train.save_edits
     monkeypatch.setattr(
         train, "save_edits", lambda *a: (held.append(is_held(tmp_path / "run")), save_edits(*a))
     )
-    train.main([*mini_flags, "--heads", "all", "--epochs", "1"])
+    train.main([*flags, "--heads", "all", "--epochs", "1"])
     assert held == [True] and not is_held(tmp_path / "run")
     error = None
     for stop in (KeyboardInterrupt, ZeroDivisionError):
@@ -86,21 +82,22 @@ def test_a_notebook_lets_go_of_the_folder(mini_flags, tmp_path, monkeypatch):
 
         monkeypatch.setattr(train, "save_edits", stopped)
         try:
-            train.main([*mini_flags, "--heads", "all", "--epochs", "1"])
+            train.main([*flags, "--heads", "all", "--epochs", "1"])
         except stop as raised:
             error = raised  # a notebook keeps the last traceback, and with it every frame
         assert error is not None and not is_held(tmp_path / "run")
     with pytest.raises(InputError, match="no such file"):
-        eval_script.main([*mini_flags, "--offsets", str(tmp_path)])
+        eval_script.main([*flags, "--offsets", str(tmp_path)])
     assert not is_held(tmp_path / "run")
 
 
 def test_a_text_for_which_there_is_no_room_is_named_before_anything_is_trained(
-    mini_flags, small_data, tiny_config, tmp_path, capsys
+    flags, small_data, tiny_config, tmp_path, capsys
 ):
     """Also the prompts that are only asked after the training, with room for the answer."""
-    folder = mini_flags[1]
-    save_model(random_model(tiny_config), tmp_path / "tiny", torch.float32)  # 256 positions
+    folder = flags[1]
+    config = replace(tiny_config, max_position_embeddings=256)
+    save_model(random_model(config), tmp_path / "tiny", torch.float32)
     for split in ("val", "test"):
         path = small_data / "MQuAKE" / f"{split}.jsonl"
         before = path.read_text()
@@ -109,15 +106,15 @@ def test_a_text_for_which_there_is_no_room_is_named_before_anything_is_trained(
         case["questions"][0] = "the " * (256 - 28)
         path.write_text("\n".join([*lines[:2], json.dumps(case), *lines[3:]]))
         with pytest.raises(InputError, match=f"{split}.jsonl, line 3: 2.. tokens, more than"):
-            train.main([*mini_flags, "--heads", "all", "--epochs", "1"])
+            train.main([*flags, "--heads", "all", "--epochs", "1"])
         assert "epoch 1" not in capsys.readouterr().out
         path.write_text(before)
     (small_data / "MQuAKE" / "test.jsonl").unlink()  # who has no test split yet can train
-    train.main([*mini_flags, "--heads", "all", "--epochs", "1", "--model", folder])
+    train.main([*flags, "--heads", "all", "--epochs", "1", "--model", folder])
 
 
 def test_what_is_learned_is_kept_of_the_epoch_that_is_asked_for(
-    mini_flags, tmp_path, capsys, monkeypatch
+    flags, tmp_path, capsys, monkeypatch
 ):
     """The last epoch, as the paper; or the best, which train.py names either way."""
     means = iter([0.25, 0.75, 0.5] * 2)
@@ -127,7 +124,7 @@ def test_what_is_learned_is_kept_of_the_epoch_that_is_asked_for(
     )  # fmt: skip
     saved = {}
     for keep in ("last", "best"):
-        own = [*mini_flags[:-1], str(tmp_path / keep)]
+        own = [*flags[:-1], str(tmp_path / keep)]
         train.main([*own, "--heads", "all", "--epochs", "3", "--lr", "0.1", "--keep", keep])
         kept = {"last": 3, "best": 2}[keep]
         said = f"epoch 2 was the best on validation (75.0%); kept: epoch {kept}"
@@ -137,18 +134,3 @@ def test_what_is_learned_is_kept_of_the_epoch_that_is_asked_for(
     # of two epochs instead of three, at the learning rates of the first two of three
     log = [json.loads(line) for line in (tmp_path / "best" / "log.jsonl").open()]
     assert [r["val"]["em"] for r in log if "val" in r] == [0.25, 0.75, 0.5]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("task", "n"), [("mquake", 95), ("clutrr", 450), ("truthfulqa-0", 82)])
-def test_the_papers_own_files_run(recordings, tmp_path, task, n):
-    if not (SHARED / "datasets" / "MQuAKE").is_dir():
-        pytest.skip("the paper's splits are not on this machine")
-    flags = ["--model", str(recordings), "--data", str(SHARED / "datasets"), "--run", str(tmp_path)]
-    flags += ["--task", task]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        select_heads.main([*flags, "--epochs", "1", "--heads", "10%"])
-        train.main([*flags, "--epochs", "1"])
-        eval_script.main([*flags, "--split", "val"])
-    assert json.loads((tmp_path / "results-val.json").read_text())["n"] == n

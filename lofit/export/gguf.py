@@ -20,8 +20,8 @@ from lofit.llm.model import CausalLM
 from lofit.run.tuned import Tuned
 
 MODEL = "model.gguf"
-# llama.cpp has a bias after o_proj in these alone. It does not load a Gemma 1, 2 or 3 with one
-# (wrong number of tensors: tests/measure/serving.py --families).
+# Those where llama.cpp has a bias after o_proj. It does not load a Gemma 1, 2 or 3 with one (wrong
+# number of tensors: docs/export.md).
 FAMILIES = ("llama",)
 OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 

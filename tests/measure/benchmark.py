@@ -6,7 +6,7 @@ python tests/measure/benchmark.py --model weights/smollm2-135m-instruct --data d
 
 Needs transformers and peft. The sides take turns within one run; medians are over rounds, with the
 smallest and the largest. Before anything is timed, losses, tokens and scores are compared. With
-LOFIT_CUDA_GRAPHS=1 a GPU has a side of its own with graphs.
+LOFIT_CUDA_GRAPHS=1 a GPU has sides of their own with graphs and with the compiled decoding step.
 """
 
 import argparse
@@ -34,20 +34,20 @@ from peers import (
 from shapes import SHAPES, Ids, random_model, text
 
 from lofit import load_model, load_tokenizer
-from lofit.fast.decoding import GraphedDecoding
+from lofit.fast.decoding import GraphedDecoding, compiled_step
 from lofit.fast.graphs import GraphedObjective
 from lofit.fast.hidden_cache import HiddenCache
 from lofit.fast.packed import packed_weights
 from lofit.heads import attach_offsets, attach_scales, every_head, head_grid, random_init
 from lofit.llm.checkpoint import DTYPES
-from lofit.llm.generate import generate_all
+from lofit.llm.generate import Decoding, generate_all
 from lofit.llm.scoring import score_answers
 from lofit.objectives import CrossEntropy
 from lofit.run.setup import uses_graphs
 from lofit.tasks import find_tasks
 from lofit.training import Schedule, draw_epochs, make_optimizer, train_step
 
-OURS = ("ours", "graphs")
+OURS = ("ours", "graphs", "compiled")  # the last one only decodes
 WORKS = ("selection step", "offsets, upper half", "offsets, all layers", "greedy, 16 x 16 tokens",
          "choices, 50 questions")  # fmt: skip
 ASKED_OF_HF = 2  # of the 50 questions: theirs takes minutes
@@ -73,7 +73,8 @@ class Bench:
         }
         self.twin = hf_twin(self.model)
         self.lora, self.lora_parameters = lora(hf_twin(self.model))
-        self.ours = OURS if uses_graphs(self.model) else OURS[:1]
+        self.compiled = Decoding(compiled_step())
+        self.ours = OURS[:2] if uses_graphs(self.model) else OURS[:1]
 
     def random_texts(self, rng: random.Random, vocabulary: int) -> None:
         """8 texts of 128 tokens with 8 to predict; as many examples as MQuAKE has, lengths drawn;
@@ -157,7 +158,7 @@ class Bench:
         self.attach(side, "upper")
         if side not in OURS:
             return hf_generate(self.twin, self.prompts, 16)
-        decoding = GraphedDecoding() if side == "graphs" else None
+        decoding = {"graphs": GraphedDecoding(), "compiled": self.compiled}.get(side)
         with packed_weights(self.model):
             return generate_all(self.model, self.prompts, 16, (-1,), 16, "", decoding=decoding)
 
@@ -175,7 +176,8 @@ class Bench:
     def sides(self, work: str) -> dict[str, tuple[Callable[[], object], float]]:
         """side -> what is timed, and what its time is multiplied by."""
         if work == "greedy, 16 x 16 tokens":
-            return {side: (lambda s=side: self.greedy(s), 1.0) for side in (*self.ours, "hf")}
+            ours = OURS if "graphs" in self.ours else self.ours
+            return {side: (lambda s=side: self.greedy(s), 1.0) for side in (*ours, "hf")}
         if work == "choices, 50 questions":
             n = {"ours": 50, "hf": ASKED_OF_HF}
             return {s: (lambda s=s: self.choices(s, n[s]), 50 / n[s]) for s in n}

@@ -2,23 +2,20 @@
 
 python tests/measure/gpu.py all --out gpu-out             # one script, 10 minutes or so on 80 GB
 python tests/measure/gpu.py all --device cpu --shape tiny      # its rehearsal
-python tests/measure/gpu.py steps --shape 8b
+python tests/measure/gpu.py whole --shape 8b
 
 graphs: the tests that need a GPU. same: heads and offsets on the GPU beside those on the CPU, fp32.
-steps, decoding: a training step and a decoding step at the shape of a large model with random
-weights, as CUDA graphs beside eager: equal or not, then milliseconds. whole: the three scripts as a
-user calls them on as many items as MQuAKE has: seconds, and the peak of the GPU's memory. shard:
-train.py in one process, under torchrun, and with --shard. all: these and the benchmark, each in a
-process of its own with a limit of time.
+benchmark: training steps and decoding, eager, as CUDA graphs and compiled, beside transformers.
+whole: the three scripts as a user calls them on as many items as MQuAKE has: seconds, and the peak
+of the GPU's memory. shard: train.py in one process, under torchrun, and with --shard. all: these,
+each in a process of its own with a limit of time.
 """
 
 import argparse
 import json
 import os
-import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,23 +24,17 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from shapes import SHAPES, Ids, random_model, text
+from shapes import SHAPES, random_model
 
 REPO = Path(__file__).parents[2]
 sys.path.insert(0, str(REPO))
 
-from lofit.fast.decoding import GraphedDecoding, compiled_step  # noqa: E402
-from lofit.fast.graphs import GraphedObjective  # noqa: E402
 from lofit.files import read_json, read_tensors  # noqa: E402
-from lofit.heads import attach_offsets, attach_scales, every_head, head_grid, random_init  # noqa: E402, E501
 from lofit.llm.checkpoint import DTYPES  # noqa: E402
-from lofit.llm.generate import Decoding, generate  # noqa: E402
 from lofit.llm.save import save_model  # noqa: E402
-from lofit.objectives import CrossEntropy  # noqa: E402
 
 MINI = REPO / "weights" / "mini-llama"
 MQUAKE = {"train": 134, "val": 95, "test": 864}  # the paper's numbers of items
-STEPS = {"selection, 8 x 128": (128, 8, "scales"), "offsets, 8 x 64": (64, 5, "offsets")}
 # a script in a process of its own, which says the peak of the GPU's memory at its end
 CHILD = """
 import importlib, sys, torch
@@ -57,16 +48,16 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[int, list[str]]]:
     """Part -> (limit in seconds, command line of Python), in order. On a CPU: few of everything."""
     quick, me = args.device == "cpu", str(Path(__file__))
     at = ["--device", args.device, "--shape", args.shape, "--dtype", args.dtype]
-    few = ["--share", "0.06", "--rounds", "1"] if quick else []
+    few = ["--share", "0.06"] if quick else []
     bench = [*at, "--rounds", "1", "--epochs", "1", "--out", str(args.out / "benchmark.json")]
     bench += ["--only", "selection", "greedy", "--no-peaks"] if quick else []
     found = {
         "graphs": (120, ["-m", "pytest", "-rs", "tests/test_graphs.py", "tests/test_decoding.py"]),
         "same": (90, [me, "same", *at]),
-        "benchmark": (240, [str(REPO / "tests" / "measure" / "benchmark.py"), *bench]),
+        "benchmark": (300, [str(REPO / "tests" / "measure" / "benchmark.py"), *bench]),
     }
-    for name, limit in (("steps", 90), ("decoding", 120), ("whole", 240), ("shard", 240)):
-        found[name] = (limit, [me, name, *at, *few])
+    for name in ("whole", "shard"):
+        found[name] = (240, [me, name, *at, *few])
     return {name: found[name] for name in args.only or found}
 
 
@@ -140,65 +131,6 @@ def same(args: argparse.Namespace) -> None:
         print(apart(Path(folder, "cpu"), Path(folder, args.device)))
 
 
-def seconds(run, args: argparse.Namespace) -> tuple[float, float]:
-    """(seconds of the first time, in which graphs are captured; median of the next ones)."""
-    times = []
-    for _ in range(args.rounds + 1):
-        began = time.perf_counter()
-        run()
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return times[0], statistics.median(times[1:])
-
-
-def steps(args: argparse.Namespace) -> None:
-    model, rng = random_model(SHAPES[args.shape], DTYPES[args.dtype], args.device), random.Random(0)
-    vocabulary, (layers, n) = model.config.vocab_size, head_grid(model)
-    for name, (T, n_answer, what) in STEPS.items():
-        sizes = [(T - n_answer - 1, n_answer)] * 8
-        texts = [(" 1" + text(rng, a, vocabulary), text(rng, b, vocabulary)) for a, b in sizes]
-        objective = CrossEntropy(model, Ids(), texts)
-        if what == "scales":
-            start = random_init(model, len(every_head(model)), 0)
-            parameters = attach_scales(model, start.view(layers, n, -1))
-        else:
-            heads = [(i, i % n) for i in range(layers)]
-            parameters = attach_offsets(model, heads, random_init(model, layers, 0))
-        graphs = GraphedObjective(objective, capture=args.device != "cpu")
-        found = {}
-        for side, one in {"eager": objective, "graphs": graphs}.items():
-
-            def gradients(one=one, parameters=parameters):
-                loss = one.loss(one.batch([*range(8)]))
-                return [loss.detach(), *torch.autograd.grad(loss, parameters)]
-
-            found[side] = [t.double().flatten() for t in gradients()]
-            first, each = seconds(gradients, args)
-            print(f"{name}, {side}: {each * 1e3:.2f} ms, the first {first:.2f} s", flush=True)
-        a, b = (torch.cat(tensors[1:]) for tensors in found.values())
-        loss = (found["eager"][0] - found["graphs"][0]).abs().item()
-        print(f"{name}: loss {loss:.1e}, gradients {(a - b).norm() / a.norm():.1e} apart")
-
-
-def decoding(args: argparse.Namespace) -> None:
-    """33 tokens after one and after 16 prompts of 40 tokens."""
-    model, rng = random_model(SHAPES[args.shape], DTYPES[args.dtype], args.device), random.Random(0)
-    for rows in (1, 16):
-        ids = [[rng.randrange(3, model.config.vocab_size) for _ in range(40)] for _ in range(rows)]
-        on_gpu, new = args.device != "cpu", {}
-        sides = {"eager": Decoding(), "graphs": GraphedDecoding(capture=on_gpu)}
-        sides |= {"compiled": Decoding(compiled_step())} if on_gpu else {}
-        for side, how in sides.items():
-            new[side] = sum(generate(model, ids, 33, (-1,), decoding=how), [])
-            _, each = seconds(
-                lambda ids=ids, how=how: generate(model, ids, 33, (-1,), decoding=how), args
-            )  # noqa: E501
-            equal = sum(a == b for a, b in zip(new["eager"], new[side], strict=True))
-            told = f"{equal} of {rows * 33} tokens as eager"
-            print(f"{rows} rows, {side}: {each / 33 * 1e3:.2f} ms a token; {told}", flush=True)
-
-
 def checkpoint(args: argparse.Namespace, folder: Path) -> list:
     """Write random weights and as many items as MQuAKE has (a share of them); the scripts' flags
     for them."""
@@ -247,11 +179,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arg = parser.add_argument
-    arg("what", choices=("all", "same", "steps", "decoding", "whole", "shard"))
+    arg("what", choices=("all", "same", "whole", "shard"))
     arg("--device", default="cuda")
     arg("--shape", default="7b", choices=SHAPES)
     arg("--dtype", choices=DTYPES, help="(default: bfloat16, on a CPU float32)")
-    arg("--rounds", type=int, default=20, help="of steps and decoding (default: %(default)s)")
     arg("--share", type=float, default=1.0, help="of MQuAKE's items (default: all)")
     arg("--folder", help="on a disk with room for the weights, where they do not stay")
     arg("--out", type=Path, default=Path("runs/gpu"), help="of all: one text file a part")
@@ -266,8 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.what == "all":
         return everything(args)
-    what = {"same": same, "steps": steps, "decoding": decoding, "whole": whole, "shard": shard}
-    what[args.what](args)
+    {"same": same, "whole": whole, "shard": shard}[args.what](args)
     return 0
 
 
