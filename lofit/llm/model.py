@@ -126,9 +126,9 @@ def attend(
     """Attention over q: [B, n_heads, T, head_dim] and k, v: [B, n_kv_heads, S, head_dim]. mask: as
     in Context. Returns [B, n_heads, T, head_dim]."""
     if k.shape[1] != q.shape[1]:  # each key/value head serves a group of queries
-        # On a CPU the fused kernel takes groups as they are, up to 12 times as fast when it
-        # decodes; but its gradients of k and v are less exact in bfloat16. GPU kernels for masks
-        # and fp32 do not take groups at all.
+        # On a CPU the fused kernel takes groups as they are, which saves copying the cache at every
+        # token; but its gradients of k and v are less exact in bfloat16. GPU kernels for masks and
+        # fp32 do not take groups at all.
         learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         if cap is None and q.device.type == "cpu" and not learning:
             return F.scaled_dot_product_attention(
