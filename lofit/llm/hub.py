@@ -57,8 +57,6 @@ def find_folder(name: str | Path, wanted: tuple[str, ...] = DOWNLOADS) -> Path:
     owner = repository.split("/")[0]
     if repository.count("/") != 1 or owner[:1] in ("", ".", "~") or owner in (*SHIPPED, "runs"):
         raise InputError(f"{name}: no such folder (nor a hub id like owner/name)")
-    if Path(name).is_file():
-        raise InputError(f"{name}: a file; expected a folder (or a hub id like owner/name)")
     try:
         found = snapshot_download(repository, revision=revision or None, allow_patterns=[*wanted])
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError, ValueError) as error:
