@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.evaluation import check_answers, check_prompts, validate
+from lofit.evaluation import check_prompts, validate, warn_of_answers
 from lofit.files import hash_of
 from lofit.heads import Head, attach_offsets, every_head, random_init, rank_heads
 from lofit.objectives import Objective
@@ -73,9 +73,10 @@ def train(args: argparse.Namespace, run: Run) -> None:
     examples, val = run.read("train", args.n_train), run.read("val")
     # every text is read and checked before anything is trained
     objective, held_out = make_objective(run, examples, "train"), make_objective(run, val, "val")
-    check_answers(run, [*examples, *val])
-    for split in ("val", "test"):
-        check_prompts(run, split)
+    warn_of_answers(run, [*examples, *val])
+    check_prompts(run, val)
+    if run.task.file(run.data, "test").exists():  # asked when the training is done
+        check_prompts(run, run.read("test"))
 
     parameters, lr, origin = attach(args, run, examples)
     if parameters:

@@ -43,12 +43,13 @@ CHUNK = 512  # words of 8 bytes that are summed for a fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from; every file of a run carries it. name: as it was given; revision: the
-    commit of a hub id; fingerprint: see `fingerprint`."""
+    """What a model was loaded from. name: as it was given; revision: the commit of a hub id;
+    fingerprint: see `fingerprint`; n_parameters: also of weights that are kept in 4 bits."""
 
     name: str
     revision: str | None
     fingerprint: str
+    n_parameters: int
 
 
 class Whole:
@@ -111,12 +112,12 @@ def load_model(
             f"{folder}: {HEAD} is not the embedding, but config.json ties them; if it was trained"
             ' apart, write "tie_word_embeddings": false into config.json'
         )
+    n_parameters = sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)
     model.load_state_dict(way.prepare(model, weights), strict=True, assign=True)
     model.tie_weights()
-    model.source = Source(
-        str(name), commit_of(folder), fingerprint(share_ends(digests, config), config)
-    )
+    found = fingerprint(share_ends(digests, config), config)
+    model.source = Source(str(name), commit_of(folder), found, n_parameters)
     return model.requires_grad_(False).eval()
 
 
