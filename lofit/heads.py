@@ -94,7 +94,8 @@ def random_init(model: CausalLM, n: int, seed: int) -> torch.Tensor:
 
 def attach_scales(model: CausalLM, scales: torch.Tensor) -> list[nn.Parameter]:
     """Put a HeadScale into every layer. scales: [layer, head, head_dim]; returns the parameters."""
-    _expect(scales, (*head_grid(model), model.config.head_dim), "scales")
+    # All heads are scaled in one training, so a head is judged beside the others: where they do its
+    # work already, its scale gains nothing, and the penalty keeps it small.
     scales = scales.detach().to(model.lm_head.weight.device)
     for attention, scale in zip(attention_layers(model), scales, strict=True):
         attention.head_out = HeadScale(scale.clone())
@@ -109,7 +110,9 @@ def attach_offsets(model: CausalLM, heads: list[Head], offsets: torch.Tensor) ->
     that the model does not have.
     """
     check_heads(model, heads, "heads")
-    _expect(offsets, (len(heads), model.config.head_dim), "offsets")
+    shape = (len(heads), model.config.head_dim)
+    if offsets.shape != shape:
+        raise InputError(f"offsets: shape {list(offsets.shape)}, this model needs {list(shape)}")
     offsets = offsets.detach().to(model.lm_head.weight.device)
     parameters = []
     for layer, attention in enumerate(attention_layers(model)):
@@ -185,8 +188,3 @@ def check_heads(model: CausalLM, heads: list[Head], where: str) -> None:
             )
     if not heads or len(set(heads)) < len(heads):
         raise InputError(f"{where}: expected at least one head, and none of them twice")
-
-
-def _expect(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise InputError(f"{what}: shape {list(tensor.shape)}, this model needs {list(shape)}")

@@ -8,9 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lofit.heads import attached_offsets
 from lofit.llm.hub import find_folder
-from lofit.run.files import read_results
 from lofit.run.summary import results_table
-from lofit.run.tuned import Tuned
+from lofit.run.tuned import Tuned, read_results
 
 TEMPLATE = Path(__file__).with_name("card.md")
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
@@ -38,7 +37,7 @@ def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
         **licence_of(find_folder(tuned.base)),
     )
     heads, offsets = attached_offsets(tuned.model)
-    results = read_results(tuned.path.parent)
+    results, _ = read_results(tuned)
     return str(
         ModelCard.from_template(
             data, TEMPLATE, form=form, name=name, base=base, source=tuned.model.source,

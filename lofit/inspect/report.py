@@ -23,10 +23,10 @@ from lofit.files import read_jsonl, write
 from lofit.heads import attached_offsets
 from lofit.inspect.explain import explain
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.run.files import HEADS, PREDICTIONS, load_heads, read_results
+from lofit.run.files import HEADS, load_heads
 from lofit.run.setup import pick_device
 from lofit.run.summary import summarize
-from lofit.run.tuned import Tuned, open_tuned
+from lofit.run.tuned import Tuned, open_tuned, read_results
 
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
 # answers that are shown, by what became of them
@@ -64,8 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_part(name: str, tuned: Tuned) -> Part:
     folder, scores = tuned.path.parent, None
-    results, curves = read_results(folder), read_curves(lines_of(folder / "log.jsonl"))
-    answers = lines_of(folder / PREDICTIONS) if results else []
+    (results, answers), curves = read_results(tuned), read_curves(lines_of(folder / "log.jsonl"))
     if (folder / HEADS).exists():
         _, scores, _ = load_heads(folder / HEADS, tuned.model)
     heads, _ = attached_offsets(tuned.model)
