@@ -108,6 +108,8 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
         scored[label] = evaluate(run, examples, args.batch_size, f"{label} model", decoding)
 
     metrics = run.task.metrics
+    # Intervals are of the difference between two answers to the same item: how hard the item is is
+    # in both, and drops out.
     results = run.info | {"split": args.split, "n": len(examples), "adapters": adapters}
     units = [e.unit for e in examples] if examples[0].unit else None
     results |= summarize(scored, metrics, units) | by_answer(run.task, examples, scored)

@@ -120,6 +120,7 @@ def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
     every, config = every_head(run.model), run.model.config
     if which == "all":
         return every
+    # The control: a choice by scores that does no better than a draw has found nothing.
     if which == "random":
         k = count_heads(run.setting("top", top, run.recipe.heads), config)
         return random.Random(run.seed).sample(every, k)
@@ -154,6 +155,7 @@ def learn(
             run.log({"epoch": epoch + 1} | record)
             losses.append(record["task_loss"])
             step += 1
+        # the training loss shows whether something is learned, these whether it carries over
         mean, metrics = sum(losses) / len(losses), validate(run, val, held_out)
         run.log({"epoch": epoch + 1, "train_loss": mean, "val": metrics})
         print(
