@@ -110,7 +110,8 @@ def attach(
     run.info["heads"] = heads
     if not args.heads:
         run.info["heads_hash"] = hash_of(run.folder / HEADS)
-    # row i of the start belongs to the i-th head as they are ranked
+    # Row i of the start belongs to the i-th head as they are ranked. These few vectors are all that
+    # has gradients: the model was frozen when it was loaded.
     parameters = attach_offsets(run.model, heads, random_init(run.model, len(heads), run.seed))
     return parameters, run.recipe.lr_of(len(heads), len(every_head(run.model))), run.origin
 

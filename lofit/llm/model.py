@@ -94,6 +94,8 @@ def _mask(config, kind, positions, reach, decoding: bool) -> torch.Tensor | None
     narrow = window is not None and len(reach) > window
     if not (decoding or narrow):
         return None
+    # how far back each key stands from each query: what is still to come is not looked at, nor what
+    # is out of the window
     distance = positions[:, None, :, None] - reach
     return (distance >= 0) & (distance < window) if narrow else distance >= 0
 
@@ -190,6 +192,7 @@ class Attention(nn.Module):
         q, k = rope.rotate(self.q_norm(q), *cos_sin), rope.rotate(self.k_norm(k), *cos_sin)
         if context.cache is not None:
             whole = context.cache.write(self.layer, context.positions, k, v)
+            # a prompt has nothing in front of it, and looks at itself alone
             k, v = whole if context.decoding else (k, v)
         if context.prefix is not None:  # what all rows begin with, computed once for one row
             k, v = context.prefix.before(self.layer, k, v)
@@ -300,6 +303,8 @@ class CausalLM(nn.Module):
 
     def tie_weights(self) -> None:
         """Share the embedding matrix with `lm_head` where the config says so."""
+        # A token is then read and written by one vector: in a small model with a large vocabulary a
+        # second matrix would be a good part of all weights.
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
