@@ -179,7 +179,7 @@ def test_the_lengths_are_those_of_the_task(task, capsys):
     ("flags", "message"),
     [
         (["--gpus", "0"], "expected a whole number above 0, found '0'"),
-        (["--memory", "80GB"], "expected a whole number, found '80GB'"),
+        (["--memory", "80GB"], "expected a whole number above 0, found '80GB'"),
         (["--length", "16"], "--length: expected more than the 16 tokens of an answer"),
         (["--dtype", "int4"], "invalid choice: 'int4'"),
         (["--shard", "--quantize", "nf4"], "not allowed with argument --shard"),

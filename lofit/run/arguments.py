@@ -14,8 +14,8 @@ from lofit.llm.hub import local_folder
 METHODS = ("lofit", "lora", "red", "bias", "post_block", "iti", "repe")
 
 
-def _number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """For argparse: numbers of a kind (int, float) from low to high."""
+def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
+    """For argparse: numbers of a kind (int, float) from low to high. what: they are called."""
 
     def parse(text: str) -> float:
         try:
@@ -23,19 +23,16 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:  # nan is not
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"expected {word} from {low} to {high}, found {text[:30]!r}"
-            )
+            raise argparse.ArgumentTypeError(f"expected {what}, found {text[:30]!r}")
         return value
 
     return parse
 
 
-whole = _number(int, 0, 2**63 - 1)  # as torch's generators take it
-natural = _number(int, 1, 2**31 - 1)
-positive = _number(float, 1e-12, 1e6)
-not_negative = _number(float, 0, 1e6)
+whole = _number(int, 0, 2**63 - 1, "a whole number")  # as torch's generators take it
+natural = _number(int, 1, 2**31 - 1, "a whole number above 0")
+positive = _number(float, 1e-12, 1e6, "a number above 0")  # float32 holds these, and their squares
+not_negative = _number(float, 0, 1e6, "a number, 0 or above")
 
 
 def common_parser(doc: str) -> argparse.ArgumentParser:
