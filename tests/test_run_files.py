@@ -14,6 +14,7 @@ import train
 from lofit.errors import InputError
 from lofit.files import read_tensors, write_tensors
 from lofit.heads import attach_offsets, attached_offsets, edits_off
+from lofit.inspect import report
 from lofit.llm.checkpoint import load_model
 from lofit.llm.generate import generate
 from lofit.run.files import find_edits, load_offsets, save_heads, save_offsets
@@ -77,6 +78,8 @@ def test_a_run_finds_its_results_in_a_comparison(flags, tmp_path, monkeypatch):
     }  # fmt: skip
     assert results["differences"] == {"tuned": shown["differences"]["mquake-random"]}
     assert len(lines) == 20 and all(e["tuned"] == e["mquake-random"] for e in lines)
+    score = f"{100 * results['scores']['tuned']['em_stripped']:.1f} %"
+    assert f"<b>{score}</b><span>em_stripped, tuned" in report.page(names[:1])[1]
     # what other offsets score on this task is no result of theirs
     assert read_results(open_tuned(names[1])) == (None, [])
 
