@@ -6,12 +6,11 @@ python eval.py --split val --base-only
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from lofit import errors
-from lofit.errors import InputError
-from lofit.evaluation import BATCH, evaluate
+from lofit.errors import InputError, warn
+from lofit.evaluation import BATCH, check_prompts, evaluate
 from lofit.files import hash_of
 from lofit.heads import edits_off, get_edits, set_edits
 from lofit.llm.generate import Decoding
@@ -64,37 +63,37 @@ def choose_suffix(args: argparse.Namespace) -> str:
     trained last. Offsets from elsewhere have a folder of their own: the run's results stay."""
     tasks = find_tasks(args.task)
 
-    def trained(suffix: str) -> list[Path]:
-        folders = [run_folder(args, task, suffix, len(tasks) == 1) for task in tasks]
-        return [path for path in (folder / OFFSETS for folder in folders) if path.exists()]
+    def folders(suffix: str) -> list[Path]:
+        return [run_folder(args, task, suffix, len(tasks) == 1) for task in tasks]
 
-    if args.heads or args.method:
-        name = args.heads or args.method
-        where = run_folder(args, tasks[0], f"-{name}", len(tasks) == 1)
+    if name := args.heads or args.method:
+        where = folders(f"-{name}")[0]
         raise InputError(f"eval.py evaluates what was trained: name it by --run {where}")
     if args.offsets or args.run or args.base_only:
         return "-offsets" if args.offsets else ""
-    suffixes = ["", *(f"-{name}" for name in ("random", "all", *METHODS[1:]))]
-    times = {s: max(p.stat().st_mtime_ns for p in trained(s)) for s in suffixes if trained(s)}
+    times = {}
+    for suffix in ("", *(f"-{name}" for name in ("random", "all", *METHODS[1:]))):
+        trained = [folder / OFFSETS for folder in folders(suffix) if (folder / OFFSETS).exists()]
+        if trained:
+            times[suffix] = max(path.stat().st_mtime_ns for path in trained)
     latest, *others = sorted(times, key=times.get, reverse=True) or [""]
     if others:
-        print(
-            f"evaluating {trained(latest)[0].parent}, trained last; --run chooses another:"
-            f" {', '.join(str(trained(other)[0].parent) for other in others)}"
-        )
+        rest = ", ".join(str(folders(other)[0]) for other in others)
+        print(f"evaluating {folders(latest)[0]}, trained last; --run chooses another: {rest}")
     return latest
 
 
 def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
     """Score one task; writes and prints its results. Returns the rows of "base" and each label."""
     examples, decoding = run.read(args.split), None
+    check_prompts(run, examples)
     names = [] if args.base_only else args.offsets or [str(run.folder)]
     # all files are read and fit before anything is scored
     adapters, edits = {}, {}
-    short = [Path(name).name for name in names]
-    distinct = len({"base", *short}) == len(names) + 1  # "base" is the model without edits
-    for name, last in zip(names, short, strict=True):
-        label = "tuned" if len(names) == 1 else last if distinct else name
+    labels = ["tuned"] if len(names) == 1 else [Path(name).name for name in names]
+    if len({"base", *labels}) <= len(names):  # one twice, or "base": the model without edits
+        labels = names
+    for name, label in zip(names, labels, strict=True):
         adapters[label], edits[label] = attach(args, run, name), get_edits(run.model)
     if args.compile:
         from lofit.fast.decoding import compiled_step
@@ -109,6 +108,8 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
         scored[label] = evaluate(run, examples, args.batch_size, f"{label} model", decoding)
 
     metrics = run.task.metrics
+    # Intervals are of the difference between two answers to the same item: how hard the item is is
+    # in both, and drops out.
     results = run.info | {"split": args.split, "n": len(examples), "adapters": adapters}
     units = [e.unit for e in examples] if examples[0].unit else None
     results |= summarize(scored, metrics, units) | by_answer(run.task, examples, scored)
@@ -119,7 +120,7 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
     print(f"\n{run.title}, {args.split} split ({len(examples)} items)")
     for label, about in adapters.items():
         n, what = about["trained_values"], about.get("method") or f"{len(about['heads'])} heads"
-        share = f"{n / run.n_base:.4%} of the base model"
+        share = f"{n / run.model.source.n_parameters:.4%} of the base model"
         print(f"{label}: {what}, {n:,} trained values ({share}), seed {about.get('seed')}")
     print(results_table(results))
     print_details(results)
@@ -150,15 +151,10 @@ def attach(args: argparse.Namespace, run: Run, name: str) -> dict:
     tasks = {found.get("task"), mine["task"]}
     if tasks == {"truthfulqa-0", "truthfulqa-1"}:
         raise InputError(f"{path}: {found['task']} trains on questions that {mine['task']} tests")
-    for flag, theirs, ours in (
-        *((f, found["settings"].get(f), mine["settings"][f]) for f in ("dtype", "quantize")),
-        ("chat", found.get("chat"), mine["chat"]),
-    ):
+    for flag in ("dtype", "quantize", "chat"):
+        theirs, ours = ((info | info["settings"]).get(flag) for info in (found, mine))
         if found["settings"] and theirs != ours:
-            print(
-                f"warning: {path}: trained with {flag} {theirs}, evaluated with {flag} {ours}",
-                file=sys.stderr,
-            )
+            warn(f"{path}: trained with {flag} {theirs}, evaluated with {flag} {ours}")
     tensors = edit_tensors(run.model)
     about = {
         "trained_values": sum(t.numel() for key, t in tensors.items() if key != "heads"),

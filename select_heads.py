@@ -53,6 +53,8 @@ def select(args: argparse.Namespace, run: Run) -> None:
         from lofit.compare.selection import score_heads
 
         scores = score_heads(args.by, run, args.n_train)
+    # Only the ranking goes on to step 2. A scale can but stretch what a head says already; an
+    # offset can say something new, and is learned from its own start.
     heads = rank_heads(scores, k)
     save_heads(run.folder / HEADS, heads, scores, run.info)
     picture = save_picture(run.folder / "heads.png", scores, heads, f"{run.title}, by {args.by}")
@@ -85,7 +87,8 @@ def learn_scales(args: argparse.Namespace, run: Run) -> torch.Tensor:
         losses = []
         for rows in tqdm(epochs[epoch], f"epoch {epoch + 1}", disable=None, leave=False):
             loss = objective.loss(objective.batch(rows))  # cross-entropy on the answers, or DPO
-            record = train_step(optimizer, loss, schedule, step, total)  # + lambda * sum |A|
+            # + lambda * sum |A|: every scale has to pay for its size
+            record = train_step(optimizer, loss, schedule, step, total)
             run.log({"epoch": epoch + 1} | record)
             losses.append(record["task_loss"])
             step += 1

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lofit import errors
 from lofit.errors import InputError
-from lofit.evaluation import check_answers, check_prompts, validate
+from lofit.evaluation import check_prompts, validate, warn_of_answers
 from lofit.files import hash_of
 from lofit.heads import Head, attach_offsets, every_head, random_init, rank_heads
 from lofit.objectives import Objective
@@ -73,9 +73,10 @@ def train(args: argparse.Namespace, run: Run) -> None:
     examples, val = run.read("train", args.n_train), run.read("val")
     # every text is read and checked before anything is trained
     objective, held_out = make_objective(run, examples, "train"), make_objective(run, val, "val")
-    check_answers(run, [*examples, *val])
-    for split in ("val", "test"):
-        check_prompts(run, split)
+    warn_of_answers(run, [*examples, *val])
+    check_prompts(run, val)
+    if run.task.file(run.data, "test").exists():  # asked when the training is done
+        check_prompts(run, run.read("test"))
 
     parameters, lr, origin = attach(args, run, examples)
     if parameters:
@@ -109,7 +110,8 @@ def attach(
     run.info["heads"] = heads
     if not args.heads:
         run.info["heads_hash"] = hash_of(run.folder / HEADS)
-    # row i of the start belongs to the i-th head as they are ranked
+    # Row i of the start belongs to the i-th head as they are ranked. These few vectors are all that
+    # has gradients: the model was frozen when it was loaded.
     parameters = attach_offsets(run.model, heads, random_init(run.model, len(heads), run.seed))
     return parameters, run.recipe.lr_of(len(heads), len(every_head(run.model))), run.origin
 
@@ -119,6 +121,7 @@ def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
     every, config = every_head(run.model), run.model.config
     if which == "all":
         return every
+    # The control: a choice by scores that does no better than a draw has found nothing.
     if which == "random":
         k = count_heads(run.setting("top", top, run.recipe.heads), config)
         return random.Random(run.seed).sample(every, k)
@@ -153,6 +156,7 @@ def learn(
             run.log({"epoch": epoch + 1} | record)
             losses.append(record["task_loss"])
             step += 1
+        # the training loss shows whether something is learned, these whether it carries over
         mean, metrics = sum(losses) / len(losses), validate(run, val, held_out)
         run.log({"epoch": epoch + 1, "train_loss": mean, "val": metrics})
         print(

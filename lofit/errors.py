@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 LONGEST = 500  # characters of a message: inputs may hold anything
 MEMORY = (
@@ -29,6 +29,13 @@ def one_line(text: str) -> str:
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.splitlines()))
     half = LONGEST // 2 - 3
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+
+
+def warn(message: str, places: Sequence[str] = ()) -> None:
+    """One line on stderr. places: where it is so; the first is named, the others are counted."""
+    first, *others = places or [""]
+    more = f" and {len(others)} more" if others else ""
+    print(one_line(f"warning: {first}{more}{': ' if first else ''}{message}"), file=sys.stderr)
 
 
 def run(main: Callable[[], None]) -> None:

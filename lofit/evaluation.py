@@ -1,10 +1,10 @@
 """Scoring examples with the model as it is now: generated answers, or given ones by probability."""
 
-import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
+from lofit.errors import warn
 from lofit.llm.batches import check_length
-from lofit.llm.generate import Decoding, decode_step, generate_all
+from lofit.llm.generate import Decoding, generate_all
 from lofit.llm.scoring import score_answers
 from lofit.objectives import Objective, mean_loss
 from lofit.run.setup import Run, uses_graphs
@@ -26,40 +26,46 @@ def evaluate(
 ) -> list[dict]:  # fmt: skip
     """The scores of each example, and what they are based on: a prediction, the log-probabilities
     of the given answers, or both. decoding: how tokens are generated."""
-    decoding = decoding or _decoding(run)
+    decoding, packed = _faster(run, decoding)
 
     def work(own: list[Example]) -> list[dict]:
         found = [{} for _ in own]
-        # a compiler does not see into packed products
-        with _packed(run) if decoding.step is decode_step else nullcontext():
+        with packed:
             if own[0].generated:
                 predictions = predict(run, own, batch_size, description, decoding)
                 for each, example, prediction in zip(found, own, predictions, strict=True):
                     each |= {"prediction": prediction} | run.task.score(prediction, example)
             if own[0].right:
-                scores = score_given(run, own, batch_size, description)
-                for each, log_probs in zip(found, scores, strict=True):
+                asked = [(run.wrap(e.question), [*e.right, *e.wrong], e.ambiguous) for e in own]
+                scores = score_answers(
+                    run.model, run.tokenizer, asked, batch_size, description, run.plain
+                )
+                for each, example, given in zip(found, own, scores, strict=True):
+                    n = len(example.right)
+                    log_probs = {"right": given[:n], "wrong": given[n:]}
                     each |= {"log_probs": log_probs} | run.task.score_choices(**log_probs)
         return found
 
-    return run.spread(work, examples)
+    if run.processes != "shared":  # where the weights are split, all processes do the same
+        return work(examples)
+    from lofit.distributed import spread
+
+    return spread(work, examples)
 
 
-def _packed(run: Run):
-    """The same products, with weights laid out for the CPU; not with --plain."""
-    if run.plain:
-        return nullcontext()
+def _faster(run: Run, decoding: Decoding | None) -> tuple[Decoding, AbstractContextManager]:
+    """(how to decode, what to do it in): with CUDA graphs, or with weights laid out for the CPU.
+    Neither with --plain, nor where a way to decode was named: compilers see into no packed product.
+    """
+    if run.plain or decoding:
+        return decoding or Decoding(), nullcontext()
+    if uses_graphs(run.model) and not run.processes:
+        from lofit.fast.decoding import GraphedDecoding
+
+        return GraphedDecoding(), nullcontext()
     from lofit.fast.packed import packed_weights
 
-    return packed_weights(run.model)
-
-
-def _decoding(run: Run) -> Decoding:
-    if run.plain or run.processes or not uses_graphs(run.model):
-        return Decoding()
-    from lofit.fast.decoding import GraphedDecoding
-
-    return GraphedDecoding()
+    return Decoding(), packed_weights(run.model)
 
 
 def predict(
@@ -96,36 +102,23 @@ def new_tokens(run: Run, examples: list[Example]) -> int:
     return max(run.task.max_new_tokens, *needed, 0)
 
 
-def score_given(
-    run: Run, examples: list[Example], batch_size: int, description: str
-) -> list[dict[str, list[float]]]:
-    """{"right", "wrong"}: the log-probabilities of the given answers of each example."""
-    asked = [(run.wrap(e.question), [*e.right, *e.wrong], e.ambiguous) for e in examples]
-    scores = score_answers(run.model, run.tokenizer, asked, batch_size, description, run.plain)
-    n_right = [len(e.right) for e in examples]
-    return [{"right": each[:n], "wrong": each[n:]} for each, n in zip(scores, n_right, strict=True)]
+def check_prompts(run: Run, examples: list[Example]) -> None:
+    """InputError if a prompt, with the answer that is to follow, is longer than the model has
+    positions: beyond them it was never trained, and answers without saying so."""
+    n, encode = new_tokens(run, examples), run.tokenizer.encode
+
+    def longest(e: Example) -> int:
+        lengths = [len(encode(run.wrap(e.question) + answer)) for answer in (*e.right, *e.wrong)]
+        lengths += [len(encode(run.wrap(e.prompt))) + n] if e.generated else []
+        return max(lengths)
+
+    check_length(
+        [longest(e) for e in examples], run.model.config.max_position_embeddings,
+        [e.where for e in examples], "the model has positions, answer included",
+    )  # fmt: skip
 
 
-def check_prompts(run: Run, split: str) -> None:
-    """InputError if a prompt of a split, with the answer that is to follow, is longer than the
-    model has positions; before anything is trained. A split without a file is not asked for."""
-    if not run.task.file(run.data, split).exists():
-        return
-    examples, limit = run.read(split), run.model.config.max_position_embeddings
-    names = [e.where for e in examples]
-    if examples[0].generated:
-        n = new_tokens(run, examples)
-        lengths = [len(run.tokenizer.encode(run.wrap(e.prompt))) + n for e in examples]
-        check_length(lengths, limit, names, f"the model has positions, with {n} of the answer,")
-    if examples[0].right:
-        lengths = [
-            max(len(run.tokenizer.encode(run.wrap(e.question) + a)) for a in (*e.right, *e.wrong))
-            for e in examples
-        ]
-        check_length(lengths, limit, names)
-
-
-def check_answers(run: Run, examples: list[Example]) -> None:
+def warn_of_answers(run: Run, examples: list[Example]) -> None:
     """Warn of answers that a model cannot be right with: generated as they stand they score 0."""
     metric = run.task.metrics[0]
     wrong = [
@@ -134,9 +127,5 @@ def check_answers(run: Run, examples: list[Example]) -> None:
         if e.generated and not run.task.score(run.task.extract(e, e.answer), e)[metric]
     ]
     if wrong:
-        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-        print(
-            f"warning: {wrong[0].where}{more}: the answer {wrong[0].answer[:60]!r} itself scores 0"
-            f" ({metric})",
-            file=sys.stderr,
-        )
+        answer = wrong[0].answer[:60]
+        warn(f"the answer {answer!r} itself scores 0 ({metric})", [e.where for e in wrong])

@@ -152,25 +152,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             yield where, parse_json(line, where, dict)
 
 
-def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """("FILE, line N", row) of each line of a CSV file that must have these columns."""
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """("FILE, line N", row by column) of each line of a CSV file but the first, which names the
+    columns; a cell that is missing is None."""
     reader = csv.DictReader(io.StringIO(read_text(path, IN_DATA), newline=""))
     try:
-        if missing := set(columns) - set(reader.fieldnames or ()):
-            raise InputError(f"{path}, line 1: lacks the columns {', '.join(sorted(missing))}")
         for row in reader:
-            if any(row[column] is None for column in columns):
-                raise InputError(f"{path}, line {reader.line_num}: too few cells")
             yield f"{path}, line {reader.line_num}", row
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
 
 
 def hash_of(path: Path) -> str | None:
-    """16 hex digits over a file's bytes; None if there is no such file."""
-    return short_hash(path.read_bytes()) if path.is_file() else None
-
-
-def short_hash(data: bytes) -> str:
-    """16 hex digits: enough to see that two things are not the same."""
-    return hashlib.sha256(data).hexdigest()[:16]
+    """16 hex digits over a file's bytes, enough to see that two are not the same; None if there is
+    no such file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None

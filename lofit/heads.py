@@ -43,7 +43,8 @@ class HeadScale(Edit):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         # 1 + A and not A: near 0 the model is the one we know, and an L1 penalty, which pulls
-        # towards 0, asks each head to show that it is worth being changed
+        # towards 0, asks each head to show that it is worth being changed. z in bfloat16 times A in
+        # fp32 is computed in fp32, and rounded once, at the end.
         return (z * (1 + self.scale)).to(z.dtype)
 
 
@@ -57,6 +58,7 @@ class HeadOffset(Edit):
         super().__init__()
         self.offset = nn.Parameter(offset.float())
         self.n_heads = n_heads
+        # moves with the model from device to device, but is nothing that is learned: not persistent
         self.register_buffer("heads", torch.tensor(heads, device=offset.device), persistent=False)
 
     def all_heads(self) -> torch.Tensor:
@@ -66,6 +68,8 @@ class HeadOffset(Edit):
         return v.index_copy(0, self.heads, self.offset)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        # v does not depend on z: the head says the same as before, and the same vector beside it,
+        # for every text and at every position. So it is a bias, and an export folds it into one.
         return (z + self.all_heads()).to(z.dtype)
 
 
@@ -86,15 +90,17 @@ def every_head(model: CausalLM) -> list[Head]:
 
 def random_init(model: CausalLM, n: int, seed: int) -> torch.Tensor:
     """N(0, 1e-3) for n heads: [n, head_dim]."""
-    # not 0: Adam divides each gradient by its own size, and so small a start costs nothing; drawn
-    # on the CPU, where a seed gives the same numbers on every machine
+    # Near 0 the model is the one that was pretrained. The paper's code has not 0 itself but this;
+    # as Adam divides each gradient by its own size, so small a start costs nothing. Drawn on the
+    # CPU, where a seed gives the same numbers on every machine.
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, model.config.head_dim, generator=generator) * INIT_STD
 
 
 def attach_scales(model: CausalLM, scales: torch.Tensor) -> list[nn.Parameter]:
     """Put a HeadScale into every layer. scales: [layer, head, head_dim]; returns the parameters."""
-    _expect(scales, (*head_grid(model), model.config.head_dim), "scales")
+    # All heads are scaled in one training, so a head is judged beside the others: where they do its
+    # work already, its scale gains nothing, and the penalty keeps it small.
     scales = scales.detach().to(model.lm_head.weight.device)
     for attention, scale in zip(attention_layers(model), scales, strict=True):
         attention.head_out = HeadScale(scale.clone())
@@ -109,7 +115,9 @@ def attach_offsets(model: CausalLM, heads: list[Head], offsets: torch.Tensor) ->
     that the model does not have.
     """
     check_heads(model, heads, "heads")
-    _expect(offsets, (len(heads), model.config.head_dim), "offsets")
+    shape = (len(heads), model.config.head_dim)
+    if offsets.shape != shape:
+        raise InputError(f"offsets: shape {list(offsets.shape)}, this model needs {list(shape)}")
     offsets = offsets.detach().to(model.lm_head.weight.device)
     parameters = []
     for layer, attention in enumerate(attention_layers(model)):
@@ -151,6 +159,8 @@ def remove_edits(model: CausalLM) -> None:
 @contextmanager
 def edits_off(model: CausalLM) -> Iterator[None]:
     """Inside, the model is the base model, bit for bit; the edits come back afterwards."""
+    # The weights were never touched, so a reference for DPO, or a base to compare with, needs no
+    # second model in memory.
     edits = get_edits(model)
     remove_edits(model)
     try:
@@ -171,7 +181,7 @@ def rank_heads(scores: torch.Tensor, k: int) -> list[Head]:
     """The k heads of highest score, descending; equal scores in order of layer and head."""
     # stable: heads of equal score must not change places from one machine to another
     order = scores.flatten().argsort(descending=True, stable=True)[:k].tolist()
-    return [divmod(i, scores.shape[1]) for i in order]
+    return [divmod(i, scores.shape[1]) for i in order]  # (layer, head)
 
 
 def check_heads(model: CausalLM, heads: list[Head], where: str) -> None:
@@ -185,8 +195,3 @@ def check_heads(model: CausalLM, heads: list[Head], where: str) -> None:
             )
     if not heads or len(set(heads)) < len(heads):
         raise InputError(f"{where}: expected at least one head, and none of them twice")
-
-
-def _expect(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise InputError(f"{what}: shape {list(tensor.shape)}, this model needs {list(shape)}")

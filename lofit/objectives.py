@@ -23,7 +23,7 @@ from lofit.llm.model import CausalLM
 from lofit.llm.scoring import sum_by_text, target_losses
 from lofit.llm.tokenizer import Tokenizer
 
-BETA = 0.5  # of DPO (paper, appendix)
+BETA = 0.5  # of DPO (paper, appendix): the larger, the nearer the model stays to the base
 REFERENCE_BATCH = 8
 LIMIT_OF = "the limit of the task"
 
@@ -38,6 +38,9 @@ class CrossEntropy:
         """texts: (prompt, answer); names: of the texts, for errors; max_length: of a text in
         tokens. InputError if one is longer."""
         self.model, self.device = model, model.lm_head.weight.device
+        # Only tokens of the answer have labels: the prompt will always be given, so being able to
+        # guess it is worth nothing, and its many tokens would drown the answer's few. The eos has a
+        # label too, or the model would not learn where to stop.
         self.texts = [encode_example(tokenizer, prompt, answer) for prompt, answer in texts]
         self.lengths = [len(ids) for ids, _ in self.texts]
         check_length(self.lengths, max_length, names, LIMIT_OF)
@@ -125,7 +128,8 @@ def dpo_loss(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> torc
     policy, reference: [2, pairs], log-probabilities of chosen and rejected answers (Rafailov et
     al., arXiv 2305.18290, equation 7).
     """
-    # only how far each answer has moved from the base model counts, not how probable it was there
+    # Only how far each answer has moved from the base model counts, not how probable it was there.
+    # Before the first step next to nothing has moved, and the loss is about log 2.
     chosen, rejected = policy - reference
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
@@ -181,6 +185,7 @@ class Accumulated:
 @torch.no_grad()
 def mean_loss(objective: Objective, batch_size: int) -> float:
     """The loss over all examples, with the edits that are attached now."""
+    # the last batch is smaller, and answers differ in length: batches count by what they hold
     n, total, weight = len(objective.lengths), 0.0, 0
     for start in range(0, n, batch_size):
         batch = objective.batch(list(range(start, min(start + batch_size, n))))

@@ -39,6 +39,9 @@ def draw_epochs(
 def make_optimizer(parameters: list[torch.Tensor], schedule: Schedule) -> torch.optim.AdamW:
     """AdamW with its defaults, but no weight decay: it would pull every offset towards 0, which
     the paper's code does not do (its text says 0.01)."""
+    # Adam divides each gradient by the root of its running mean square, so a value moves by about
+    # lr a step, be its gradient large or small: lr is in the units of z, and a good one for offsets
+    # is far above those for weights.
     return torch.optim.AdamW(
         parameters, lr=schedule.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
@@ -58,9 +61,11 @@ def train_step(
     group["lr"] = schedule.lr * (total - step) / total
 
     # The penalty of head selection: sum |A| over all elements of all heads. It pulls each of them
-    # towards 0 with the same force, however small it is, so only what pays for itself stays.
+    # towards 0 with the same force, however small it is, so only what pays for itself stays. The
+    # force of a squared penalty would fade near 0, and leave a little of every head.
     l1 = torch.stack([p.abs().sum() for p in parameters]).sum()
     whole = loss + schedule.l1 * l1 if schedule.l1 else loss
+    # before anything moves: a step along a gradient that is no number would spoil every value
     if not math.isfinite(whole.item()):
         raise InputError(
             f"the loss became {whole.item()} at step {step + 1} of {total} (lr {group['lr']:.3g});"
@@ -70,7 +75,8 @@ def train_step(
     # The base model is frozen: gradients pass through its layers, down to the lowest edit, but no
     # weight of it collects one. That is why a step is cheaper than one of full fine-tuning.
     whole.backward()
-    # The norm is that of the whole gradient, the penalty's part too, as in the paper's code
+    # One odd batch shall not throw Adam's running means. The norm is that of the whole gradient,
+    # the penalty's part too, as in the paper's code.
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
     optimizer.step()
     return {

@@ -1,7 +1,6 @@
 """config.json in its spellings, and what is refused."""
 
 import json
-import math
 from copy import deepcopy
 from importlib import import_module
 
@@ -165,10 +164,7 @@ REFUSED = [  # what stands in the file -> what the error says
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE type 'dynamic' is not supported"),
     ({"rope_scaling": {"type": "linear"}}, "RoPE's factor is None; 'linear' needs a number"),
     ({"rope_scaling": {"type": "linear", "factor": "A:"}}, "RoPE's factor is 'A:'"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale_all_dim": -1.0}}, "mscale_all"),
     ({"rope_theta": None}, "RoPE's rope_theta is None"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**30}}, "rope_theta is 1000"),
-    ({"rope_theta": 0.5}, "rope_theta: expected a number above 1"),
     ({"model_type": "gemma3_text", "num_hidden_layers": 7, "rope_parameters": {"rope_type": "x"}},
      "a Gemma 3 has one for full_attention, one for sliding"),
     ({"hidden_act": "swish"}, "hidden_act 'swish'; supported: silu"),
@@ -178,10 +174,9 @@ REFUSED = [  # what stands in the file -> what the error says
     ({"num_attention_heads": 0}, "missing or malformed"),
     ({"num_attention_heads": ...}, "malformed: key 'num_attention_heads' is missing"),
     ({"hidden_size": "64"}, "missing or malformed"),
-    ({"vocab_size": 1.5}, "vocab_size is 1.5, expected a whole number"),
+    ({"vocab_size": 1.5}, "vocab_size is 1.5, expected int"),
     ({"intermediate_size": ""}, "intermediate_size is ''"),
-    ({"rms_norm_eps": []}, "rms_norm_eps is"), ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
-    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected bool"),
     ({"num_hidden_layers": [8, 8]}, "num_hidden_layers is"),
     ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000"),
     ({"layer_types": [FULL, "chunked_attention"]}, "layer_types: expected full_attention or"),

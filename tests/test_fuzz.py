@@ -16,7 +16,8 @@ from lofit.llm.chat import load_chat_template
 from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.run.files import VERSION, load_heads, load_offsets, read_results, save_heads
+from lofit.run.files import VERSION, load_heads, load_offsets, save_heads
+from lofit.run.tuned import open_tuned, read_results
 from lofit.tasks import clutrr, mquake, truthfulqa
 
 DEEP = "[" * 200_000 + "]" * 200_000
@@ -102,11 +103,16 @@ def test_heads_and_offsets(tiny_folder, tmp_path):
     for _ in range(100):  # whole files whose header says something else
         write_tensors(bad, tensors, mutated(info, draw))
         holds(lambda: load_offsets(bad, model))
-    results = {"adapters": {"tuned": {"offsets_hash": hash_of(run / "offsets.safetensors")}}}
-    results |= {"scores": {"base": {"em": 0.5}, "tuned": {"em": 0.7}}, "n": 20}
+    tuned = open_tuned(run)
+    results = info | {"adapters": {"tuned": {"offsets_hash": hash_of(tuned.path)}}}
+    results |= {
+        "differences": {"tuned": {"em": {"value": 0.2}}},
+        "scores": {"base": {"em": 0.5}, "tuned": {"em": 0.7}},
+        "n": 20,
+    }
     for _ in range(100):
         (run / "results.json").write_text(json.dumps(mutated(results, draw)))
-        holds(lambda: read_results(run))
+        holds(lambda: read_results(tuned))
 
 
 def test_weights_and_tokenizers(tiny_folder, tmp_path):

@@ -178,7 +178,7 @@ def test_the_lengths_are_those_of_the_task(task, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--memory", "80GB"], "expected a whole number, found '80GB'"),
+        (["--memory", "80GB"], "expected a whole number above 0, found '80GB'"),
         (["--length", "16"], "--length: expected more than the 16 tokens of an answer"),
         (["--shard", "--quantize", "nf4"], "not allowed with argument --shard"),
         (["--model", "./nowhere"], "./nowhere: no such folder"),

@@ -11,7 +11,7 @@ import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
-from lofit.evaluation import score_given
+from lofit.evaluation import evaluate
 from lofit.llm.batches import collate, encode_example
 from lofit.llm.scoring import target_losses
 from lofit.run.setup import make_objective, open_runs
@@ -250,7 +250,7 @@ def test_of_two_answers_one_of_which_begins_the_other_either_can_win(flags, tmp_
             run = next(runs)
             (example,) = examples = run.read("test")
             assert example.ambiguous == bool(counts)
-            (found,) = score_given(run, examples, 64, "")
+            found = evaluate(run, examples, 64, "")[0]["log_probs"]
             prompt, tokenizer = example.prompt, run.tokenizer
             n = len(tokenizer.encode(prompt + other)) - len(tokenizer.encode(prompt))
             text = encode_example(tokenizer, prompt, other)

@@ -108,6 +108,8 @@ def test_a_text_for_which_there_is_no_room_is_named_before_anything_is_trained(
         with pytest.raises(InputError, match=f"{split}.jsonl, line 3: 2.. tokens, more than"):
             train.main([*flags, "--heads", "all", "--epochs", "1"])
         assert "epoch 1" not in capsys.readouterr().out
+        with pytest.raises(InputError, match=f"{split}.jsonl, line 3: 2.. tokens, more than"):
+            eval_script.main([*flags, "--split", split, "--base-only"])
         path.write_text(before)
     (small_data / "MQuAKE" / "test.jsonl").unlink()  # who has no test split yet can train
     train.main([*flags, "--heads", "all", "--epochs", "1", "--model", folder])

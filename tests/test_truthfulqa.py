@@ -43,9 +43,8 @@ def test_an_item_is_read_as_the_paper_reads_it(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1: lacks the columns Best Answer, Correct Answers"),
-        ("Question,Best Answer\n", "line 1: lacks the columns Correct Answers, Incorrect Answers"),
-        (HEADER + ROW + "A,B,Why?\n", "line 3: too few cells"),
+        ("Question,Best Answer\nWhy?,Yes\n", "line 2: .*key 'Correct Answers' is missing"),
+        (HEADER + ROW + "A,B,Why?\n", "line 3: not a TruthfulQA question"),
         (HEADER + "A,B, ,Yes,Yes,No,x\n", "line 2: not a TruthfulQA question: .*expected a text"),
         (HEADER + "A,B,Why?,Yes,Yes,;,x\n", "line 2: .*and one incorrect"),
     ],

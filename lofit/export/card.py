@@ -8,9 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lofit.heads import attached_offsets
 from lofit.llm.hub import SHIPPED, find_folder
-from lofit.run.files import read_results
 from lofit.run.summary import results_table
-from lofit.run.tuned import Tuned
+from lofit.run.tuned import Tuned, read_results
 
 TEMPLATE = Path(__file__).with_name("card.md")
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
@@ -46,7 +45,7 @@ def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
         command += [f"--{flag}", value] if value not in (None, "stored") else []
     command += ["--offsets", str(tuned.path.parent)]
     heads, offsets = attached_offsets(tuned.model)
-    results = read_results(tuned.path.parent)
+    results, _ = read_results(tuned)
     return str(
         ModelCard.from_template(
             data, TEMPLATE, form=form, name=name, base=base, source=tuned.model.source,

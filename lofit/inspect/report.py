@@ -19,10 +19,10 @@ from lofit.files import read_jsonl, write
 from lofit.heads import attached_offsets
 from lofit.inspect.explain import explain
 from lofit.llm.tokenizer import load_tokenizer
-from lofit.run.files import HEADS, PREDICTIONS, load_heads, read_results
+from lofit.run.files import HEADS, load_heads
 from lofit.run.setup import pick_device
 from lofit.run.summary import summarize
-from lofit.run.tuned import Tuned, open_tuned
+from lofit.run.tuned import Tuned, open_tuned, read_results
 
 PAGE, TEMPLATE = "report.html", Path(__file__).with_name("report.html")
 # how many items are shown, by whether the base model was right and whether the tuned one is
@@ -46,7 +46,7 @@ def read_part(name: str, tuned: Tuned) -> dict:
     """What the page shows of one run. name: of its folder, "" of a run alone; results: None if
     these offsets were not evaluated; scores: [layer][head] of step 1, if it was run."""
     folder, scores = tuned.path.parent, None
-    results = read_results(folder)
+    results, answers = read_results(tuned)
     if (folder / HEADS).exists():
         _, scores, _ = load_heads(folder / HEADS, tuned.model)
     return {
@@ -56,7 +56,7 @@ def read_part(name: str, tuned: Tuned) -> dict:
         "heads": attached_offsets(tuned.model)[0],
         "explained": explain(tuned.model, load_tokenizer(tuned.base), 5),
         "results": results,
-        "answers": lines_of(folder / PREDICTIONS) if results else [],
+        "answers": answers,
         "scores": None if scores is None else scores.tolist(),
         "curves": read_curves(lines_of(folder / "log.jsonl")),
     }

@@ -43,12 +43,13 @@ CHUNK = 512  # words of 8 bytes that are summed for a fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from; every file of a run carries it. name: as it was given; revision: the
-    commit of a hub id; fingerprint: see `fingerprint`."""
+    """What a model was loaded from. name: as it was given; revision: the commit of a hub id;
+    fingerprint: see `fingerprint`; n_parameters: also of weights that are kept in 4 bits."""
 
     name: str
     revision: str | None
     fingerprint: str
+    n_parameters: int
 
 
 class Whole:
@@ -111,12 +112,12 @@ def load_model(
             f"{folder}: {HEAD} is not the embedding, but config.json ties them; if it was trained"
             ' apart, write "tie_word_embeddings": false into config.json'
         )
+    n_parameters = sum(p.numel() for p in model.parameters())
     model.requires_grad_(False)
     model.load_state_dict(way.prepare(model, weights), strict=True, assign=True)
     model.tie_weights()
-    model.source = Source(
-        str(name), commit_of(folder), fingerprint(share_ends(digests, config), config)
-    )
+    found = fingerprint(share_ends(digests, config), config)
+    model.source = Source(str(name), commit_of(folder), found, n_parameters)
     return model.requires_grad_(False).eval()
 
 
@@ -166,22 +167,18 @@ def _check_tensor(folder: Path, key: str, tensor, expected: dict, weights: dict,
     if tensor.shape != expected[key].shape:
         shapes = f"{list(tensor.shape)}, config.json says {list(expected[key].shape)}"
         raise InputError(f"{folder}: tensor {key} is {shapes}")
-    bounds = tensor.aminmax()
-    if not all(bound.to(dtype).isfinite() for bound in bounds):
-        whole = all(bound.isfinite() for bound in bounds)
-        why = (
-            f"not finite in {dtype}; take another --dtype"
-            if whole
-            else "not finite; fetch it again"
+    if not all(bound.to(dtype).isfinite() for bound in tensor.aminmax()):
+        raise InputError(
+            f"{folder}: tensor {key} has values that are not finite in {dtype}; take another"
+            " --dtype, or fetch it again"
         )
-        raise InputError(f"{folder}: tensor {key} has values that are {why}")
 
 
 def digest(tensor: torch.Tensor) -> str:
     """Of a tensor's dtype, shape and bytes. The bytes are summed as whole numbers in chunks of 4
     KB, each times an odd number of its own, and the sums are hashed: a value that changes changes
-    its sum, and values that change together do not cancel. A fifth of a second a GB; sha256 takes
-    four times as long. It is no signature."""
+    its sum, and values that change together do not cancel. It is faster than sha256, and no
+    signature."""
     data = tensor.contiguous().flatten().view(torch.uint8)
     data = F.pad(data, (0, -len(data) % (8 * CHUNK)))
     sums = data.view(torch.int64).view(-1, CHUNK) @ torch.arange(1, 2 * CHUNK, 2)

@@ -8,7 +8,6 @@ A new family is a row in DEFAULTS and ALWAYS, its name in save.py, and a row in 
 which compares its logits with stock transformers'.
 """
 
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -139,16 +138,10 @@ class ModelConfig:
 
     def _check(self) -> None:
         """Raise ValueError for what would be another model without a word, or no model at all."""
-        for name, kind in ((each.name, each.type) for each in fields(self)):
-            value = getattr(self, name)
-            if kind is int and not (type(value) is int and 0 < value < 2**31):
-                raise ValueError(f"{name} is {value!r}, expected a whole number above 0")
-            if kind is bool and type(value) is not bool:
-                raise ValueError(f"{name} is {value!r}, expected true or false")
-            if kind in (float, float | None) and value is not None and not _is_number(value):
-                raise ValueError(f"{name} is {value!r}, expected a number above 0")
-        if self.num_hidden_layers > 1000:  # no model; building it would take minutes
-            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.type in (int, bool) and type(value) is not each.type:
+                raise ValueError(f"{each.name} is {value!r}, expected {each.type.__name__}")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of"
@@ -176,10 +169,6 @@ class ModelConfig:
 GEMMA_EXTRAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 < value < 1e12
-
-
 def _in_4_bits(how: object) -> bool:
     """Whether a `quantization_config` is one that quantize.py reads."""
     kind = how.get("quant_method") if isinstance(how, dict) else None
@@ -191,13 +180,8 @@ def _check_rope(rope: dict) -> None:
     if kind not in ROPE_TYPES:
         raise ValueError(f"RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     for key in ("rope_theta", *ROPE_TYPES[kind]):
-        if not _is_number(rope.get(key)):
-            raise ValueError(f"RoPE's {key} is {rope.get(key)!r}; {kind!r} needs a number above 0")
-    for key, value in rope.items():  # the optional ones: 0 stands for the default
-        if key not in ("rope_type", "truncate") and value and not _is_number(value):
-            raise ValueError(f"RoPE's {key} is {value!r}, expected a number")
-    if not rope["rope_theta"] > 1:
-        raise ValueError("RoPE's rope_theta: expected a number above 1")
+        if type(rope.get(key)) not in (int, float):
+            raise ValueError(f"RoPE's {key} is {rope.get(key)!r}; {kind!r} needs a number")
 
 
 def _complete(raw: dict) -> dict:

@@ -27,6 +27,9 @@ ACTIVATION = {
 class KVCache:
     """Keys and values of every layer, allocated once and written at given positions."""
 
+    # A token looks only backwards, so what comes later never changes its key and value: each is
+    # computed once, and a new token costs one position instead of all of them.
+
     def __init__(self, model: "CausalLM", batch: int, length: int):
         """length: prompt plus new tokens."""
         config, like = model.config, model.model.norm.weight
@@ -91,6 +94,8 @@ def _mask(config, kind, positions, reach, decoding: bool) -> torch.Tensor | None
     narrow = window is not None and len(reach) > window
     if not (decoding or narrow):
         return None
+    # how far back each key stands from each query: what is still to come is not looked at, nor what
+    # is out of the window
     distance = positions[:, None, :, None] - reach
     return (distance >= 0) & (distance < window) if narrow else distance >= 0
 
@@ -107,6 +112,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim) if self.adds_one else torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # unlike LayerNorm it subtracts no mean and has no bias: only the length of x is set
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         if self.adds_one:
@@ -125,10 +131,12 @@ def attend(
 ) -> torch.Tensor:  # fmt: skip
     """Attention over q: [B, n_heads, T, head_dim] and k, v: [B, n_kv_heads, S, head_dim]. mask: as
     in Context. Returns [B, n_heads, T, head_dim]."""
-    if k.shape[1] != q.shape[1]:  # each key/value head serves a group of queries
-        # On a CPU the fused kernel takes groups as they are, up to 12 times as fast when it
-        # decodes; but its gradients of k and v are less exact in bfloat16. GPU kernels for masks
-        # and fp32 do not take groups at all.
+    if k.shape[1] != q.shape[1]:
+        # Grouped queries: each key/value head serves several query heads, which keeps the cache
+        # small. These look where their own queries take them, so to LoFiT each is a head. On a CPU
+        # the fused kernel takes groups as they are, which saves copying the cache at every token;
+        # but its gradients of k and v are less exact in bfloat16. GPU kernels for masks and fp32 do
+        # not take groups at all.
         learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         if cap is None and q.device.type == "cpu" and not learning:
             return F.scaled_dot_product_attention(
@@ -140,6 +148,7 @@ def attend(
     # Gemma 2 bounds its scores, which no fused kernel does: the formula itself
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    # softmax makes exactly 0 of -inf: a masked position has no part in the mean
     scores = soft_cap((q * scale) @ k.transpose(-1, -2), cap)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
     return weights.to(v.dtype) @ v
@@ -152,6 +161,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.layer_type = config.layer_type(layer)
+        # a sum of head_dim products is about the root of head_dim in size: divided by it, scores
+        # are as sharp in wide heads as in narrow ones
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.cap = config.attn_logit_softcapping
         q_dim = config.num_attention_heads * config.head_dim
@@ -175,16 +186,19 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos_sin, mask = context.cos_sin[self.layer_type], context.mask[self.layer_type]
-        # RoPE turns q and k by their positions, so that q . k depends on how far apart they are;
-        # Gemma 3 norms each head before
+        # RoPE turns q and k by their positions, so that q . k depends on how far apart they are.
+        # A pair that turns together is (i, i + head_dim / 2), as HF's checkpoints want it; Meta's
+        # own files pair neighbours. Gemma 3 and Qwen 3 norm each head before.
         q, k = rope.rotate(self.q_norm(q), *cos_sin), rope.rotate(self.k_norm(k), *cos_sin)
         if context.cache is not None:
             whole = context.cache.write(self.layer, context.positions, k, v)
+            # a prompt has nothing in front of it, and looks at itself alone
             k, v = whole if context.decoding else (k, v)
         if context.prefix is not None:  # what all rows begin with, computed once for one row
             k, v = context.prefix.before(self.layer, k, v)
         # A head's output is a mean of values, weighted by where it looks. This is the last place
         # where heads are apart: o_proj is one matrix over all of them, and sums what each one adds.
+        # So an offset v of head h adds a constant to it: o_proj's columns for h, times v.
         z = attend(q, k, v, mask, self.scale, self.cap)
         z = z.transpose(1, 2)  # [B, T, n_heads, head_dim]
         z = self.head_out(z)  # LoFiT acts here and nowhere else (paper, section 3)
@@ -289,6 +303,8 @@ class CausalLM(nn.Module):
 
     def tie_weights(self) -> None:
         """Share the embedding matrix with `lm_head` where the config says so."""
+        # A token is then read and written by one vector: in a small model with a large vocabulary a
+        # second matrix would be a good part of all weights.
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -1,14 +1,13 @@
 """One small interface over both kinds of tokenizer file: tokenizer.json and tokenizer.model."""
 
 import re
-import sys
 from itertools import accumulate
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
 
-from lofit.errors import InputError
+from lofit.errors import InputError, warn
 from lofit.files import read_json, reading
 from lofit.llm.config import ModelConfig
 from lofit.llm.hub import find_folder
@@ -52,10 +51,9 @@ class Tokenizer:
             )
         if self.prefix and ids[: len(self.prefix)] == self.prefix and not self.warned:
             self.warned = True
-            print(
-                f"warning: a text brings its own {self.token(self.prefix[0])!r}, and the tokenizer"
-                " puts another in front, as in other programs; leave it out of the texts",
-                file=sys.stderr,
+            warn(
+                f"a text brings its own {self.token(self.prefix[0])!r}, and the tokenizer puts"
+                " another in front, as in other programs; leave it out of the texts"
             )
         return self.prefix + ids, len(self.prefix) + n_prompt
 

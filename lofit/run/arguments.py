@@ -2,6 +2,8 @@
 recipe, and is printed with its origin."""
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from lofit.errors import InputError
@@ -10,6 +12,27 @@ from lofit.llm.hub import local_folder
 
 # of train.py: compare/baselines.py has all but the first
 METHODS = ("lofit", "lora", "red", "bias", "post_block", "iti", "repe")
+
+
+def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
+    """For argparse: numbers of a kind (int, float) from low to high. what: they are called."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # nan is not
+            raise argparse.ArgumentTypeError(f"expected {what}, found {text[:30]!r}")
+        return value
+
+    return parse
+
+
+whole = _number(int, 0, 2**63 - 1, "a whole number")  # as torch's generators take it
+natural = _number(int, 1, 2**31 - 1, "a whole number above 0")
+positive = _number(float, 1e-12, 1e6, "a number above 0")  # float32 holds these, and their squares
+not_negative = _number(float, 0, 1e6, "a number, 0 or above")
 
 
 def common_parser(doc: str) -> argparse.ArgumentParser:
@@ -59,36 +82,6 @@ def refuse(
     for name, why in unused.items():
         if getattr(args, name) != parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')}: {why}; leave it out")
-
-
-def whole(text: str) -> int:
-    """For argparse: a whole number, of 63 bits, as torch's generators take it."""
-    if not text.isdecimal() or not int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text[:30]!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """For argparse: a whole number above 0."""
-    if not 1 <= whole(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text[:30]!r}")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    """For argparse: a number above 0; float32 overflows far beyond the largest allowed."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1e6:  # nan is not
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text[:30]!r}")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """For argparse: 0 or a `positive` number."""
-    return 0.0 if text in ("0", "0.0") else positive(text)
 
 
 def shared_flags(args: argparse.Namespace, task: str) -> list[str]:

@@ -3,6 +3,7 @@ they belong to this model and these questions. Each carries `Run.info`, so that 
 of."""
 
 from dataclasses import asdict
+from operator import index
 from pathlib import Path
 
 import torch
@@ -10,15 +11,22 @@ import torch
 from lofit import files
 from lofit.errors import InputError
 from lofit.files import (
-    hash_of,
-    read_json,
+    parse_json,
     read_tensors,
+    read_text,
     reading,
     write_json,
     write_jsonl,
     write_tensors,
 )
-from lofit.heads import Head, attach_offsets, attached_offsets, attention_layers, check_heads
+from lofit.heads import (
+    Head,
+    attach_offsets,
+    attached_offsets,
+    attention_layers,
+    check_heads,
+    head_grid,
+)
 from lofit.llm.hub import find_folder
 from lofit.llm.model import CausalLM
 from lofit.tasks import Example
@@ -67,20 +75,16 @@ def save_heads(path: Path, heads: list[Head], scores: torch.Tensor, info: dict) 
 def load_heads(path: Path, model: CausalLM) -> tuple[list[Head], torch.Tensor | None, dict]:
     """(heads descending, scores [layer, head], info) of select_heads.py's file; of your own list
     [[layer, head], ...] the heads alone, None and {}."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; run select_heads.py first, or name a file")
-    found = read_json(path, object)
+    text = read_text(path, "; run select_heads.py first, or name a file")
+    found = parse_json(text, str(path))
     found = {"heads": found} if isinstance(found, list) else found
     with reading(path):
-        heads = [(layer, head) for layer, head in found["heads"]]
-        if not all(type(number) is int for head in heads for number in head):
-            raise TypeError("heads are pairs of whole numbers")
+        heads = [(index(layer), index(head)) for layer, head in found["heads"]]
         scores = found.get("scores")
         if scores is not None:
             scores = torch.tensor(scores, dtype=torch.float32)
-            grid = (model.config.num_hidden_layers, model.config.num_attention_heads)
-            if scores.shape != grid or not scores.isfinite().all():
-                raise ValueError("scores: expected a finite number for each head")
+            if scores.shape != head_grid(model):
+                raise ValueError("scores: expected one for each head of the model")
     check_heads(model, heads, str(path))
     return heads, scores, found if set(found) > {"heads"} else {}
 
@@ -128,18 +132,11 @@ def load_offsets(name: str | Path, model: CausalLM) -> dict:
     mine = {"fingerprint": model.source.fingerprint, "model": model.source.name}
     check_made_for(path, info, mine, "train.py", keys=("fingerprint",))
     with reading(path):
-        if not isinstance(info.get("settings"), dict):
-            raise ValueError("settings in its header")
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise InputError(f"{path}: {name} is not finite; train again with a smaller --lr")
         if "method" in info:
             from lofit.compare.baselines import attach_edits
 
             attach_edits(model, info["method"], tensors)
             return info
-        if tensors["heads"].dtype != torch.int64 or tensors["offsets"].dtype != torch.float32:
-            raise ValueError("expected heads in int64 and offsets in float32")
         heads = [(layer, head) for layer, head in tensors["heads"].tolist()]
         attach_offsets(model, heads, tensors["offsets"])
     return info
@@ -151,13 +148,11 @@ def find_edits(name: str | Path) -> Path:
     if Path(name).is_file():
         return Path(name)
     folder = find_folder(name)
-    if (folder / OFFSETS).exists() or not (folder / "config.json").exists():
-        path = folder / OFFSETS
-        if not path.exists():
-            what = "only step 1 was run" if (folder / HEADS).exists() else "no such file"
-            raise InputError(f"{path}: {what}; run train.py first, or use --base-only")
-        return path
-    return folder / "config.json"
+    for path in (folder / OFFSETS, folder / "config.json"):
+        if path.exists():
+            return path
+    what = "only step 1 was run" if (folder / HEADS).exists() else "no such file"
+    raise InputError(f"{folder / OFFSETS}: {what}; run train.py first, or use --base-only")
 
 
 def save_results(folder: Path, suffix: str, results: dict, lines: list[dict]) -> str:
@@ -178,12 +173,3 @@ def as_line(example: Example, rows: dict[str, dict]) -> dict:
     """An item of predictions.jsonl: what was asked, and each model's answer and scores."""
     asked = {k: v for k, v in asdict(example).items() if v and k not in ("where", "unit", "rules")}
     return asked | rows
-
-
-def read_results(folder: Path) -> dict | None:
-    """results.json of a run's own offsets as they are now; None if they were not evaluated."""
-    found = read_json(folder / RESULTS) if (folder / RESULTS).exists() else {}
-    with reading(folder / RESULTS):
-        own = found.get("adapters", {}).get("tuned", {}).get("offsets_hash")
-        same = own is not None and own == hash_of(folder / OFFSETS)
-        return found if same and found["scores"]["tuned"] else None

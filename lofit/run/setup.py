@@ -3,7 +3,6 @@
 import argparse
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from lofit import files
-from lofit.errors import InputError
+from lofit.errors import InputError, warn
 from lofit.files import append, hash_of
 from lofit.heads import head_grid, remove_edits
 from lofit.llm.checkpoint import DTYPES, Whole, load_model
@@ -47,7 +46,6 @@ class Run:
     plain: bool
     wrap: Callable[[str], str]  # a prompt as the chat template asks it; without --chat as it is
     info: dict  # what every file of the run carries: what it was made for, and with what settings
-    n_base: int  # parameters of the base model
     parts: int = 1  # of a batch, see `Accumulated`
     processes: str = ""  # "shared" under torchrun, "sharded" if the weights are split over them
 
@@ -79,15 +77,6 @@ class Run:
         self.info["settings"][f"n_{split}"] = n
         return random.Random(self.seed).sample(examples, n)
 
-    def spread(self, work: Callable[[list], list], items: list) -> list:
-        """work(items); under torchrun each process does a share, unless the weights are split, for
-        then all processes must do the same."""
-        if self.processes != "shared":
-            return work(items)
-        from lofit.distributed import spread
-
-        return spread(work, items)
-
 
 @contextmanager
 def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterator[Iterator[Run]]:
@@ -116,7 +105,7 @@ def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterat
     tokenizer = load_tokenizer(args.model, end_of_turn)
     first = Run(
         script, Path(), model, tokenizer, tasks[0], args.data, None, "", args.seed, args.plain,
-        wrap, {}, _count(model), getattr(args, "accumulate", 1), processes,
+        wrap, {}, getattr(args, "accumulate", 1), processes,
     )  # fmt: skip
     runs = _runs(args, first, tasks, suffix)
     try:
@@ -128,18 +117,20 @@ def open_runs(args: argparse.Namespace, script: str, suffix: str = "") -> Iterat
 
 
 def _runs(args: argparse.Namespace, first: Run, tasks: list[Task], suffix: str) -> Iterator[Run]:
-    source, dtype = first.model.source, first.model.lm_head.weight.dtype
+    source, weight = first.model.source, first.model.lm_head.weight
     quantized = args.quantize or ("stored" if first.model.config.stored_in_4_bits else None)
     for task in tasks:
         remove_edits(first.model)
-        origin, recipe = find_recipe(first.model.config, task.name.partition("-")[0], first.n_base)
+        origin, recipe = find_recipe(
+            first.model.config, task.name.partition("-")[0], source.n_parameters
+        )
         training = task.file(args.data, "train")
         info = {
             "version": VERSION, "model": source.name, "revision": source.revision,
             "fingerprint": source.fingerprint, "task": task.name, "data": str(training.parent),
             "data_hash": hash_of(training), "chat": args.chat,
             "plain": args.plain, "seed": args.seed,
-            "settings": {"dtype": str(dtype).removeprefix("torch."), "quantize": quantized},
+            "settings": {"dtype": str(weight.dtype).removeprefix("torch."), "quantize": quantized},
         }  # fmt: skip
         if first.parts > 1:  # the same gradient, but for its last bits
             info["settings"]["accumulate"] = first.parts
@@ -148,20 +139,12 @@ def _runs(args: argparse.Namespace, first: Run, tasks: list[Task], suffix: str) 
         with _locked(folder):
             layers, heads = head_grid(run.model)
             print(
-                f"{source.name}: {run.n_base:,} parameters, {layers} layers x {heads} heads,"
-                f" {info['settings']['dtype']} on {run.model.lm_head.weight.device} -> {folder}/"
+                f"{source.name}: {source.n_parameters:,} parameters, {layers} layers x {heads}"
+                f" heads, {info['settings']['dtype']} on {weight.device} -> {folder}/"
             )
-            device = run.model.lm_head.weight.device
-            cuda = device.type == "cuda"
-            run.log({"device": torch.cuda.get_device_name(device) if cuda else device.type})
+            gpu = weight.is_cuda and torch.cuda.get_device_name(weight.device)
+            run.log({"device": gpu or weight.device.type})
             yield run
-
-
-def _count(model: CausalLM) -> int:
-    """Parameters; those in 4 bits are counted as the numbers they stand for."""
-    n = sum(p.numel() for p in model.parameters())
-    linears = [m for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
-    return n + sum(m.in_features * m.out_features - m.weight.numel() for m in linears)
 
 
 def run_folder(args: argparse.Namespace, task: Task, suffix: str, alone: bool) -> Path:
@@ -217,7 +200,7 @@ def make_objective(run: Run, examples: list[Example], split: str) -> Objective:
         objective = Preference(run.model, run.tokenizer, texts, limit, names, run.plain)
     where = f"{run.task.file(run.data, split)}"
     _check_vocabulary(run.tokenizer, objective, where)
-    _check_boundaries(run.tokenizer, [prompt for prompt, *_ in texts], objective, names)
+    _warn_of_boundaries(run.tokenizer, [prompt for prompt, *_ in texts], objective, names)
     # Each process caches the states of its own rows; split weights need all of them to do the same
     if not run.plain and run.processes != "sharded":
         objective = faster(objective)
@@ -256,27 +239,23 @@ def _check_vocabulary(tokenizer: Tokenizer, objective: Objective, where: str) ->
     if share > MOST_UNKNOWN:
         raise InputError(f"{message}; take a model that can read these texts by --model")
     if share:
-        print(f"warning: {message}", file=sys.stderr)
+        warn(message)
 
 
-def _check_boundaries(
+def _warn_of_boundaries(
     tokenizer: Tokenizer, prompts: list[str], objective: Objective, names: tuple[str, ...]
 ) -> None:
     """Warn where a prompt alone, as it will be asked, has other tokens than in front of its answer,
     as it is trained: a space at its end often becomes part of the answer's first word."""
-    per_prompt = len(objective.texts) // len(prompts)  # one text, or two of a pair
-    wrong = [
-        name
-        for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
-        if tokenizer.encode(prompt)
-        != [t for t, label in zip(*objective.texts[i * per_prompt], strict=True) if label < 0]
-    ]
+    texts = objective.texts[:: len(objective.texts) // len(prompts)]  # of a pair the first
+    trained = [[t for t, label in zip(*text, strict=True) if label < 0] for text in texts]
+    each = zip(prompts, trained, names, strict=True)
+    wrong = [name for prompt, ids, name in each if tokenizer.encode(prompt) != ids]
     if wrong:
-        print(
-            f"warning: {wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}: the prompt"
-            " ends inside a token, so it is asked with other tokens than it is trained with; move a"
-            " space from the end of the prompt to the start of the answer",
-            file=sys.stderr,
+        warn(
+            "the prompt ends inside a token, so it is asked with other tokens than it is trained"
+            " with; move a space from the end of the prompt to the start of the answer",
+            wrong,
         )
 
 

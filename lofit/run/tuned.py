@@ -6,11 +6,18 @@ from pathlib import Path
 import torch
 
 from lofit.errors import InputError
-from lofit.files import read_tensors, reading
+from lofit.files import hash_of, read_json, read_jsonl, read_tensors, reading
 from lofit.llm.checkpoint import load_model
 from lofit.llm.hub import find_folder, local_folder
 from lofit.llm.model import CausalLM
-from lofit.run.files import check_made_for, find_edits, load_offsets
+from lofit.run.files import (
+    PREDICTIONS,
+    RESULTS,
+    WORDS,
+    check_made_for,
+    find_edits,
+    load_offsets,
+)
 
 
 @dataclass(frozen=True)
@@ -69,3 +76,27 @@ def open_tuned(
             f" other weights ({mine}); --model names the folder of the very same ones"
         )
     return Tuned(model, load_offsets(path, model), path)
+
+
+def read_results(tuned: Tuned) -> tuple[dict | None, list[dict]]:
+    """(results.json, predictions.jsonl) of these offsets as they are now, on what they were trained
+    for; (None, []) if they were not evaluated.
+
+    They lie in the run's folder, or beside it where eval.py --offsets compared several: there the
+    offsets have another label, which becomes "tuned" here.
+    """
+    folder, mine = tuned.path.parent, hash_of(tuned.path)
+    for place in (folder, folder.with_name(f"{tuned.info.get('task')}-offsets")):
+        path = place / RESULTS
+        found = read_json(path) if path.exists() else {}
+        with reading(path):
+            for label, about in found.get("adapters", {}).items():
+                same = all(found.get(key) == tuned.info.get(key) for key in WORDS)
+                if about["offsets_hash"] == mine and same:
+                    scores, differences = found["scores"], found["differences"]
+                    found["scores"] = {"base": scores["base"], "tuned": scores[label]}
+                    found["differences"] = {"tuned": differences[label]}
+                    path = place / PREDICTIONS
+                    lines = read_jsonl(path) if path.exists() else ()
+                    return found, [line | {"tuned": line[label]} for _, line in lines]
+    return None, []
