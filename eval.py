@@ -33,11 +33,13 @@ from lofit.tasks import find_tasks
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common_parser(__doc__)
     arg = parser.add_argument
-    arg("--split", default="test", choices=("train", "val", "test"), help="(default: %(default)s)")
+    arg("--split", default="test", choices=("train", "val", "test"), help="which items"
+        " (default: %(default)s)")  # fmt: skip
     arg("--offsets", nargs="+", default=[], metavar="ADAPTER", help="run folders, adapter folders"
         " or hub ids, of any task (default: the run's own)")  # fmt: skip
     arg("--base-only", action="store_true", help="no offsets, the base model alone")
-    arg("--batch-size", type=natural, default=BATCH, help="(default: %(default)s)")
+    arg("--batch-size", type=natural, default=BATCH, help="items at once: memory, not results"
+        " (default: %(default)s)")  # fmt: skip
     arg("--compile", action="store_true", help="the decoding step (for long runs on a GPU)")
     for flag in ("--heads", "--method"):  # train.py's: say what is meant
         arg(flag, help=argparse.SUPPRESS)

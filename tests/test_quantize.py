@@ -19,6 +19,7 @@ from lofit.heads import attach_offsets, edits_off
 from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
 from lofit.llm.save import save_model
+from lofit.run.tuned import open_tuned
 
 bnb = pytest.importorskip("bitsandbytes", reason='needs pip install -e ".[test]"')
 from lofit.quantize import Quantized, dequantized  # noqa: E402
@@ -107,6 +108,8 @@ def test_a_run_in_4_bits_says_so_everywhere(flags, tiny, tmp_path, capsys):
     assert json.loads((run / "results.json").read_text())["settings"]["quantize"] == "nf4"
     evaluate.main([*same, "--run", str(run)])
     assert "trained with quantize nf4, evaluated with quantize None" in capsys.readouterr().err
+    open_tuned(str(run))  # for an export, or to ask it
+    assert "trained with quantize nf4; here the base model's weights" in capsys.readouterr().err
 
 
 def test_a_copy_of_the_model_has_edits_of_its_own(tiny_folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lofit.errors import InputError
+from lofit.errors import InputError, warn
 from lofit.files import hash_of, read_json, read_jsonl, read_tensors, reading
 from lofit.llm.checkpoint import load_model
 from lofit.llm.hub import find_folder, local_folder
@@ -75,6 +75,8 @@ def open_tuned(
             f"{name}: made with {info['model']} ({info['fingerprint']}), but {base or recorded} has"
             f" other weights ({mine}); --model names the folder of the very same ones"
         )
+    if info["settings"].get("quantize") == "nf4":
+        warn(f"{name}: trained with quantize nf4; here the base model's weights are not rounded")
     return Tuned(model, load_offsets(path, model), path)
 
 
