@@ -28,6 +28,9 @@ def run(tmp_path, monkeypatch):
 def test_it_says_whose_answers_they_are(run, form, tmp_path, capsys):
     if form == "peft":
         pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
+    if form == "hf":  # eval.py --offsets leaves its prompts beside the runs
+        (tmp_path / "mquake-offsets").mkdir()
+        (run / "predictions.jsonl").rename(tmp_path / "mquake-offsets" / "predictions.jsonl")
     out = run_export(run, form, tmp_path / "out", "--check")
     found = "on this export: 6 of 6 answers equal the tuned model's, 0 the base model's"
     assert found in capsys.readouterr().out

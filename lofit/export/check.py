@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lofit.errors import InputError
-from lofit.files import read_jsonl
+from lofit.files import read_jsonl, read_tensors
 from lofit.heads import edits_off
 from lofit.llm.chat import load_chat_template
 from lofit.llm.generate import generate_all
@@ -21,7 +21,7 @@ NEEDED = {"hf": ("transformers",), "peft": ("transformers", "peft")}
 
 
 def find_prompts(run: str, form: str) -> list[str]:
-    """N prompts that eval.py asked these offsets. InputError if there are none, or if what is to
+    """N prompts that eval.py asked. InputError if there are none, or if what is to
     answer them is not installed."""
     if form not in NEEDED:
         raise InputError(f"--check: stock transformers reads --format {' and '.join(NEEDED)} alone")
@@ -32,10 +32,15 @@ def find_prompts(run: str, form: str) -> list[str]:
             raise InputError(
                 f'--check: {package} is not installed; pip install -e ".[test]"'
             ) from None
-    path = find_edits(run).with_name(PREDICTIONS)
-    if not path.exists():
-        raise InputError(f"--check: {path}: no such file; run eval.py first, which writes it")
-    return [line["prompt"] for _, line in read_jsonl(path)][:N]
+    path = find_edits(run)
+    info = {} if path.name == "config.json" else read_tensors(path)[1]
+    # beside the run: where eval.py --offsets compared several
+    beside = path.parent.with_name(f"{info.get('task')}-offsets")
+    for folder in (path.parent, beside):
+        if (folder / PREDICTIONS).exists():
+            return [line["prompt"] for _, line in read_jsonl(folder / PREDICTIONS)][:N]
+    path = path.with_name(PREDICTIONS)
+    raise InputError(f"--check: {path}: no such file; run eval.py first, which writes it")
 
 
 def check(tuned: Tuned, prompts: list[str], form: str, out: Path) -> str:
