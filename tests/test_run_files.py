@@ -107,6 +107,7 @@ def test_an_adapter_in_the_hubs_cache(tiny, tiny_folder, tmp_path, monkeypatch):
         ({}, {"heads": torch.tensor([[0, 1]] * 5)}, "none of them twice"),
         ({}, {"heads": torch.tensor([0, 1])}, "missing or malformed"),
         ({}, {"heads": torch.tensor([[0, 1, 1]] * 5)}, "malformed"),
+        ({}, {"offsets": torch.full((5, 8), torch.nan)}, "offsets is not finite; train again"),
         ({}, {"offsets": torch.zeros(5, 7)}, r"shape \[5, 7\], this model needs \[5, 8\]"),
         ({}, {"offsets": torch.zeros(4, 8)}, r"shape \[4, 8\], this model needs \[5, 8\]"),
     ],

@@ -486,7 +486,7 @@ def claims(records: Records) -> list[tuple[str, list[float]]]:
     two, first = lines["winogrande"]["given"]["tuned"], lines["siqa"]["given"]["tuned"]
     return [
         (r"it has ([\d.]+) % instead of ([\d.]+) %", ours),
-        (r"costs LoFiT's model ([\d.]+) more and LoRA's ([\d.]+) more", costs),
+        (r"rises by ([\d.]+) with LoFiT, by ([\d.]+) with LoRA", costs),
         (r"right in (\d+) % of the expressions, with two levels in (\d+) %, with three and four in"
          r" (\d+) and (\d+) %", [100 * x for x in depths]),
         (r"\*option2\* to (\d+) of (\d+) items", [two["option2"], sum(two.values())]),

@@ -132,6 +132,9 @@ def load_offsets(name: str | Path, model: CausalLM) -> dict:
     mine = {"fingerprint": model.source.fingerprint, "model": model.source.name}
     check_made_for(path, info, mine, "train.py", keys=("fingerprint",))
     with reading(path):
+        for key, tensor in tensors.items():  # the model would answer all the same, and score 0
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: {key} is not finite; train again with a smaller --lr")
         if "method" in info:
             from lofit.compare.baselines import attach_edits
 
