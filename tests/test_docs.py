@@ -1,6 +1,8 @@
-"""README and docs/ tell the truth: every path they name exists, every command line parses."""
+"""README, docs/ and the notebook tell the truth: every path they name exists, every command line
+parses."""
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+NOTEBOOK = REPO / "examples" / "own-model.ipynb"
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), NOTEBOOK]
 FOLDERS = ("lofit", "weights", "data", "tests", "docs")
 # what commands make, and what is fetched
 MADE = ("data/real", "weights/smollm2-135m-instruct", "weights/gemma-3-270m")
@@ -19,15 +22,27 @@ PATH = re.compile(
 )
 
 
+def source(page: Path) -> str:
+    """A page's text; of a notebook with its cells as fenced blocks, and its names filled in."""
+    if page.suffix == ".md":
+        return page.read_text()
+    parts = []
+    for cell in json.loads(page.read_text())["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```\n{text}\n```")
+    names = dict(re.findall(r'^(\w+) = "(.*)"$', "\n".join(parts), re.M))
+    return re.sub(r"\{(\w+)\}", lambda m: names[m[1]], "\n".join(parts)).replace("\n!", "\n")
+
+
 def blocks(page: Path) -> list[str]:
     """The lines of fenced blocks, those of commands with a backslash joined."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", source(page), re.M | re.S)
     found = [block.replace("\\\n", " ") for kind, block in fenced if kind in ("", "bash", "sh")]
     return [line for block in found for line in block.splitlines()]
 
 
 def commands(page: Path) -> list[str]:
-    inline = re.findall(r"`(python [^`]+)`", page.read_text())
+    inline = re.findall(r"`(python [^`]+)`", source(page))
     found = [part.strip() for line in blocks(page) for part in line.split("#")[0].split("&&")]
     return [part for part in dict.fromkeys(found + inline) if part.startswith("python ")]
 
@@ -41,7 +56,7 @@ def exists(name: str, page: Path) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_exists(page):
     """In folders of this repository, and files named alone."""
-    text = re.sub(r"```python.*?```", "", page.read_text(), flags=re.S)
+    text = re.sub(r"```python.*?```", "", source(page), flags=re.S)
     for name in {match.rstrip(".") for match in PATH.findall(text)}:
         if not name.startswith(MADE):
             assert exists(name, page), f"{page.name}: {name}"
@@ -81,6 +96,7 @@ def test_every_command_parses(page, monkeypatch, capsys):
 
 def test_there_is_something_to_check():
     assert sum(len(commands(page)) for page in PAGES) > 15
+    assert len(commands(NOTEBOOK)) == 9
 
 
 def test_the_page_of_exported_names_is_made_from_their_docstrings():
