@@ -1,27 +1,23 @@
 """The map of heads trained alone, and what it says of the ways of choosing."""
 
+import json
+
 import pytest
 import torch
 
 from lofit.errors import InputError
 from lofit.studies import alone
+from lofit.studies.tables import spearman
 
 NAN = float("nan")
 
 
-def test_rank_correlation_is_that_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    one, other = torch.tensor([0.3, 0.1, 0.1, 0.9, 0.5]), torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0])
-    want = stats.spearmanr(one, other).statistic
-    assert alone.correlation(one, other) == pytest.approx(want)
-
-
 def test_rank_correlation_by_hand():
     up = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert alone.correlation(up, up**3) == pytest.approx(1)
-    assert alone.correlation(up, torch.tensor([2.0, 1.0, 4.0, 3.0])) == pytest.approx(0.6)
+    assert spearman(up, up**3) == pytest.approx(1)
+    assert spearman(up, torch.tensor([2.0, 1.0, 4.0, 3.0])) == pytest.approx(0.6)
     # two equal values share rank 1.5
-    tied = alone.correlation(up, torch.tensor([1.0, 1.0, 2.0, 3.0]))
+    tied = spearman(up, torch.tensor([1.0, 1.0, 2.0, 3.0]))
     assert tied == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
 
 
@@ -50,3 +46,12 @@ def test_the_command(tmp_path, capsys):
     for task, why in (("listops", "no selection of"), ("clutrr", "no clutrr in it")):
         with pytest.raises(InputError, match=why):
             alone.main(["--task", task])
+
+
+def test_maps_of_two_trainings_are_not_mixed(tmp_path):
+    line = {"task": "t", "data_hash": "0", "seed": 1, "dtype": "float32", "epochs": 1, "head": None}
+    line |= {"score": 0.5}
+    text = "".join(json.dumps(line | {"lr": lr}) + "\n" for lr in (0.1, 0.2))
+    (tmp_path / "m.jsonl").write_text(text)
+    with pytest.raises(InputError, match="t: heads trained in 2 ways"):
+        alone.read_map(tmp_path / "m.jsonl", "t", 1, 1)

@@ -18,7 +18,7 @@ from lofit.errors import InputError
 from lofit.files import read_jsonl, write
 from lofit.run.summary import mean
 from lofit.studies.records import Records
-from lofit.studies.tables import markdown
+from lofit.studies.tables import markdown, spearman
 
 WAYS = ("scales", "gradient", "probe")
 
@@ -26,23 +26,19 @@ WAYS = ("scales", "gradient", "probe")
 def read_map(path: Path, task: str, layers: int, heads: int) -> tuple[torch.Tensor, float | None]:
     """([layer, head] the score of each head trained alone, nan where it was not run; the base
     model's)."""
-    found, base = torch.full((layers, heads), float("nan")), None
+    found, base, ways = torch.full((layers, heads), float("nan")), None, set()
     for _, line in read_jsonl(path):
-        if line["task"] == task and line["head"]:
-            found[tuple(line["head"])] = line["score"]
-        elif line["task"] == task:
-            base = line["score"]
+        if line["task"] == task:
+            ways.add(tuple(line[key] for key in ("data_hash", "seed", "dtype", "epochs", "lr")))
+            if line["head"]:
+                found[tuple(line["head"])] = line["score"]
+            else:
+                base = line["score"]
+    if len(ways) > 1:
+        raise InputError(
+            f"{path}: {task}: heads trained in {len(ways)} ways; keep the lines of one"
+        )
     return found, base
-
-
-def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Spearman's, of two vectors; equal values share their mean rank."""
-    return float(torch.corrcoef(torch.stack([_ranks(one), _ranks(other)]))[0, 1])
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    below = (values[:, None] > values).sum(1).float()
-    return below + ((values[:, None] == values).sum(1) - 1) / 2
 
 
 def layer_rows(alone: torch.Tensor) -> list[list[str]]:
@@ -69,8 +65,8 @@ def way_rows(alone: torch.Tensor, grids: dict[str, list[torch.Tensor]]) -> list[
     rows, inner = [], alone - alone.nanmean(1, keepdim=True)
     for way, found in {**grids, "layer alone": [others]}.items():
         within = [g - torch.where(known, g, torch.nan).nanmean(1, keepdim=True) for g in found]
-        over_all = mean([correlation(g[known], alone[known]) for g in found])
-        inside = mean([correlation(g[known], inner[known]) for g in within])
+        over_all = mean([spearman(g[known], alone[known]) for g in found])
+        inside = mean([spearman(g[known], inner[known]) for g in within])
         best = [alone[known][g[known].argmax()] for g in found]
         first = [int((alone[known] > score).sum()) + 1 for score in best]
         rows.append([way, f"{over_all:.2f}", f"{inside:.2f}", " ".join(map(str, first))])

@@ -6,9 +6,9 @@ A table is everything between <details> and </details> after the command's block
 the recorded runs; nothing is run.
 """
 
+import argparse
 import re
 import shlex
-import sys
 from pathlib import Path
 
 from lofit import errors
@@ -30,8 +30,12 @@ def filled(text: str) -> str:
     return PLACE.sub(table, text)
 
 
-def main() -> None:
-    for page in map(Path, sys.argv[1:]):
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("page", nargs="+", type=Path, help="like docs/results.md")
+    for page in parser.parse_args(argv).page:
         write(page, filled(read_text(page)))
 
 

@@ -207,9 +207,10 @@ def in_common(one: torch.Tensor, two: torch.Tensor, k: int) -> float:
 
 
 def spearman(one: torch.Tensor, two: torch.Tensor) -> float:
-    """The rank correlation of scores [layer, head]."""
-    ranks = torch.stack([s.flatten().double().argsort().argsort().double() for s in (one, two)])
-    return torch.corrcoef(ranks)[0, 1].item()
+    """The rank correlation of the heads' scores; equal scores share their mean rank."""
+    both = [s.flatten().double() for s in (one, two)]
+    ranks = [(s[:, None] > s).sum(1) + (s[:, None] >= s).sum(1) for s in both]
+    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
