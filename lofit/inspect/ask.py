@@ -1,7 +1,8 @@
 """Ask a tuned model, and its base model beside it.
 
     python -m lofit.inspect.ask runs/mini-llama/mquake "Q: What is the capital of Braviland? A:"
-    python -m lofit.inspect.ask runs/mini-llama/mquake --task "What is the capital of Braviland?"
+    python -m lofit.inspect.ask runs/mini-llama/mquake --task \\
+        "Imagine that The capital of Braviland is Vuzaport. What is the capital of Braviland?"
 
 RUN is a run folder, an adapter or a hub id. Without a QUESTION the program waits for one after the
 other; Ctrl-D ends it. Both models get a question as it stands, or in the chat template if the run
