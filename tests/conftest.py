@@ -7,6 +7,7 @@ With ordinary tiny weights a model without RoPE scaling passes a comparison of l
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pytest
 # on a machine that has other work threads wait for one another, at ten times the processor's time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
+# a shell's background job, as in CI, ignores Ctrl-C, and so would every script that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import torch  # noqa: E402
 
 # whether there is a GPU, asked without starting CUDA, which would fix what this process sees
