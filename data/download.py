@@ -13,7 +13,6 @@ does.
 
 import argparse
 import hashlib
-import random
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import pooch
 import requests
 
-from data.sources import SEED, SOURCES, SUMS, convert, place_of, write_splits
+from data.sources import SOURCES, SUMS, convert, place_of, write_splits
 from lofit import errors
 from lofit.errors import InputError
 from lofit.files import write
@@ -91,10 +90,7 @@ def prepare(task: str, args: argparse.Namespace) -> None:
         return
     if cut:
         print(f"  {args.source / missing[0]}: no such file: train and val are cut from test")
-    splits = convert(task, args.out, missing)
-    if args.test and args.test < len(splits["test"]):  # drawn, in their order
-        drawn = random.Random(SEED).sample(range(len(splits["test"])), args.test)
-        splits["test"] = [splits["test"][i] for i in sorted(drawn)]
+    splits = convert(task, args.out, missing, args.test)
     write_splits(args.out / task, splits)
     counts = ", ".join(f"{split} {len(lines)}" for split, lines in splits.items())
     print(f"  {args.out / task}/: {counts}")

@@ -204,10 +204,13 @@ SOURCES = {
 }  # fmt: skip
 
 
-def convert(task: str, folder: Path, missing: list[str] = ()) -> dict[str, list[dict]]:
-    """{"train", "val", "test": lines} of a task from its files below a folder. If the train file is
-    missing, train and val are drawn from the test file. InputError if a file is malformed or has
-    too few items."""
+def convert(
+    task: str, folder: Path, missing: list[str] = (), n_test: int | None = None
+) -> dict[str, list[dict]]:
+    """{"train", "val", "test": lines} of a task from its files below a folder; of test n_test items
+    are drawn. If the train file is missing, train and val are drawn from the test file: with n_test
+    from the rest, so that the test items are the same with and without the train file; else first,
+    and test is what they leave. InputError if a file is malformed or has too few items."""
     source = SOURCES[task]
     there = {s: folder / file for s, file in source.files.items() if file not in missing}
     lines = {split: list(_lines(path, source.line)) for split, path in there.items()}
@@ -218,12 +221,19 @@ def convert(task: str, folder: Path, missing: list[str] = ()) -> dict[str, list[
             raise InputError(f"{there['train']}: lacks the test item {missing[0]}")
         lines["test"] = [of_id.pop(name) for name in wanted]
         lines["train"] = list(of_id.values())
-    pool = "train" if "train" in lines else "test"
-    others = {kin(line) for split in lines.keys() - {pool} for line in lines[split]}
-    drawn = draw(lines[pool], source.sizes, others, str(there.get(pool)))
-    used = {kin(line) for split in drawn.values() for line in split}
-    if pool == "test":
-        lines["test"] = [line for line in lines["test"] if kin(line) not in used]
+    whole, few = lines["test"], n_test is not None and n_test < len(lines["test"])
+    if few:
+        drawn = random.Random(SEED).sample(range(len(whole)), n_test)
+        lines["test"] = [whole[i] for i in sorted(drawn)]  # in their order
+    if "train" in lines:
+        pool, others = lines["train"], [*whole, *lines.get("val", [])]
+    else:
+        pool, others = whole, [*(lines["test"] if few else []), *lines.get("val", [])]
+    where = there["train" if "train" in there else "test"]
+    drawn = draw(pool, source.sizes, {kin(line) for line in others}, str(where))
+    if pool is whole and not few:
+        used = {kin(line) for split in drawn.values() for line in split}
+        lines["test"] = [line for line in whole if kin(line) not in used]
     return {split: (lines | drawn)[split] for split in ("train", "val", "test")}
 
 

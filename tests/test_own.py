@@ -168,6 +168,8 @@ BAD = [
     ("answer", {"answer": None}, "key 'answer' is missing"),
     ("answer", {"group": 3}, "key 'group': expected a text, found 3"),
     ("answer", {"group": ""}, "key 'group': expected a text, found ''"),
+    ("answer", {"rule": 3}, "key 'rule': expected a text, found 3"),
+    ("choice", {"rule": "city"}, "key 'rule' does not stand beside prompt, choices, label"),
     ("number", {"value": None}, "key 'value' is missing"),
     ("number", {"choices": ["1 + 1 = 2", "3"]}, "expected the keys of one form"),
     ("option", {"answer": "town"}, "key 'answer': expected one of the choices, found"),
@@ -276,6 +278,16 @@ def test_groups_and_answers_are_reported(flags, tmp_path, capsys):
         assert total / 5 == pytest.approx(results["scores"]["base"][metric])
     printed = capsys.readouterr().out
     assert "always 'city' would score 60.0%" in printed and "depth 10 (1 items)" in printed
+
+
+def test_a_cheap_rule_is_scored(flags, tmp_path, capsys):
+    """A line without its answer counts as wrong."""
+    lines = [FORMS["answer"] | {"rule": rule} for rule in ("city", " City ", "country", None)]
+    write(tmp_path / "mine", lines)
+    eval_script.main([*flags, "--base-only"])
+    results = json.loads((tmp_path / "run" / "results-base.json").read_text())
+    assert results["rules"] == {"the cheap rule": 0.5}
+    assert "the cheap rule would score 50.0%" in capsys.readouterr().out
 
 
 def test_a_prompt_that_ends_inside_a_token_is_warned_of(flags, tmp_path, capsys):

@@ -323,6 +323,23 @@ def test_without_a_train_file_it_is_cut_from_test(folder, tmp_path, monkeypatch,
     assert not (kin[0] & kin[1] or kin[0] & kin[2] or kin[1] & kin[2])
 
 
+def test_drawn_test_items_do_not_depend_on_the_train_file(folder, tmp_path, monkeypatch):
+    source = sources.SOURCES["siqa"]
+    make, name = SMALL[source.files["test"]][0], source.files["test"]
+    put(folder, name, [make(i) for i in range(40, 60)], monkeypatch)
+    tests = []
+    for cut in (False, True):
+        if cut:
+            (folder / source.files["train"]).unlink()
+        prepare(folder, tmp_path / str(cut), "siqa", "--test", "10")
+        found = lines_of(tmp_path / str(cut), "siqa")
+        assert [len(lines) for lines in found.values()] == [4, 4, 10]
+        kin = [{sources.kin(line) for line in lines} for lines in found.values()]
+        assert not (kin[0] & kin[1] or kin[0] & kin[2] or kin[1] & kin[2])
+        tests.append(found["test"])
+    assert tests[0] == tests[1]
+
+
 @pytest.mark.parametrize(
     ("name", "items", "message"),
     [

@@ -165,12 +165,14 @@ def _given(task: Task, example: Example, row: dict) -> str:
 
 
 def by_rule(task: Task, examples: list[Example]) -> dict:
-    """What the task's cheap rules would score: {"rules": {name: mean}}; empty without rules."""
+    """What the task's cheap rules would score: {"rules": {name: mean}}; empty without rules. Where
+    a rule has no answer it is wrong."""
     found: dict[str, list[float]] = {}
     for example in examples:
         for name, answer in example.rules:
             found.setdefault(name, []).append(task.score(answer, example)[task.metrics[0]])
-    return {"rules": {name: mean(scores) for name, scores in found.items()}} if found else {}
+    shares = {name: sum(scores) / len(examples) for name, scores in found.items()}
+    return {"rules": shares} if shares else {}
 
 
 def by_group(

@@ -10,8 +10,9 @@
 
 An answer follows its prompt as it stands: write the space or line break between them, if there is
 to be one, at the start of the answer. A line may have a "group", a text: eval.py also reports the
-scores of each group. A key that is null counts as absent. NAMED are such tasks with a name: their
-folder is DATA/<name>.
+scores of each group; and in the first three forms a "rule", the answer that a cheap rule of yours
+would give: eval.py reports what it would score. A key that is null counts as absent. NAMED are such
+tasks with a name: their folder is DATA/<name>.
 """
 
 from collections.abc import Callable
@@ -71,7 +72,8 @@ def read(path: Path, form: str, name: str) -> list[Example]:
     for where, line in read_jsonl(path):
         line = {key: value for key, value in line.items() if value is not None}
         with reading(where):
-            examples.append(replace(EXAMPLE_OF[form](line), group=_group(line), where=where))
+            more = {"group": _group(line), "rules": _rules(line, form), "where": where}
+            examples.append(replace(EXAMPLE_OF[form](line), **more))
         if (other := _form_of(where, line)) != form:
             keys = f"{_keys(form)}, as in the first line of train.jsonl"
             raise InputError(f"{where}: has the keys {_keys(other)}; expected {keys}")
@@ -189,6 +191,14 @@ def _choices(line: dict) -> list[str]:
 
 def _group(line: dict) -> str:
     return _text(line, "group") if "group" in line else ""
+
+
+def _rules(line: dict, form: str) -> tuple[tuple[str, str], ...]:
+    if "rule" not in line:
+        return ()
+    if form in ("preference", "choice"):
+        raise ValueError(f"key 'rule' does not stand beside {_keys(form)}")
+    return (("the cheap rule", _text(line, "rule")),)
 
 
 def _named(name: str, form: str) -> Task:
