@@ -58,8 +58,8 @@ RECIPES = {
     ("Gemma-7B", "clutrr"): Recipe(5e-4, 5e-3, 1e-2, "16"),
 }
 # For models that nobody tuned. Below LARGE a rule: fewer heads take larger steps, up to max_lr,
-# which DPO wants smaller. It was chosen on validation for models of 0.1 to 0.3 B (docs/results.md),
-# where the paper's 1e-2 suits all heads alone. From LARGE on the paper's value for its 7B models:
+# which DPO wants smaller. It was chosen on validation for models of 0.1 to 0.3 B, where the paper's
+# 1e-2 suits all heads alone (docs/remaking.md). From LARGE on the paper's value for its 7B models:
 # the rule would be ten times that, and no model of this size was tried.
 LARGE = 10**9  # parameters
 RULE = {"offset_lr": 0.01, "lr_scales_inversely_with_k": True}

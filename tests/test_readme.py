@@ -1,4 +1,4 @@
-"""The README's first example prints what the README shows."""
+"""The README's first example prints what the README shows, and docs/api.md goes on from there."""
 
 import re
 
@@ -42,3 +42,6 @@ def test_the_first_example_prints_its_block(tmp_path, monkeypatch, capsys):
             assert numbers[1] == pytest.approx(numbers[0], abs=1.5)
         else:
             assert line in printed
+    (example,) = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "api.md").read_text(), re.S)
+    exec(example, names := {})  # the page of the API, on this run
+    assert not names["torch"].equal(names["tuned"], names["logits"])

@@ -351,7 +351,7 @@ def test_runs_with_options_that_are_gone_still_print(capsys):
 @pytest.mark.slow
 def test_the_tables_of_the_page_are_what_its_commands_print(monkeypatch):
     monkeypatch.chdir(REPO)
-    text = (REPO / "docs" / "results.md").read_text()
+    text = (REPO / "docs" / "tables.md").read_text()
     wrong = text.replace("43.8 45.7 45.6", "43.8 45.7 45.9").replace("| 27 | 1,728 |", "| 28 |")
     assert wrong != text == filled(wrong)
 

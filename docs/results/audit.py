@@ -1,11 +1,11 @@
-"""A second opinion on the numbers of README.md and docs/results.md, with numpy alone.
+"""A second opinion on the numbers of README.md, results.md and tables.md, with numpy alone.
 
     python docs/results/audit.py [FOLDER]        # another copy of the repository
 
-Nothing of lofit is imported. The lines of docs/results/*.jsonl are read anew. Every table that
-stands under a command is computed again from them, cell by cell, with the flags of the command and
+Nothing of lofit is imported. The lines of docs/results/*.jsonl are read anew. Every table of
+docs/tables.md is computed again from them, cell by cell, with the flags of the command above it and
 the labels of the row. Then the text: a number with a decimal point or a comma must be one of those
-that were recomputed for the tables of its section (in README.md and above the first table: for
+that were recomputed for the tables under the same heading (where no table is, as in README.md, of
 any table), and an interval must be one as a whole; sentences of CLAIMS are computed; ELSEWHERE
 lists what no record holds. Other whole numbers are counted, not checked. Exit code 1, and a line
 for each difference, if anything differs.
@@ -25,18 +25,17 @@ from pathlib import Path
 
 import numpy as np
 
+RESULTS, TABLES = "docs/results.md", "docs/tables.md"
 # (page, part of the heading) -> numbers of its text that come from no record
 ELSEWHERE = {
     ("README.md", "Run it"): "3.10",  # of Python
-    ("docs/results.md", "How it was"): "0.01 0.03 0.1 2.13 2.11",  # rates, versions of torch
-    ("docs/results.md", "1 and 7"): "+1.7",  # section 5 has its table
-    ("docs/results.md", "5 How"): "0.03",
-    ("docs/results.md", "8 What"): "0.03",
-    ("docs/results.md", "9 What"): "23.5 45.5 0.4.13",  # lm-evaluation-harness
-    ("docs/results.md", "What surprised"): "100.0 67.7 69.7 98.0 1.7 27.3 82.7 57.7 3.3 0.3 23.3"
+    (RESULTS, "How it was"): "0.01 0.03 0.1 2.13 2.11",  # rates, versions of torch
+    (RESULTS, "1 and 7"): "+1.7",  # section 5 has its table
+    (RESULTS, "5 How"): "0.03",
+    (RESULTS, "8 What"): "0.03",
+    (RESULTS, "9 What"): "23.5 45.5 0.4.13",  # lm-evaluation-harness
+    (RESULTS, "What surprised"): "100.0 67.7 69.7 98.0 1.7 27.3 82.7 57.7 3.3 0.3 23.3"
     " 99.3 17.7 24.6 2.5 96.2 0.0",  # weights.probes
-    ("docs/results.md", "The learning rate"): "0.005 0.01 0.03 0.1 0.3 36.8 32.6 40.0 38.9 45.3"
-    " 42.1 48.4 49.5 47.4 52.6 0.0 17.1 25.6 28.0 15.9 0.16 0.53 0.14 0.64 4.87 4.49",
 }
 FIELDS = "kind model task data seed dtype method by k heads_of select train lr_factor tested"
 FIELDS = f"{FIELDS} quantize".split()
@@ -58,7 +57,7 @@ DEFAULTS = (
     " --lora-lr 5e-4 --chosen-on --methods 'lofit 10%'"
 )
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
-TABLE = re.compile(r"```\npython -m lofit\.studies (.*?)\n```\n\n<details>.*?\n\n(\|.*?)\n\n", re.S)
+TABLE = re.compile(r"```\npython -m lofit\.studies (.*)\n```\n\n(?:[^|\n].*\n)*\n*((?:\|.*\n)+)")
 INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
 
 
@@ -468,7 +467,7 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
 
 
 def claims(records: Records) -> list[tuple[str, list[float]]]:
-    """Sentences of docs/results.md whose numbers stand in no table, and those numbers."""
+    """Sentences of results.md whose numbers stand in no table, and those numbers."""
     real, model = "--model weights/smollm2-135m-instruct --data data/real", "smollm2-135m-instruct"
     three, one, options = (
         Command(f"{study} {real}{more}", records)
@@ -524,11 +523,12 @@ def same(printed: str, found: str) -> bool:
 
 class Audit:
     def __init__(self, root: Path):
-        self.pages = {name: (root / name).read_text() for name in ("docs/results.md", "README.md")}
+        names = (TABLES, RESULTS, "README.md")
+        self.pages = {name: (root / name).read_text() for name in names}
         self.folder = root / "docs" / "results"
         self.records = Records(self.folder)
         self.wrong: list[str] = []
-        self.found: list[tuple[int, str]] = []  # (line of results.md, recomputed cell)
+        self.found: dict[str, list[str]] = {}  # heading of tables.md -> its recomputed cells
         self.in_tables = self.in_text = self.elsewhere = self.unchecked = self.gone = 0
 
     def differs(self, page: str, number: int, printed: str, found: str) -> None:
@@ -540,9 +540,14 @@ class Audit:
         if not same(printed, found or "–"):
             self.differs(page, number, f"{printed} ({column})", found or "–")
 
+    def tell(self, at: int, cell: str) -> None:
+        """A cell of tables.md was recomputed: at this character of the page."""
+        heading = re.findall(r"^## (.*)", self.pages[TABLES][:at], re.M)[-1]
+        self.found.setdefault(heading, []).append(plain(cell))
+
     def tables(self) -> None:
-        """Every table under a command of docs/results.md."""
-        page = "docs/results.md"
+        """Every table under a command of docs/tables.md."""
+        page = TABLES
         for match in TABLE.finditer(self.pages[page]):
             verdicts = match[1] == "verdicts"
             command = Verdicts(self.records) if verdicts else Command(match[1], self.records)
@@ -557,11 +562,11 @@ class Audit:
                     continue
                 for column in (column for column in header if column in found):
                     self.cell(page, number, column, row[column], found[column])
-                    self.found.append((number, found[column] or ""))
+                    self.tell(match.start(), found[column] or "")
 
     def alone(self) -> None:
         """Section 2's single heads: the two tables of the map, and the numbers of the text."""
-        name, model = "docs/results.md", "mini-llama"
+        name, model = TABLES, "mini-llama"
         page, alone = self.pages[name], np.zeros((8, 16))
         for line in (self.folder / "alone" / f"{model}.jsonl").read_text().splitlines():
             head, hits = (json.loads(line)[key] for key in ("head", "hits"))
@@ -584,9 +589,9 @@ class Audit:
                      for part in (pairs, inside)]  # fmt: skip
             first = [int((alone > alone.ravel()[grid.argmax()]).sum()) + 1 for grid in grids]
             rows[way] = [*found, " ".join(map(str, first))]
-        begin = page.index("**Every head alone")
+        begin = page.index("python -m lofit.studies.alone")
         at, told = page[:begin].count("\n") + 1, [f"{base:.9f} {100 * share:.9f}"]
-        for offset, line in enumerate(page[begin : page.index("</details>", begin)].splitlines()):
+        for offset, line in enumerate(page[begin : page.index("\n##", begin)].splitlines()):
             label, *cells = line[2:-2].split(" | ")
             if line.startswith("| ") and label in rows:
                 for printed, value in zip(cells, rows.pop(label), strict=True):
@@ -594,7 +599,7 @@ class Audit:
                     self.cell(name, at + offset, label, printed, value)
                     told.append(value)
         assert not rows, f"{name}: the tables of single heads lack {', '.join(rows)}"
-        self.found.append((at, " ".join(told)))
+        self.tell(begin, " ".join(told))
 
     def readme(self) -> None:
         """The README's table of results, and the output of its first command, whose interval comes
@@ -629,7 +634,7 @@ class Audit:
                         self.differs(page, number, printed, f"about {value:+.1f}")
 
     def sentences(self) -> None:
-        page = "docs/results.md"
+        page = RESULTS
         text = re.sub(r"\s", " ", self.pages[page])
         for pattern, values in claims(self.records):
             match = re.search(pattern, text)
@@ -649,17 +654,15 @@ class Audit:
         text = re.sub(
             r"`[^`]*`|\]\([^)]*\)|arXiv \S+|<[^>]*>", lambda m: re.sub(r"\S", "", m[0]), text
         )
-        sections = [i for i, line in enumerate(text.splitlines(), 1) if line.startswith("## ")]
-        heading = ""
+        heading = section = ""
         for number, line in enumerate(text.splitlines(), 1):
             heading = line.lstrip("# ") if line.startswith("#") else heading
+            section = line.removeprefix("## ") if line.startswith("## ") else section
             told = next((v for (p, h), v in ELSEWHERE.items() if p == page and h in heading), "")
             if page == "README.md" and re.match(r"\| (S\w+-135M|Gemma-3-270M|–)", line):
                 continue
-            begin = max((s for s in sections if s <= number), default=0)
-            end = min((s for s in sections if s > number), default=math.inf)
-            own = page == "docs/results.md" and number > min(at for at, _ in self.found)
-            cells = [plain(cell) for at, cell in self.found if not own or begin < at < end]
+            own = page != "README.md" and section != "Verdicts" and self.found.get(section)
+            cells = own or [cell for cells in self.found.values() for cell in cells]
             self.line(page, number, line, cells, told.split())
 
     def line(self, page: str, number: int, line: str, cells: list[str], told: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""The runs behind docs/results.md, one command a study."""
+"""The runs behind docs/results.md and docs/tables.md, one command a study."""

@@ -1,4 +1,4 @@
-"""The studies behind docs/results.md.
+"""The studies behind docs/results.md; docs/tables.md has all that they print.
 
     python -m lofit.studies sweep               # the table of what is recorded
     python -m lofit.studies sweep --missing     # a shell line for each run that is not
@@ -50,22 +50,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def printed(args: argparse.Namespace) -> str:
-    """A study's caption and table, of what is recorded."""
+def caption_and_table(args: argparse.Namespace) -> tuple[str, str]:
+    """Of a study, of what is recorded."""
     records = Records(args.records)
     if args.study == "verdicts":
-        return f"{verdicts.__doc__.strip()}\n\n{verdicts.table(records)}"
+        return verdicts.__doc__.strip(), verdicts.table(records)
     study = STUDIES[args.study]
     values = vars(args) | {"seeds": " ".join(map(str, args.seeds))}
     header = [title.format(**values) for title in (*study.labels, *study.columns)]
     table = markdown(header, study.table(study.rows(args), records))
-    return f"{study.about.format(**values)}.\n\n{table}"
+    return f"{study.about.format(**values)}.", table
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not getattr(args, "missing", False):
-        print(printed(args))
+        print(*caption_and_table(args), sep="\n\n")
         return
     picks = (pick for row in STUDIES[args.study].rows(args) for pick in row.picks)
     for line in missing_lines(picks, Records(args.records)):

@@ -1,9 +1,9 @@
 """Write the tables of a page: under each command of a study stands what it prints.
 
-    python -m lofit.studies.page docs/results.md
+    python -m lofit.studies.page docs/tables.md
 
-A table is everything between <details> and </details> after the command's block. It is made from
-the recorded runs; nothing is run.
+What it prints ends with a table. A caption that the page has had already is left out. All is made
+from the recorded runs; nothing is run.
 """
 
 import argparse
@@ -13,19 +13,23 @@ from pathlib import Path
 
 from lofit import errors
 from lofit.files import read_text, write
-from lofit.studies.__main__ import parse_args, printed
+from lofit.studies.__main__ import caption_and_table, parse_args
 
+# a command's block, and what stands below it up to the end of the first table
 PLACE = re.compile(
-    r"(```\npython -m lofit\.studies (.*)\n```\n\n<details><summary>.*</summary>\n)"
-    r"(?s:.*?)</details>\n"
+    r"^(```\npython -m lofit\.studies (.*)\n```\n\n)(?s:.*?)(?:^\|.*\n)+", re.MULTILINE
 )
 
 
 def filled(text: str) -> str:
     """The page with the tables that its commands print."""
+    captions = set()
 
     def table(found: re.Match) -> str:
-        return f"{found[1]}\n{printed(parse_args(shlex.split(found[2])))}\n\n</details>\n"
+        caption, rows = caption_and_table(parse_args(shlex.split(found[2])))
+        known = caption in captions
+        captions.add(caption)
+        return f"{found[1]}{'' if known else caption + chr(10) * 2}{rows}\n"
 
     return PLACE.sub(table, text)
 
@@ -34,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("page", nargs="+", type=Path, help="like docs/results.md")
+    parser.add_argument("page", nargs="+", type=Path, help="like docs/tables.md")
     for page in parser.parse_args(argv).page:
         write(page, filled(read_text(page)))
 

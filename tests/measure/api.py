@@ -13,6 +13,23 @@ import lofit
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 START = """# What `import lofit` exports
 
+After the README's first commands:
+
+```python
+import torch
+from lofit import attach_offsets, edits_off, load_model, load_offsets, load_tokenizer
+
+model, tokenizer = load_model("weights/mini-llama"), load_tokenizer("weights/mini-llama")
+ids = torch.tensor([tokenizer.encode("Q: What is the capital of Braviland? A:")])
+logits = model(ids)  # [batch, position, vocab]
+load_offsets("runs/mini-llama/mquake", model)
+tuned = model(ids)
+with edits_off(model):  # the base model again, bit for bit
+    assert torch.equal(model(ids), logits)
+# one offset of your own, on head 3 of layer 5; train the parameters as you like
+parameters = attach_offsets(model, [(5, 3)], torch.zeros(1, model.config.head_dim))
+```
+
 Made from the docstrings by `python tests/measure/api.py`. Shapes are in square brackets.
 """
 
