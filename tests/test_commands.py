@@ -23,7 +23,8 @@ ELSEWHERE = [
     r"gpu\.py all --device cpu",  # test_gpu
     r"^python (select_heads|train|eval)\.py",  # test_readme
     # test_studies prints the whole page
-    r"lofit\.studies (tasks|heads|transfer|methods|data|forgets|layers|sweep --model|quantized)",
+    r"lofit\.studies (tasks|heads|transfer|methods|data|forgets|layers|sweep --model)",
+    r"lofit\.studies (rules|quantized)",
 ]
 RUN = "runs/mini-llama/mquake"
 HERE = dict.fromkeys(

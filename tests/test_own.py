@@ -287,6 +287,7 @@ def test_a_cheap_rule_is_scored(flags, tmp_path, capsys):
     eval_script.main([*flags, "--base-only"])
     results = json.loads((tmp_path / "run" / "results-base.json").read_text())
     assert results["rules"] == {"the cheap rule": 0.5}
+    assert results["rule_scores"] == {"the cheap rule": [1, 1, 0, 0]}
     assert "the cheap rule would score 50.0%" in capsys.readouterr().out
 
 

@@ -142,7 +142,18 @@ def test_tasks_has_a_row_a_metric_and_the_always_one_answer_score(study, tmp_pat
     assert rows[0]["random heads"] == f"{100 * drawn['tuned']['em']:.1f}"
     assert set(drawn["given"]) == {"base", "tuned"} and drawn["always"]["answer"] == "country"
     assert scripts(calls).count("train.py") == 6 and scripts(calls).count("eval.py") == 8
+    # a cheap rule's items and the others
+    lines = [x for x in map(json.loads, path.open()) if x["task"] == "mquake"]
+    (rule,) = next(x for x in lines if x["kind"] == "base")["rule_scores"].values()
+    hits = next(x for x in lines if x.get("by") == "random")["hits"]["em_stripped"]
+    (row,), calls = study("rules", "--methods", "random 2", tasks=("mquake",))
+    for column, digit in (("rule right", "1"), ("rule wrong", "0")):
+        mine = [int(hit) for hit, r in zip(hits, rule, strict=True) if r == digit]
+        assert row[column] == f"{100 * sum(mine) / len(mine):.1f} ({len(mine)} items)"
+    assert not calls
+    lines = [x for x in map(json.loads, path.open()) if x["task"] == str(tmp_path)]
     # each row is of its own metric
+    lora = next(x for x in lines if x.get("method") == "lora")
     lora["hits"] |= {"em": "1111", "accuracy": "0000"}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows, _ = study("tasks", "--heads", "2", tasks=(str(tmp_path),))
@@ -394,7 +405,7 @@ def test_a_seed_that_comes_twice_is_one_run():
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [("heads --draws 0", "expected"), ("data --methods x", 'x: expected "lofit K", lora')],
+    [("heads --draws 0", "expected"), ("data --methods x", 'x: expected "lofit K", "random K", lora')],
 )
 def test_flags_that_make_no_sense(flags, expected, capsys):
     with pytest.raises(SystemExit, match="2"):

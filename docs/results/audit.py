@@ -271,7 +271,8 @@ class Command:
                 self.flags[name] = []
             else:
                 self.flags[name].append(word)
-        factors = [1.0] if self.study in ("sweep", "tasks", "quantized") else [0.3, 1.0, 3.0]
+        once = ("sweep", "tasks", "rules", "quantized")
+        factors = [1.0] if self.study in once else [0.3, 1.0, 3.0]
         self.factors = [float(x) for x in self.flags.get("lr-factors", factors)]
         self.seeds = [int(seed) for seed in self.flags["seeds"]]
 
@@ -310,8 +311,9 @@ class Command:
 
     def method(self, model, task, name, more="", **test) -> list[dict]:
         name, _, k = name.partition(" ")
-        if name == "lofit":
-            return self.lofit(model, task, "scales", k, more=more, **test)
+        if name in ("lofit", "random"):
+            by = {"lofit": "scales"}.get(name, name)
+            return self.lofit(model, task, by, k, more=more, **test)
         flag, *values = TRIED[name].split()
         more = f"{more} --top {k}".strip() if k else more
         if flag == "--lr":
@@ -429,6 +431,14 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
         found["− float32"] = None if ours == others else c.less(ours, others)
         less = None if ours == others else c.less(others, ours)
         return found | {f"{first} − it": less, "LoFiT − it": less}
+    if c.study == "rules":
+        ours, found = c.records.done(c.method(model, task, row["method"])), {}
+        for column, hit in (("rule right", "1"), ("rule wrong", "0")):
+            (rule,) = c.records.base(ours[0])["rule_scores"].values()
+            chosen = np.array(list(rule)) == hit
+            share = 100 * c.records.hits(ours)[:, chosen].mean()
+            found[column] = f"{share:.9f} ({chosen.sum()} items)"
+        return found
     if c.study == "tasks":
         ours, drawn = c.lofit(model, task, by, k), c.lofit(model, task, "random", k)
         lora = c.run(model, task, method="lora")

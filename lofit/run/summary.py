@@ -165,14 +165,15 @@ def _given(task: Task, example: Example, row: dict) -> str:
 
 
 def by_rule(task: Task, examples: list[Example]) -> dict:
-    """What the task's cheap rules would score: {"rules": {name: mean}}; empty without rules. Where
-    a rule has no answer it is wrong."""
+    """What the task's cheap rules would score: {"rules": {name: mean}, "rule_scores": {name: of
+    each example}}; empty without rules. Where a rule has no answer it is wrong."""
     found: dict[str, list[float]] = {}
-    for example in examples:
+    for i, example in enumerate(examples):
         for name, answer in example.rules:
-            found.setdefault(name, []).append(task.score(answer, example)[task.metrics[0]])
-    shares = {name: sum(scores) / len(examples) for name, scores in found.items()}
-    return {"rules": shares} if shares else {}
+            scores = found.setdefault(name, [0.0] * len(examples))
+            scores[i] = task.score(answer, example)[task.metrics[0]]
+    means = {name: mean(scores) for name, scores in found.items()}
+    return {"rules": means, "rule_scores": found} if found else {}
 
 
 def by_group(

@@ -4,8 +4,8 @@
     python -m lofit.studies sweep --missing     # a shell line for each run that is not
     python -m lofit.studies heads --model weights/mini-llama --task mquake
 
-Studies: sweep, heads, methods, tasks, data, transfer, forgets, quantized, layers; verdicts compares
-runs.
+Studies: sweep, heads, methods, tasks, data, transfer, forgets, rules, quantized, layers; verdicts
+compares runs.
 docs/results/README.md says how to run the lines.
 """
 
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         arg("--data", default="data/mini")
         arg("--seeds", nargs="+", type=int, default=[42, 43, 44])
         arg("--dtype", default="float32", help="of the base model's weights (default: %(default)s)")
-        factors = [1.0] if name in ("sweep", "tasks", "quantized") else [0.3, 1.0, 3.0]
+        factors = [1.0] if name in ("sweep", "tasks", "rules", "quantized") else [0.3, 1.0, 3.0]
         arg("--lr-factors", nargs="+", type=float, default=factors,
             help="of the recipe's offset lr: the first seed's best on validation")  # fmt: skip
         for script in ("select", "train"):

@@ -13,6 +13,7 @@ from lofit.studies.tables import NONE, Cells, Row
 from lofit.tasks import find_tasks, main_metric
 
 DRAWN = ("random", "spread")  # ways of choosing that draw heads; the second is only recorded
+OURS = {"lofit": "scales", "random": "random"}  # methods that train offsets on K heads
 # of train.py --method: the flag, as the records have it (--alpha is --strength), and what is tried
 BASELINES = {
     "lora": ("--lr", ["1e-4", "5e-4", "2e-3"]),
@@ -59,11 +60,11 @@ def lofit(args, model, task, by, k, seeds=(), more="", heads_of="") -> Pick:
 
 
 def method(args, model, task, name, more="", chosen_on="") -> Pick:
-    """ "lofit K", or a baseline ("post_block K" of K layers) with each strength or learning rate,
-    for each seed. chosen_on: the task whose validation chooses a learning rate."""
+    """ "lofit K", "random K", or a baseline ("post_block K" of K layers) with each strength or
+    learning rate, for each seed. chosen_on: the task whose validation chooses a learning rate."""
     name, _, k = name.partition(" ")
-    if name == "lofit":
-        return lofit(args, model, task, "scales", k, more=more)
+    if name in OURS:
+        return lofit(args, model, task, OURS[name], k, more=more)
     flag, values = BASELINES[name]
     more = f"{more} --top {k}" if k else more
     if flag == "--lr":
@@ -76,8 +77,9 @@ def method(args, model, task, name, more="", chosen_on="") -> Pick:
 
 def known_method(text: str) -> str:
     """For argparse."""
-    if text not in BASELINES and text.partition(" ")[0] not in ("lofit", "post_block"):
-        raise argparse.ArgumentTypeError(f'{text}: expected "lofit K", {", ".join(BASELINES)}')
+    if text not in BASELINES and text.partition(" ")[0] not in (*OURS, "post_block"):
+        expected = f'"lofit K", "random K", {", ".join(BASELINES)}'
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
     return text
 
 
@@ -160,6 +162,11 @@ def forgets_rows(args) -> Iterable[Row]:
             yield Row(labels, asked(pick, other), asked(first, other), text)
 
 
+def rules_rows(args) -> Iterable[Row]:
+    for model, task, name in itertools.product(args.model, args.task, args.methods):
+        yield Row([*names(model, task), name], method(args, model, task, name), None)
+
+
 def quantized_rows(args) -> Iterable[Row]:
     for model, task, name in itertools.product(args.model, args.task, args.methods):
         whole = method(args, model, task, name)
@@ -181,7 +188,11 @@ SCORE = "mean (points above the base [interval]): each run of seeds {seeds}"
 LR = "lr: the first seed's best on validation"
 HEADS = {"default": "10%", "help": "how many heads (default: 10%%)"}
 BY = {"default": "scales", "help": "the way of choosing heads"}
-METHODS = {"nargs": "+", "type": known_method, "help": f'"lofit K", {", ".join(BASELINES)}'}
+METHODS = {
+    "nargs": "+",
+    "type": known_method,
+    "help": f'"lofit K", "random K", {", ".join(BASELINES)}',
+}
 STUDIES = {
     "sweep": Study(
         f"Heads by {{by}} beside as many random ones, test split: {SCORE}",
@@ -258,6 +269,14 @@ STUDIES = {
         {"--methods": METHODS | {"default": ["lofit 3%", "lofit 10%", "lofit all", "lora", "red"]},
          "--tuned": {"nargs": "+", "help": "tasks (default: all)"},
          "--text": {"help": "a file of plain text instead of prompts, one text a line"}},
+    ),
+    "rules": Study(
+        "Percent right of the items that the task's cheap rule gets right, and of the others; test"
+        " split, mean of the seeds {seeds}",
+        ["model", "task", "method"],
+        {"rule right": lambda c: c.where_rule(True), "rule wrong": lambda c: c.where_rule(False)},
+        rules_rows,
+        {"--methods": METHODS | {"default": ["lofit 10%", "random 10%", "lofit all", *BASELINES]}},
     ),
     "quantized": Study(
         f"The base model's weights as they are and in 4 bits (NF4), test split: {SCORE}",

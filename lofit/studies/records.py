@@ -221,6 +221,9 @@ def of_evaluation(files: list[dict], paths: list[Path]) -> dict:
     if len(files) == 1:
         more = ("always", "given", "groups", "clusters", "rules")
         kept |= {key: files[0][key] for key in more if key in files[0]}
+        if "rule_scores" in files[0]:
+            scores = files[0]["rule_scores"]
+            kept["rule_scores"] = {name: pack(each) for name, each in scores.items()}
     who = "tuned" if "tuned" in whos else "base"
     return kept | {"hits": {m: pack([line[who][m] for line in lines]) for m in metrics}}
 
