@@ -405,7 +405,10 @@ def test_a_seed_that_comes_twice_is_one_run():
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [("heads --draws 0", "expected"), ("data --methods x", 'x: expected "lofit K", "random K", lora')],
+    [
+        ("heads --draws 0", "expected"),
+        ("data --methods x", 'x: expected "lofit K", "random K", lora'),
+    ],
 )
 def test_flags_that_make_no_sense(flags, expected, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -23,6 +23,7 @@ BASELINES = {
     "iti": ("--alpha", ["5", "15", "30"]),
     "repe": ("--alpha", ["0.5", "2", "8"]),
 }
+LAYERED = ("lora", "red", "bias", "post_block")  # baselines that may have K layers instead of all
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def lofit(args, model, task, by, k, seeds=(), more="", heads_of="") -> Pick:
 
 
 def method(args, model, task, name, more="", chosen_on="") -> Pick:
-    """ "lofit K", "random K", or a baseline ("post_block K" of K layers) with each strength or
+    """ "lofit K", "random K", or a baseline (or "red K", of K layers) with each strength or
     learning rate, for each seed. chosen_on: the task whose validation chooses a learning rate."""
     name, _, k = name.partition(" ")
     if name in OURS:
@@ -77,8 +78,8 @@ def method(args, model, task, name, more="", chosen_on="") -> Pick:
 
 def known_method(text: str) -> str:
     """For argparse."""
-    if text not in BASELINES and text.partition(" ")[0] not in (*OURS, "post_block"):
-        expected = f'"lofit K", "random K", {", ".join(BASELINES)}'
+    if text not in BASELINES and text.partition(" ")[0] not in (*OURS, *LAYERED):
+        expected = f'"lofit K", "random K", {", ".join(BASELINES)}, or "red K" of K layers'
         raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
     return text
 
@@ -191,7 +192,7 @@ BY = {"default": "scales", "help": "the way of choosing heads"}
 METHODS = {
     "nargs": "+",
     "type": known_method,
-    "help": f'"lofit K", "random K", {", ".join(BASELINES)}',
+    "help": f'"lofit K", "random K", {", ".join(BASELINES)}, or "red K" of K layers',
 }
 STUDIES = {
     "sweep": Study(
