@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import REPO
 
 RESULTS, TABLES = "docs/results.md", "docs/tables.md"
@@ -30,6 +31,7 @@ def test_the_pages_say_what_the_records_say():
     assert int(lines[-1].split()[0]) > 1000
 
 
+@pytest.mark.slow
 def test_altered_numbers_are_found(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "results").symlink_to(REPO / "docs" / "results")

@@ -84,6 +84,7 @@ def test_configs(tmp_path):
         holds(lambda: ModelConfig.from_file(path))
 
 
+@pytest.mark.slow
 def test_heads_and_offsets(tiny_folder, tmp_path):
     draw, run = random.Random(2), tmp_path / "run"
     model = make_run(run, tiny_folder)
@@ -115,6 +116,7 @@ def test_heads_and_offsets(tiny_folder, tmp_path):
         holds(lambda: read_results(tuned))
 
 
+@pytest.mark.slow
 def test_weights_and_tokenizers(tiny_folder, tmp_path):
     draw, folder = random.Random(3), tmp_path / "bad"
     (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')

@@ -17,6 +17,7 @@ from lofit.inspect import memory
 from lofit.llm.batches import IGNORE
 
 
+@pytest.mark.slow
 def test_a_late_part_and_a_failing_one_stop_no_other(tmp_path, monkeypatch, capsys):
     endless = "import os, time; os.fork(); print('begun', flush=True); time.sleep(600)"
     commands = {

@@ -124,6 +124,7 @@ def stop_after_an_epoch() -> None:
     train.save_epoch = stop
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_those_of_one_process(tiny_folder):
     group = start_group(2, ("test_parallel", [str(tiny_folder)]))
     want = losses(load_model(tiny_folder), load_tokenizer(tiny_folder))

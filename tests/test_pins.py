@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, MINI, difference
+from conftest import GOLDEN, MINI, difference, slow_but
 from safetensors.torch import load_file
 
 import eval as eval_script
@@ -18,7 +18,7 @@ CLOSE = 1e-3  # of the largest value
 EPOCHS = {"mquake": "3", "layer 4": "3"}  # of training; the others 2, as of every selection
 
 
-@pytest.mark.parametrize("name", PINS)
+@pytest.mark.parametrize("name", slow_but(["mquake"], PINS))
 def test_heads_offsets_and_answers_are_those_that_were_recorded(name, small_data, tmp_path):
     pin, run, own = PINS[name], tmp_path / "run", tmp_path / "own.json"
     flags = ["--model", str(MINI), "--data", str(small_data), "--dtype", "float32"]

@@ -77,6 +77,7 @@ def test_processes_meet_in_one_file_and_arguments_stay_at_the_door():
     assert taken == {"run/arguments.py", "run/setup.py"}
 
 
+@pytest.mark.slow
 def test_what_is_loaded_with_the_language_model_and_with_training():
     """The model alone knows no method; training loads nothing that its flags do not ask for."""
     show = "print(*[m for m in sys.modules if m.startswith('lofit')])"
