@@ -33,8 +33,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg = parser.add_argument
     arg("--heads", help="which heads: another run's folder, a JSON file, random, or all"
         " (default: those of this run's heads.json)")  # fmt: skip
-    arg("--top", help="how many of these heads, or at random: a number or a share like 3%%"
-        " (default: the recipe's)")  # fmt: skip
+    arg("--top", help="how many of these heads, or at random, or of a baseline's layers: a number"
+        " or a share like 3%% (default: the recipe's heads, all layers)")  # fmt: skip
     arg("--method", choices=METHODS, default="lofit", help="LoFiT, or a baseline"
         " (default: %(default)s)")  # fmt: skip
     arg("--strength", type=positive, help="of the vectors of iti and repe, which learn nothing")
