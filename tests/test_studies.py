@@ -316,12 +316,12 @@ def test_recorded_tables_print_without_a_checkpoint(capsys, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)  # where no weights lie
     real = "--model weights/smollm2-135m-instruct --data data/real --task mquake"
     rows = recorded(f"methods {real} --methods lora repe --heads 10% 3%", capsys)
-    assert [row["chosen"].split()[0] for row in rows] == ["lr0.03", "recipe", "lr5e-4", "alpha0.5"]
+    assert [row["chosen"].split()[0] for row in rows] == ["lr0.03", "lr0.1", "lr5e-4", "alpha0.5"]
     assert re.fullmatch(r"43\.9% \(\+43\.7 \[.*\]\): 44\.7 43\.8 43\.3", rows[0]["score"])
     assert (rows[0]["seconds"], rows[2]["values"]) == ("212", "460,800")
     flags = "--methods red iti --heads 10% --chosen-on mquake --seeds 42 --lr-factors 1"
     rows = recorded(f"methods {real.replace('mquake', 'truthfulqa')} {flags}", capsys)
-    assert [row["chosen"] for row in rows] == ["recipe", "lr5e-3 (of mquake)", "alpha5"]
+    assert [row["chosen"] for row in rows] == ["lr0.03", "lr5e-3 (of mquake)", "alpha5"]
     assert rows[1]["score"].endswith(": 36.1")
     rows = recorded(f"forgets {real} truthfulqa --tuned mquake --methods lora", capsys)
     assert rows[0]["loss of text"].startswith("4.194 → 4.476 [+0.")

@@ -5,10 +5,10 @@
 Nothing of lofit is imported. The lines of docs/results/*.jsonl are read anew. Every table of
 docs/tables.md is computed again from them, cell by cell, with the flags of the command above it and
 the labels of the row. Then the text: a number with a decimal point or a comma must be one of those
-that were recomputed for the tables under the same heading (where no table is, as in README.md, of
-any table), and an interval must be one as a whole; sentences of CLAIMS are computed; ELSEWHERE
-lists what no record holds. Other whole numbers are counted, not checked. Exit code 1, and a line
-for each difference, if anything differs.
+that were recomputed for the tables under the same heading or for the verdicts (where no table is,
+as in README.md, of any table), and an interval must be one as a whole; sentences of CLAIMS are
+computed; ELSEWHERE lists what no record holds. Other whole numbers are counted, not checked. Exit
+code 1, and a line for each difference, if anything differs.
 """
 
 import argparse
@@ -166,6 +166,11 @@ class Records:
         hits = self.base(run)["hits"][metric or metric_of(run)]
         return np.array([[float(hit) for hit in hits]])
 
+    def by_rule(self, run: dict) -> np.ndarray:
+        """The items' scores by the cheap rule of a run's task, as one run."""
+        (hits,) = self.base(run)["rule_scores"].values()
+        return np.array([[float(hit) for hit in hits]])
+
     def compare(self, ones: list[dict], others: list[dict] | None, metric="", borrowed=(None,) * 2):
         """others None: the base model, which does not vary."""
         other = self.of_base(ones[0], metric) if others is None else self.hits(others, metric)
@@ -202,7 +207,9 @@ class Verdicts:
             return self.which(model, task=task, method=name, train=flags)
         every = label.startswith("all heads")
         by = "all" if every else "gradient" if "gradients" in label else "scales"
-        wanted = {"task": task, "method": "lofit", "by": by, "k": "all" if every else "10%"}
+        share = re.match(r"(\d+) %", label)  # else it says whose heads
+        k = "all" if every else f"{share[1]}%" if share else "10%"
+        wanted = {"task": task, "method": "lofit", "by": by, "k": k}
         if found := re.search(r"(\d+) examples", label):
             wanted |= {"train": f"--n-train {found[1]}"}
             wanted |= {} if every else {"select": wanted["train"]}
@@ -234,9 +241,16 @@ class Verdicts:
     def expected(self, row: dict) -> dict[str, str]:
         if row["claim"] == "2":
             return {"LoFiT − other": self.pooled(row["LoFiT"].startswith("7 or more"))}
-        task, base = row["task"].split()[0], row["the other"] == "base model"
+        task, versus = row["task"].split()[0], row["the other"]
         ours = self.side(row["model"], task, row["LoFiT"])
-        theirs = None if base else self.side(row["model"], task, row["the other"])
+        if versus == "cheap rule":
+            other = self.records.by_rule(ours[0])
+            groups = self.records.base(ours[0]).get("clusters")
+            found = said(*difference(self.records.hits(ours), other, groups)[:2])
+            means = 100 * self.records.hits(ours).mean(), 100 * other.mean()
+            return {"percent": "{:.9f} and {:.9f}".format(*means), "LoFiT − other": found}
+        base = versus == "base model"
+        theirs = None if base else self.side(row["model"], task, versus)
         other = self.records.of_base(ours[0]) if base else self.records.hits(theirs)
         means = 100 * self.records.hits(ours).mean(), 100 * other.mean()
         return {
@@ -364,10 +378,10 @@ class Command:
         words = []
         for run in self.records.done(runs):
             rate = f"lr{self.records.get(run)['settings'].get('lr', 0):.3g}"
-            ours = "recipe" if run.get("lr_factor") == 1 else rate
             flags = "".join(run["train"].split()[-2:]).removeprefix("--")
-            words.append(ours if run["method"] == "lofit" else flags)
-        if self.one("chosen-on") and words and words[0].startswith("lr"):
+            words.append(rate if run["method"] == "lofit" else flags)
+        ours = runs[0]["method"] == "lofit"
+        if self.one("chosen-on") and words and words[0].startswith("lr") and not ours:
             words.append(f"(of {self.one('chosen-on')})")
         return " ".join(words) or None
 
@@ -434,10 +448,12 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
     if c.study == "rules":
         ours, found = c.records.done(c.method(model, task, row["method"])), {}
         for column, hit in (("rule right", "1"), ("rule wrong", "0")):
-            (rule,) = c.records.base(ours[0])["rule_scores"].values()
-            chosen = np.array(list(rule)) == hit
+            chosen = c.records.by_rule(ours[0])[0] == float(hit)
             share = 100 * c.records.hits(ours)[:, chosen].mean()
             found[column] = f"{share:.9f} ({chosen.sum()} items)"
+        rule, groups = c.records.by_rule(ours[0]), c.records.base(ours[0]).get("clusters")
+        less = said(*difference(c.records.hits(ours), rule, groups)[:2]) + "°" * (len(ours) == 1)
+        found |= {"score": c.mean(ours), "rule": f"{100 * rule.mean():.9f}", "it − rule": less}
         return found
     if c.study == "tasks":
         ours, drawn = c.lofit(model, task, by, k), c.lofit(model, task, "random", k)
@@ -586,7 +602,10 @@ class Audit:
             else:
                 base = score
         of_layer = alone.mean(1, keepdims=True)
-        share = np.broadcast_to(of_layer, alone.shape).var() / alone.var()
+        share, above = (
+            np.broadcast_to(part.mean(1, keepdims=True), part.shape).var() / part.var()
+            for part in (alone, alone[1:])
+        )
         rows = {str(i): ["16", row.mean(), row.min(), row.max()] for i, row in enumerate(alone)}
         others = (alone.sum(1, keepdims=True) - alone) / 15
         rows["layer alone"] = [np.corrcoef(ranks(others), ranks(alone))[0, 1], "–", "–"]
@@ -600,7 +619,7 @@ class Audit:
             first = [int((alone > alone.ravel()[grid.argmax()]).sum()) + 1 for grid in grids]
             rows[way] = [*found, " ".join(map(str, first))]
         begin = page.index("python -m lofit.studies.alone")
-        at, told = page[:begin].count("\n") + 1, [f"{base:.9f} {100 * share:.9f}"]
+        at, told = page[:begin].count("\n") + 1, [f"{base:.9f} {100 * share:.9f} {100 * above:.9f}"]
         for offset, line in enumerate(page[begin : page.index("\n##", begin)].splitlines()):
             label, *cells = line[2:-2].split(" | ")
             if line.startswith("| ") and label in rows:
@@ -657,7 +676,7 @@ class Audit:
 
     def text(self, page: str) -> None:
         """The numbers of a page's text, against what was recomputed for its section."""
-        of_claims = "|".join(pattern for pattern, _ in claims(self.records))
+        of_claims = "|".join(pattern for pattern, _ in claims(self.records)).replace(" ", r"\s+")
         text = re.sub(of_claims, lambda m: re.sub(r"[\d.]+", " ", m[0]), plain(self.pages[page]))
         text = TABLE.sub(lambda m: "\n" * m[0].count("\n"), text)
         text = re.sub(r"^```.*?^```", lambda m: "\n" * m[0].count("\n"), text, flags=re.S | re.M)
@@ -672,7 +691,8 @@ class Audit:
             if page == "README.md" and re.match(r"\| (S\w+-135M|Gemma-3-270M|–)", line):
                 continue
             own = page != "README.md" and section != "Verdicts" and self.found.get(section)
-            cells = own or [cell for cells in self.found.values() for cell in cells]
+            every = [cell for cells in self.found.values() for cell in cells]
+            cells = own + self.found["Verdicts"] if own else every
             self.line(page, number, line, cells, told.split())
 
     def line(self, page: str, number: int, line: str, cells: list[str], told: list[str]) -> None:

@@ -124,7 +124,13 @@ def main(argv: list[str] | None = None) -> None:
         f" model has {base:.1%}\n"
     )
     print(markdown(["layer", "heads", "mean", "lowest", "highest"], layer_rows(alone)))
-    print(f"\nOf the variance between heads {share_of_layers(alone):.0%} lies between layers.\n")
+    shares = share_of_layers(alone), share_of_layers(alone[1:])
+    print(
+        "\nOf the variance between heads {:.0%} lies between layers, without layer 0 {:.0%}.\n"
+        "Then the rank correlation of a way's scores with this map; the same when the mean of its\n"
+        "layer is taken from each head; and the place in this map of the head that each seed ranks"
+        " first.\n".format(*shares)
+    )
     header = ["scored by", "rank correlation", "inside a layer", "place of its first head"]
     print(markdown(header, way_rows(alone, chosen)))
     if args.out:

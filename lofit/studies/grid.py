@@ -186,7 +186,7 @@ def layers_rows(args) -> Iterable[Row]:
 # Studies
 
 SCORE = "mean (points above the base [interval]): each run of seeds {seeds}"
-LR = "lr: the first seed's best on validation"
+LR = "where several were tried the first seed's best on validation"
 HEADS = {"default": "10%", "help": "how many heads (default: 10%%)"}
 BY = {"default": "scales", "help": "the way of choosing heads"}
 METHODS = {
@@ -207,7 +207,7 @@ STUDIES = {
     ),
     "heads": Study(
         f"Test split: {SCORE}, of {{draws}} seeds where heads are drawn; ± runs: their standard"
-        f" deviation, in points; {LR}",
+        f" deviation, in points; lr: {LR}",
         ["model", "task", "heads", "chosen by"],
         {"score": lambda c: c.score(c.ours), "− random": lambda c: c.minus(c.ours, c.other),
          "± runs": Cells.spread, "lr": Cells.chosen},
@@ -217,8 +217,8 @@ STUDIES = {
          "--draws": {"type": natural, "default": 5}},
     ),
     "methods": Study(
-        f"Test split: {SCORE}; chosen: learning rate or strength, the first seed's best on"
-        " validation; seconds: the quickest selection and training",
+        f"Test split: {SCORE}; chosen: the learning rate or strength of each run, {LR}; seconds: of"
+        " the quickest selection and training",
         ["model", "task", "method"],
         {"values": lambda c: c.values(c.ours), "seconds": Cells.seconds,
          "score": lambda c: c.score(c.ours), "LoFiT − it": lambda c: c.minus(c.other, c.ours),
@@ -242,8 +242,8 @@ STUDIES = {
         {"--heads": HEADS, "--by": BY, "--lora-lr": {"default": "5e-4", "help": "of LoRA"}},
     ),
     "data": Study(
-        f"Test split: {SCORE}. Heads are selected for each number of examples; learning rates on"
-        " the whole validation split, with the first seed",
+        f"Test split: {SCORE}. Heads are selected for each number of examples; chosen: the learning"
+        f" rate of each run, {LR}",
         ["model", "task", "examples", "method"],
         {"score": lambda c: c.score(c.ours),
          "{methods[0]} − it": lambda c: c.minus(c.other, c.ours),
@@ -272,10 +272,12 @@ STUDIES = {
          "--text": {"help": "a file of plain text instead of prompts, one text a line"}},
     ),
     "rules": Study(
-        "Percent right of the items that the task's cheap rule gets right, and of the others; test"
-        " split, mean of the seeds {seeds}",
+        "Percent right beside the task's cheap rule, their difference in points [interval]; then of"
+        " the items that the rule gets right, and of the others. Test split, mean of the seeds"
+        " {seeds}",
         ["model", "task", "method"],
-        {"rule right": lambda c: c.where_rule(True), "rule wrong": lambda c: c.where_rule(False)},
+        {"score": lambda c: c.mean(c.ours), "rule": Cells.rule_score, "it − rule": Cells.minus_rule,
+         "rule right": lambda c: c.where_rule(True), "rule wrong": lambda c: c.where_rule(False)},
         rules_rows,
         {"--methods": METHODS | {"default": ["lofit 10%", "random 10%", "lofit all", *BASELINES]}},
     ),
@@ -288,8 +290,10 @@ STUDIES = {
         {"--methods": METHODS | {"default": ["lofit 10%"]}},
     ),
     "layers": Study(
-        "{heads} of heads by {by}, seeds {seeds}: their layers; the share that two selections have"
-        " in common (by chance {heads}), and the rank correlation of all heads' scores",
+        "{heads} of heads by {by}, seeds {seeds}: the mean layer of a task's heads, the first and"
+        " the last; the share that its selections have in common with those of the task beside it"
+        " (beside itself: of its seeds and folds; by chance {heads}), and the rank correlation of"
+        " all heads' scores",
         ["model", "heads", "task", "beside"],
         {"mean layer": Cells.mean_layer, "layers": Cells.span, "shared": Cells.shared,
          "correlation": Cells.correlation},

@@ -2,8 +2,8 @@
 
     python -m lofit.studies.page docs/tables.md
 
-What it prints ends with a table. A caption that the page has had already is left out. All is made
-from the recorded runs; nothing is run.
+What it prints ends with a table. A caption that stands above the last table too is left out. All is
+made from the recorded runs; nothing is run.
 """
 
 import argparse
@@ -23,13 +23,13 @@ PLACE = re.compile(
 
 def filled(text: str) -> str:
     """The page with the tables that its commands print."""
-    captions = set()
+    last = ""
 
     def table(found: re.Match) -> str:
+        nonlocal last
         caption, rows = caption_and_table(parse_args(shlex.split(found[2])))
-        known = caption in captions
-        captions.add(caption)
-        return f"{found[1]}{'' if known else caption + chr(10) * 2}{rows}\n"
+        above, last = "" if caption == last else f"{caption}\n\n", caption
+        return f"{found[1]}{above}{rows}\n"
 
     return PLACE.sub(table, text)
 

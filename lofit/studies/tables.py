@@ -49,14 +49,24 @@ def means_of(records: Records, runs: list[Run], metric: str = "") -> list[float]
     return [mean(items) for items in scores_of(records, runs, metric)]
 
 
+def by_rule(records: Records, run: Run) -> list[float]:
+    """The items' scores by the cheap rule of the task that a run was tested on; [] without one."""
+    found = records.of(run.base).get("rule_scores", {})
+    return unpack(next(iter(found.values()))) if found else []
+
+
 def compared(
-    records: Records, ones: list[Run], others: list[Run], metric: str = "",
+    records: Records, ones: list[Run], others: list[Run] | None, metric: str = "",
     borrowed: Sequence[Spread | None] = (None, None),
 ) -> Difference:  # fmt: skip
-    """others: empty for the base model, which does not vary."""
+    """others: empty for the base model, None for the cheap rule; neither varies."""
     base = ones[0].base
-    sides = (scores_of(records, runs, metric) for runs in (ones, others or [base]))
-    return difference(*sides, records.of(base).get("clusters"), borrowed)
+    ours = scores_of(records, ones, metric)
+    if others is None:
+        theirs = [by_rule(records, ones[0])]
+    else:
+        theirs = scores_of(records, others or [base], metric)
+    return difference(ours, theirs, records.of(base).get("clusters"), borrowed)
 
 
 def ends(found: Difference, say: Callable[[float], str]) -> str:
@@ -116,15 +126,24 @@ class Cells:
         found = self.records.of(self.row.ours.tried[0].base).get("always")
         return f"{100 * found['share']:.1f}" if found else ""
 
+    def rule(self) -> list[float]:
+        return by_rule(self.records, self.ours[0]) if self.ours else []
+
+    def rule_score(self) -> str:
+        return f"{100 * mean(self.rule()):.1f}" if self.rule() else ""
+
+    def minus_rule(self) -> str:
+        found = compared(self.records, self.ours, None, self.metric) if self.rule() else None
+        return said(found) + ONE_RUN * (len(self.ours) == 1) if found else ""
+
     def where_rule(self, right: bool) -> str:
         """ "86.9 (311 items)": the mean of the items on which the cheap rule is right, or wrong."""
-        of_base = self.records.of(self.ours[0].base) if self.ours else {}
-        for hits in of_base.get("rule_scores", {}).values():
-            chosen = [i for i, hit in enumerate(unpack(hits)) if (hit > 0) == right]
-            every = scores_of(self.records, self.ours, self.metric)
-            found = mean([mean([items[i] for i in chosen]) for items in every])
-            return f"{100 * found:.1f} ({len(chosen)} items)"
-        return ""
+        chosen = [i for i, hit in enumerate(self.rule()) if (hit > 0) == right]
+        if not chosen:
+            return ""
+        every = scores_of(self.records, self.ours, self.metric)
+        found = mean([mean([items[i] for i in chosen]) for items in every])
+        return f"{100 * found:.1f} ({len(chosen)} items)"
 
     def spread(self) -> str:
         """The standard deviation of the runs' means, in points."""
@@ -146,12 +165,12 @@ class Cells:
         return f"{min(both):.0f}" if both else ""
 
     def chosen(self) -> str:
-        """What was chosen on validation, for each run; and on which task's, if it is another."""
+        """The learning rate or strength of each run; and on which task's validation it was chosen,
+        if it is another."""
         words, chooser = [], self.row.ours.tried[0].task
         for run in self.ours:
             if run.method == "lofit":
-                lr = self.records.of(run)["settings"]["lr"]
-                words.append("recipe" if run.lr_factor == 1 else f"lr{lr:.3g}")
+                words.append(f"lr{self.records.of(run)['settings']['lr']:.3g}")
             else:
                 words.append("".join(run.train.split()[-2:]).removeprefix("--"))
         words += [f"(of {chooser})"] if any(run.task != chooser for run in self.ours) else []

@@ -1,5 +1,5 @@
 """LoFiT − the other, in points, on the paper's splits of the real models. Intervals (95 %) count
-what is independent: edits of MQuAKE, stories, questions, and runs. A side with one run (°) borrows
+what is independent: edits of MQuAKE, stories, questions, and runs. A side with one run borrows
 how runs vary from LoFiT's own runs with seven heads or more. p is corrected for the number of
 comparisons (Holm). Claim 2 is pooled (random effects) over test sets, a model's task each, from
 cells of several runs a side. Several numbers of heads share the items and the selections of a test
@@ -48,11 +48,15 @@ def baseline(name: str, *flags: str) -> Side:
 
 
 LOFIT, EVERY = Side("10 %", TEN), Side("all heads", ALL)
+RULE = "cheap rule"
 # claim, model, task, LoFiT's side, the other; the other None: the base model
 COMPARED = [
     *(("1", m, t, LOFIT, None) for m, t in (
         (SMOL, "mquake"), (SMOL, "clutrr"), (SMOL, "truthfulqa"), (GEMMA, "mquake"),
         (GEMMA, "clutrr"))),
+    *(("1", m, t, side, RULE) for m, t, side in (
+        (SMOL, "mquake", LOFIT), (SMOL, "clutrr", LOFIT), (SMOL, "clutrr", EVERY),
+        (GEMMA, "mquake", LOFIT), (GEMMA, "clutrr", LOFIT))),
     ("1", SMOL, "truthfulqa", LOFIT, baseline("iti", "--alpha 5")),
     ("1", SMOL, "truthfulqa", LOFIT, baseline("repe", "--alpha 0.5")),
     ("3", SMOL, "mquake", LOFIT, Side("CLUTRR's heads", TEN | {"heads_of": "clutrr"})),
@@ -71,6 +75,7 @@ COMPARED = [
       for more in ({"train": f"--n-train {n}"},)
       for ours in (Side(f"10 %, {n} examples", TEN | more | {"select": more["train"]}),
                    Side(f"all heads, {n} examples", ALL | more))),
+    *(("7", SMOL, "mquake", Side(f"{k} %", TEN | {"k": f"{k}%"}), LOFIT) for k in (20, 30, 50)),
     *(("7", m, t, EVERY, LOFIT) for m, t in (
         (SMOL, "mquake"), (SMOL, "clutrr"), (SMOL, "truthfulqa"), (GEMMA, "mquake"))),
 ]  # fmt: skip
@@ -96,11 +101,12 @@ class Comparisons:
         self.drawn = spread_of_runs(records, ("random",))
         self.fixed = spread_of_runs(records, ("scales", "gradient", "all"))
 
-    def difference(self, ours: list[Run], theirs: list[Run]) -> Difference:
-        """theirs: empty for the base model. A side with one run borrows how runs vary."""
+    def difference(self, ours: list[Run], theirs: list[Run] | None) -> Difference:
+        """theirs: empty for the base model, None for the cheap rule. A side with one run borrows
+        how runs vary."""
         lent = [
             (self.drawn if side[0].by == "random" else self.fixed) if len(side) == 1 else None
-            for side in (ours, theirs)
+            for side in (ours, theirs or [])
         ]
         return tables.compared(self.records, ours, theirs, borrowed=lent)
 
@@ -108,16 +114,18 @@ class Comparisons:
         found = []
         for claim, model, task, one, other in COMPARED:
             ours = one.runs(self.records, model, task)
-            theirs = other.runs(self.records, model, task) if other else []
-            if ours and (theirs or not other):
-                versus = other.label if other else "base model"
+            named = isinstance(other, Side)
+            theirs = other.runs(self.records, model, task) if named else None if other else []
+            if ours and (theirs or not named):
+                versus = other.label if named else other or "base model"
                 labels = [claim, model, f"{task} ({main_metric(task)})", one.label, versus]
                 found.append((labels, ours, theirs, self.difference(ours, theirs)))
         corrected = holm([diff.p for *_, diff in found])
         for (labels, ours, theirs, diff), p in zip(found, corrected, strict=True):
             sizes = [len(side) for side in (ours, theirs) if side]
-            runs = ", ".join(f"{n}{tables.ONE_RUN * (n == 1)}" for n in sizes)
-            means = [mean(tables.means_of(self.records, side or [ours[0].base]))
+            runs = ", ".join(map(str, sizes))
+            means = [mean(tables.by_rule(self.records, ours[0])) if side is None
+                     else mean(tables.means_of(self.records, side or [ours[0].base]))
                      for side in (ours, theirs)]  # fmt: skip
             percent = "{:.1f} and {:.1f}".format(*(100 * share for share in means))
             yield [*labels, runs, percent, tables.said(diff), f"{p:.3f}"]
