@@ -15,9 +15,10 @@ BATCH = 64
 
 def validate(run: Run, val: list[Example], held_out: Objective) -> dict[str, float]:
     """{"loss", metrics...} on the validation split, with the edits as they are now."""
-    scored = evaluate(run, val, BATCH, "validation")
+    batch_size = max(1, BATCH // run.parts)  # memory is as short here as in a step
+    scored = evaluate(run, val, batch_size, "validation")
     means = {m: sum(each[m] for each in scored) / len(scored) for m in run.task.metrics}
-    return {"loss": mean_loss(held_out, BATCH)} | means
+    return {"loss": mean_loss(held_out, batch_size)} | means
 
 
 def evaluate(

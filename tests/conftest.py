@@ -110,7 +110,8 @@ LOUD_OTHERS = {
     "qwen3": _rope("default") | {"num_key_value_heads": 2},
 }  # fmt: skip
 LOUD_MODELS = LOUD_LLAMAS | LOUD_GEMMAS | LOUD_OTHERS
-HF_NAMES = {"gemma2": "Gemma2", "gemma3": "Gemma3Text"}
+HF_NAMES = dict.fromkeys(LOUD_LLAMAS, "Llama") | {"gemma2": "Gemma2", "gemma3": "Gemma3Text"}
+HF_NAMES |= dict.fromkeys(("gemma-mha", "gemma-mqa", "gemma-biases"), "Gemma")
 HF_NAMES |= {"mistral": "Mistral", "mistral-window": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 HF_NAMES |= {"qwen2-window": "Qwen2"}
 
@@ -127,7 +128,7 @@ def transformers():
 def hf_model(name: str):
     """The stock transformers model of a loud configuration, its weights not yet drawn."""
     transformers = import_transformers()
-    family = HF_NAMES.get(name, "Gemma" if name in LOUD_GEMMAS else "Llama")
+    family = HF_NAMES[name]
     config = getattr(transformers, f"{family}Config")(**LOUD | LOUD_MODELS[name])
     config._attn_implementation = "eager"
     return getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()

@@ -8,6 +8,7 @@ from conftest import difference
 from safetensors.torch import load_file
 
 import train
+from lofit import evaluation
 from lofit.errors import InputError
 from lofit.fast.hidden_cache import HiddenCache
 from lofit.heads import attach_offsets, edits_off
@@ -134,7 +135,16 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(tiny, tokenizer, kind, 
     assert mean_loss(apart, 3) == pytest.approx(mean_loss(whole, 3), rel=1e-5)
 
 
-def test_an_epoch_of_4_x_2_ends_as_one_of_batches_of_8(tmp_path, small_data):
+def test_an_epoch_of_4_x_2_ends_as_one_of_batches_of_8(tmp_path, small_data, monkeypatch):
+    """Validation takes a quarter at once too, and finds the same."""
+    sizes, losses, mean_loss = [], [], evaluation.mean_loss
+
+    def seen(held_out, batch_size):
+        sizes.append(batch_size)
+        losses.append(mean_loss(held_out, batch_size))
+        return losses[-1]
+
+    monkeypatch.setattr(evaluation, "mean_loss", seen)
     flags = ["--data", str(small_data), "--dtype", "float32"]
     flags += ["--heads", "random", "--top", "4", "--epochs", "1", "--n-train", "16"]
     offsets = []
@@ -143,6 +153,7 @@ def test_an_epoch_of_4_x_2_ends_as_one_of_batches_of_8(tmp_path, small_data):
         offsets.append(load_file(tmp_path / parts / "offsets.safetensors")["offsets"])
     one, other = offsets
     assert (one - other).abs().max() <= 1e-5 * one.abs().max()
+    assert sizes == [64, 16] and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_every_example_is_seen_once_an_epoch_in_a_new_order():

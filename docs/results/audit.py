@@ -218,10 +218,11 @@ class Verdicts:
         return self.which(model, **wanted)
 
     def spread_of(self, drawn: bool) -> tuple[float, int]:
-        """How single runs of LoFiT vary with seven heads or more."""
+        """How single runs of LoFiT vary with seven heads or more and all examples."""
         cells, ways = {}, ("random",) if drawn else ("scales", "gradient", "all")
         for run in self.runs:
-            if run["method"] == "lofit" and run["by"] in ways:
+            plain = run["train"] == run["select"] == ""  # on all examples
+            if run["method"] == "lofit" and run["by"] in ways and plain:
                 if n_heads(self.records.get(run)) >= 7:
                     cells.setdefault(key_of(run | {"seed": 0}), []).append(run)
         parts = []
@@ -329,6 +330,8 @@ class Command:
             by = {"lofit": "scales"}.get(name, name)
             return self.lofit(model, task, by, k, more=more, **test)
         flag, *values = TRIED[name].split()
+        if k.startswith(flag):
+            values, k = [k.split()[1]], ""
         more = f"{more} --top {k}".strip() if k else more
         if flag == "--lr":
             more = f"{more} {self.one('train-flags')}".strip()
@@ -344,6 +347,12 @@ class Command:
         single = len(one) == 1 or len(other) == 1
         found = self.records.compare(one, None if others is None else other, metric)
         return said(*found[:2]) + "°" * single
+
+    def against_rule(self, runs: list[dict]) -> dict[str, str]:
+        rule, groups = self.records.by_rule(runs[0]), self.records.base(runs[0]).get("clusters")
+        less = said(*difference(self.records.hits(runs), rule, groups)[:2])
+        less += "°" * (len(runs) == 1)
+        return {"rule": f"{100 * rule.mean():.9f}", "LoFiT − rule": less}
 
     def means(self, runs: list[dict], metric: str = "") -> np.ndarray:
         done = self.records.done(runs)
@@ -451,10 +460,8 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
             chosen = c.records.by_rule(ours[0])[0] == float(hit)
             share = 100 * c.records.hits(ours)[:, chosen].mean()
             found[column] = f"{share:.9f} ({chosen.sum()} items)"
-        rule, groups = c.records.by_rule(ours[0]), c.records.base(ours[0]).get("clusters")
-        less = said(*difference(c.records.hits(ours), rule, groups)[:2]) + "°" * (len(ours) == 1)
-        found |= {"score": c.mean(ours), "rule": f"{100 * rule.mean():.9f}", "it − rule": less}
-        return found
+        rule = c.against_rule(ours)
+        return found | rule | {"score": c.mean(ours), "it − rule": rule["LoFiT − rule"]}
     if c.study == "tasks":
         ours, drawn = c.lofit(model, task, by, k), c.lofit(model, task, "random", k)
         lora = c.run(model, task, method="lora")
@@ -462,6 +469,9 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
         lora, always = c.best([lora]), c.records.base(ours[0]).get("always")
         found = {"one answer": f"{100 * always['share']:.9f}" if always else None}
         found |= {"base": c.base(ours, metric, ""), "LoFiT − base": c.less(ours, None, metric)}
+        done = c.records.done(ours)
+        if done and "rule_scores" in c.records.base(done[0]):
+            found |= c.against_rule(done)
         for name, runs in (("random heads", drawn), ("LoRA", lora), ("LoFiT", ours)):
             found[name] = c.mean(runs, metric)
             found[f"LoFiT − {name.split()[0]}"] = c.less(ours, runs, metric)
@@ -507,13 +517,14 @@ def claims(records: Records) -> list[tuple[str, list[float]]]:
         costs.append(np.mean([line["tuned"] for line in losses]) - np.mean(losses[0]["base"]))
     for task, by in (("listops", "gradient"), ("winogrande", "scales"), ("siqa", "scales")):
         lines[task] = records.get(options.lofit(model, task, by, "10%")[0])
-    depths = [lines["listops"]["groups"][f"depth {i}"]["tuned"]["em"] for i in range(1, 5)]
+    of = lines["listops"]["groups"]
+    operations = [100 * of[name]["tuned"]["em"] for name in ("MIN", "MAX", "MED", "SM")]
     two, first = lines["winogrande"]["given"]["tuned"], lines["siqa"]["given"]["tuned"]
     return [
         (r"it has ([\d.]+) % instead of ([\d.]+) %", ours),
         (r"rises by ([\d.]+) with LoFiT, by ([\d.]+) with LoRA", costs),
-        (r"right in (\d+) % of the expressions, with two levels in (\d+) %, with three and four in"
-         r" (\d+) and (\d+) %", [100 * x for x in depths]),
+        (r"right in (\d+) % where the outer operation is MIN, (\d+) % of MAX, (\d+) % of MED and"
+         r" (\d+) % of SM", operations),
         (r"\*option2\* to (\d+) of (\d+) items", [two["option2"], sum(two.values())]),
         (r"\*answer1\* to (\d+) of (\d+)", [first["answer1"], sum(first.values())]),
     ]  # fmt: skip

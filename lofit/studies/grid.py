@@ -24,6 +24,7 @@ BASELINES = {
     "repe": ("--alpha", ["0.5", "2", "8"]),
 }
 LAYERED = ("lora", "red", "bias", "post_block")  # baselines that may have K layers instead of all
+MORE = '"red K" of K layers, or "lora --lr 1e-3" with one rate'
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,15 @@ def lofit(args, model, task, by, k, seeds=(), more="", heads_of="") -> Pick:
 
 
 def method(args, model, task, name, more="", chosen_on="") -> Pick:
-    """ "lofit K", "random K", or a baseline (or "red K", of K layers) with each strength or
-    learning rate, for each seed. chosen_on: the task whose validation chooses a learning rate."""
+    """ "lofit K", "random K", or a baseline with each strength or learning rate, for each seed; or
+    "red K", of K layers, or "lora --lr 1e-3", with this rate alone. chosen_on: the task whose
+    validation chooses a learning rate."""
     name, _, k = name.partition(" ")
     if name in OURS:
         return lofit(args, model, task, OURS[name], k, more=more)
     flag, values = BASELINES[name]
+    if k.startswith(flag):
+        values, k = [k.removeprefix(flag).strip()], ""
     more = f"{more} --top {k}" if k else more
     if flag == "--lr":
         more = f"{more} {args.train_flags}"
@@ -79,7 +83,7 @@ def method(args, model, task, name, more="", chosen_on="") -> Pick:
 def known_method(text: str) -> str:
     """For argparse."""
     if text not in BASELINES and text.partition(" ")[0] not in (*OURS, *LAYERED):
-        expected = f'"lofit K", "random K", {", ".join(BASELINES)}, or "red K" of K layers'
+        expected = f'"lofit K", "random K", {", ".join(BASELINES)}, {MORE}'
         raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
     return text
 
@@ -192,7 +196,7 @@ BY = {"default": "scales", "help": "the way of choosing heads"}
 METHODS = {
     "nargs": "+",
     "type": known_method,
-    "help": f'"lofit K", "random K", {", ".join(BASELINES)}, or "red K" of K layers',
+    "help": f'"lofit K", "random K", {", ".join(BASELINES)}, {MORE}',
 }
 STUDIES = {
     "sweep": Study(
@@ -230,12 +234,14 @@ STUDIES = {
                          " learning rate (default: each its own)"}},
     ),
     "tasks": Study(
-        "{heads} of the heads, by {by}, beside as many random ones, and LoRA with lr {lora_lr}."
+        "{heads} of the heads, by {by}, beside as many random ones, LoRA with lr {lora_lr}, always"
+        " one answer, and the task's cheap rule."
         " Test split, mean of the seeds {seeds} in percent; differences in points [interval]",
         ["model", "task"],
         {"base": lambda c: c.base(c.ours, sign=""), "one answer": Cells.always,
-         "random heads": lambda c: c.mean(c.other), "LoRA": lambda c: c.mean(c.third),
-         "LoFiT": lambda c: c.mean(c.ours), "LoFiT − base": lambda c: c.gain(c.ours),
+         "rule": Cells.rule_score, "random heads": lambda c: c.mean(c.other),
+         "LoRA": lambda c: c.mean(c.third), "LoFiT": lambda c: c.mean(c.ours),
+         "LoFiT − base": lambda c: c.gain(c.ours), "LoFiT − rule": Cells.minus_rule,
          "LoFiT − random": lambda c: c.minus(c.ours, c.other),
          "LoFiT − LoRA": lambda c: c.minus(c.ours, c.third)},
         tasks_rows,

@@ -127,7 +127,9 @@ class Cells:
         return f"{100 * found['share']:.1f}" if found else ""
 
     def rule(self) -> list[float]:
-        return by_rule(self.records, self.ours[0]) if self.ours else []
+        """The items' scores by the cheap rule, which are of the task's main metric."""
+        other = self.ours and self.metric not in ("", metric_of(self.ours[0]))
+        return by_rule(self.records, self.ours[0]) if self.ours and not other else []
 
     def rule_score(self) -> str:
         return f"{100 * mean(self.rule()):.1f}" if self.rule() else ""

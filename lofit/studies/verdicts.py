@@ -1,10 +1,10 @@
 """LoFiT − the other, in points, on the paper's splits of the real models. Intervals (95 %) count
 what is independent: edits of MQuAKE, stories, questions, and runs. A side with one run borrows
-how runs vary from LoFiT's own runs with seven heads or more. p is corrected for the number of
-comparisons (Holm). Claim 2 is pooled (random effects) over test sets, a model's task each, from
-cells of several runs a side. Several numbers of heads share the items and the selections of a test
-set: it counts once, with the mean of their differences and the mean of their errors, as if they
-rose and fell together. Two models that answer the same questions count as independent."""
+how runs vary from LoFiT's own runs with seven heads or more and all examples. p is corrected for
+the number of comparisons (Holm). Claim 2 is pooled (random effects) over test sets, a model's task
+each, from cells of several runs a side. Several numbers of heads share the items and the selections
+of a test set: it counts once, with the mean of their differences and the mean of their errors, as
+if they rose and fell together. Two models that answer the same questions count as independent."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -82,10 +82,11 @@ COMPARED = [
 
 
 def spread_of_runs(records: Records, by: tuple[str, ...]) -> Spread:
-    """Of LoFiT's cells with MANY heads or more whose heads were chosen in one of these ways."""
+    """Of LoFiT's cells with MANY heads or more, on all examples, whose heads were chosen in one of
+    these ways. (With few examples runs vary far more.)"""
     cells: dict[Run, list[Run]] = {}
     for model in (SMOL, GEMMA):
-        for run in tested(records, model, {"method": "lofit"}):
+        for run in tested(records, model, {"method": "lofit", "train": "", "select": ""}):
             if run.by in by and tables.n_heads(records.of(run)) >= MANY:
                 cells.setdefault(replace(run, seed=0), []).append(run)
     return run_spread(

@@ -26,7 +26,7 @@ load_offsets("runs/mini-llama/mquake", model)
 tuned = model(ids)
 with edits_off(model):  # the base model again, bit for bit
     assert torch.equal(model(ids), logits)
-# one offset of your own, on head 3 of layer 5; train the parameters as you like
+# instead of these one offset of your own, on head 3 of layer 5, to train as you like
 parameters = attach_offsets(model, [(5, 3)], torch.zeros(1, model.config.head_dim))
 ```
 
