@@ -15,9 +15,9 @@ from lofit import errors
 from lofit.files import read_text, write
 from lofit.studies.__main__ import caption_and_table, parse_args
 
-# a command's block, and what stands below it up to the end of the first table
+# a command's block, a caption, which holds no block and no heading, and a table
 PLACE = re.compile(
-    r"^(```\npython -m lofit\.studies (.*)\n```\n\n)(?s:.*?)(?:^\|.*\n)+", re.MULTILINE
+    r"^(```\npython -m lofit\.studies (.*)\n```\n\n)(?:[^|`#\n].*\n|\n)*(?:\|.*\n)+", re.MULTILINE
 )
 
 
