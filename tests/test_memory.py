@@ -138,7 +138,11 @@ def test_what_does_not_fit_is_told_what_would(tmp_path, capsys):
     _, found, (trained, evaluated) = printed(capsys, *flags, 2)
     assert found["fits 2 GB"] == "no"
     parts = int(re.fullmatch(r"train.py --accumulate (\d+) fits", trained)[1])
-    n = int(re.fullmatch(r"eval.py --batch-size (\d+) fits", evaluated)[1])
+    told = re.fullmatch(
+        r"eval.py --batch-size (\d+) fits, in train.py --accumulate (\d+)", evaluated
+    )
+    n = int(told[1])
+    assert n * int(told[2]) == 64
     room = 2e9 - memory.weight_bytes(config, torch.bfloat16) - 0.5e9
     for at_once, fits in ((16 // parts, True), (32 // parts, False)):
         rows = rows_of(at_once, 100, 16)

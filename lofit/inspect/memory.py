@@ -208,6 +208,8 @@ def main(argv: list[str] | None = None) -> None:
             halves = (n >> i for i in range(1, n.bit_length()))
             fits = next((half for half in halves if need(half) <= room), 0)
             cure = f"eval.py --batch-size {fits} fits"
+            if fits:  # train.py validates as many at once, in the parts of its steps
+                cure += f", in train.py --accumulate {n // fits}"
             if name == "training" and fits:  # a smaller batch would be another recipe
                 cure = f"train.py --accumulate {math.ceil(n / fits)} fits"
             cures.append(cure if fits else f"no {name} fits: --quantize nf4, or --shard and --gpus")
