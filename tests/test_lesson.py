@@ -23,6 +23,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?%?")
 SLOT = REPO / "docs" / "slot.svg"
 MADE_BY = "python tests/measure/lesson.py --notebook"
 PICTURES = [path for page in lesson.PAGES.values() for path in lesson.pictures(page)]
+BLOCKS = {"lesson": 22, "dpo": 4}  # of code, in each page
 every_page = pytest.mark.parametrize("page", lesson.PAGES.values(), ids=lesson.PAGES)
 
 
@@ -61,7 +62,7 @@ def test_page_and_picture_show_what_a_run_gives(page, monkeypatch):
     monkeypatch.chdir(page.parent)
     text = page.read_text()
     printed, drawn = lesson.run_page(text, {})
-    assert len(printed) >= 4
+    assert len(printed) == BLOCKS[page.stem]
     for shown, out in zip(shown_outputs(text), printed, strict=True):
         assert agree(shown, out), f"{shown}\n--- printed:\n{out}"
     for path, picture in zip(lesson.pictures(page), drawn, strict=True):

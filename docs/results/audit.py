@@ -165,7 +165,7 @@ class Records:
         hits = self.base(run)["hits"][metric or metric_of(run)]
         return np.array([[float(hit) for hit in hits]])
 
-    def by_rule(self, run: dict) -> np.ndarray:
+    def rule_scores(self, run: dict) -> np.ndarray:
         """The items' scores by the cheap rule of a run's task, as one run."""
         (hits,) = self.base(run)["rule_scores"].values()
         return np.array([[float(hit) for hit in hits]])
@@ -244,7 +244,7 @@ class Verdicts:
         task, versus = row["task"].split()[0], row["the other"]
         ours = self.side(row["model"], task, row["LoFiT"])
         if versus == "cheap rule":
-            other = self.records.by_rule(ours[0])
+            other = self.records.rule_scores(ours[0])
             groups = self.records.base(ours[0]).get("clusters")
             found = said(*difference(self.records.hits(ours), other, groups)[:2])
             means = 100 * self.records.hits(ours).mean(), 100 * other.mean()
@@ -348,7 +348,7 @@ class Command:
         return said(*found[:2]) + "°" * single
 
     def against_rule(self, runs: list[dict]) -> dict[str, str]:
-        rule, groups = self.records.by_rule(runs[0]), self.records.base(runs[0]).get("clusters")
+        rule, groups = self.records.rule_scores(runs[0]), self.records.base(runs[0]).get("clusters")
         less = said(*difference(self.records.hits(runs), rule, groups)[:2])
         less += "°" * (len(runs) == 1)
         return {"rule": f"{100 * rule.mean():.9f}", "LoFiT − rule": less}
@@ -372,15 +372,6 @@ class Command:
     def values(self, runs: list[dict]) -> str | None:
         done = self.records.done(runs)
         return f"{self.records.get(done[0])['trained_values']:,}" if done else None
-
-    def seconds(self, runs: list[dict]) -> str | None:
-        found = []
-        for run in self.records.done(runs):
-            chose = run | dict.fromkeys(("method", "k", "train", "heads_of", "tested"), "")
-            chose = self.records.get(chose | {"kind": "select", "lr_factor": 1.0})
-            first = chose.get("seconds", {}).get("select_heads.py", 0)
-            found.append(first + self.records.get(run)["seconds"]["train.py"])
-        return f"{min(found):.9f}" if found else None
 
     def chosen(self, runs: list[dict]) -> str | None:
         words = []
@@ -449,14 +440,14 @@ def expected(c: Command, row: dict[str, str]) -> dict[str, str | None]:
         ours = c.method(model, task, row["method"], more, quantize="nf4" * four)
         others = c.method(model, task, first, more)
         found = {"score": c.score(ours), "chosen": c.chosen(ours), "values": c.values(ours)}
-        found |= {"seconds": c.seconds(ours), "base": c.base(c.records.done(ours))}
+        found["base"] = c.base(c.records.done(ours))
         found["− float32"] = None if ours == others else c.less(ours, others)
         less = None if ours == others else c.less(others, ours)
         return found | {f"{first} − it": less, "LoFiT − it": less}
     if c.study == "rules":
         ours, found = c.records.done(c.method(model, task, row["method"])), {}
         for column, hit in (("rule right", "1"), ("rule wrong", "0")):
-            chosen = c.records.by_rule(ours[0])[0] == float(hit)
+            chosen = c.records.rule_scores(ours[0])[0] == float(hit)
             share = 100 * c.records.hits(ours)[:, chosen].mean()
             found[column] = f"{share:.9f} ({chosen.sum()} items)"
         rule = c.against_rule(ours)

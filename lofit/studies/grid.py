@@ -221,12 +221,10 @@ STUDIES = {
          "--draws": {"type": natural, "default": 5}},
     ),
     "methods": Study(
-        f"Test split: {SCORE}; chosen: the learning rate or strength of each run, {LR}; seconds: of"
-        " the quickest selection and training",
+        f"Test split: {SCORE}; chosen: the learning rate or strength of each run, {LR}",
         ["model", "task", "method"],
-        {"values": lambda c: c.values(c.ours), "seconds": Cells.seconds,
-         "score": lambda c: c.score(c.ours), "LoFiT − it": lambda c: c.minus(c.other, c.ours),
-         "chosen": Cells.chosen},
+        {"values": lambda c: c.values(c.ours), "score": lambda c: c.score(c.ours),
+         "LoFiT − it": lambda c: c.minus(c.other, c.ours), "chosen": Cells.chosen},
         methods_rows,
         {"--heads": {"nargs": "+", "default": ["10%", "3%", "all"], "help": "of LoFiT"},
          "--methods": {"nargs": "*", "default": list(BASELINES), "type": known_method},

@@ -49,7 +49,7 @@ def means_of(records: Records, runs: list[Run], metric: str = "") -> list[float]
     return [mean(items) for items in scores_of(records, runs, metric)]
 
 
-def by_rule(records: Records, run: Run) -> list[float]:
+def rule_scores(records: Records, run: Run) -> list[float]:
     """The items' scores by the cheap rule of the task that a run was tested on; [] without one."""
     found = records.of(run.base).get("rule_scores", {})
     return unpack(next(iter(found.values()))) if found else []
@@ -63,7 +63,7 @@ def compared(
     base = ones[0].base
     ours = scores_of(records, ones, metric)
     if others is None:
-        theirs = [by_rule(records, ones[0])]
+        theirs = [rule_scores(records, ones[0])]
     else:
         theirs = scores_of(records, others or [base], metric)
     return difference(ours, theirs, records.of(base).get("clusters"), borrowed)
@@ -129,7 +129,7 @@ class Cells:
     def rule(self) -> list[float]:
         """The items' scores by the cheap rule, which are of the task's main metric."""
         other = self.ours and self.metric not in ("", metric_of(self.ours[0]))
-        return by_rule(self.records, self.ours[0]) if self.ours and not other else []
+        return rule_scores(self.records, self.ours[0]) if self.ours and not other else []
 
     def rule_score(self) -> str:
         return f"{100 * mean(self.rule()):.1f}" if self.rule() else ""
@@ -157,14 +157,6 @@ class Cells:
 
     def heads(self, runs: list[Run]) -> str:
         return str(n_heads(self.records.of(runs[0]))) if runs else ""
-
-    def seconds(self) -> str:
-        """Of one selection, if any, and one training: the quickest."""
-        both = []
-        for run in self.ours:
-            select = self.records.of(run.selection).get("seconds", {}).get("select_heads.py", 0)
-            both.append(select + self.records.of(run)["seconds"]["train.py"])
-        return f"{min(both):.0f}" if both else ""
 
     def chosen(self) -> str:
         """The learning rate or strength of each run; and on which task's validation it was chosen,

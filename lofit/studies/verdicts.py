@@ -49,7 +49,7 @@ def baseline(name: str, *flags: str) -> Side:
 
 LOFIT, EVERY = Side("10 %", TEN), Side("all heads", ALL)
 RULE = "cheap rule"
-# claim, model, task, LoFiT's side, the other; the other None: the base model
+# claim, model, task, LoFiT's side, the other: a side, RULE, or None for the base model
 COMPARED = [
     *(("1", m, t, LOFIT, None) for m, t in (
         (SMOL, "mquake"), (SMOL, "clutrr"), (SMOL, "truthfulqa"), (GEMMA, "mquake"),
@@ -115,17 +115,19 @@ class Comparisons:
         found = []
         for claim, model, task, one, other in COMPARED:
             ours = one.runs(self.records, model, task)
-            named = isinstance(other, Side)
-            theirs = other.runs(self.records, model, task) if named else None if other else []
-            if ours and (theirs or not named):
-                versus = other.label if named else other or "base model"
+            if isinstance(other, Side):
+                versus, theirs = other.label, other.runs(self.records, model, task)
+                ours = ours if theirs else []  # nothing to compare with yet
+            else:
+                versus, theirs = (RULE, None) if other else ("base model", [])
+            if ours:
                 labels = [claim, model, f"{task} ({main_metric(task)})", one.label, versus]
                 found.append((labels, ours, theirs, self.difference(ours, theirs)))
         corrected = holm([diff.p for *_, diff in found])
         for (labels, ours, theirs, diff), p in zip(found, corrected, strict=True):
             sizes = [len(side) for side in (ours, theirs) if side]
             runs = ", ".join(map(str, sizes))
-            means = [mean(tables.by_rule(self.records, ours[0])) if side is None
+            means = [mean(tables.rule_scores(self.records, ours[0])) if side is None
                      else mean(tables.means_of(self.records, side or [ours[0].base]))
                      for side in (ours, theirs)]  # fmt: skip
             percent = "{:.1f} and {:.1f}".format(*(100 * share for share in means))
