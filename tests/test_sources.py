@@ -324,16 +324,15 @@ def test_without_a_train_file_it_is_cut_from_test(folder, tmp_path, monkeypatch,
 
 
 def test_drawn_test_items_do_not_depend_on_the_train_file(folder, tmp_path, monkeypatch):
-    source = sources.SOURCES["siqa"]
-    make, name = SMALL[source.files["test"]][0], source.files["test"]
-    put(folder, name, [make(i) for i in range(40, 60)], monkeypatch)
+    source = sources.SOURCES["winogrande"]  # of twins one is drawn and one is left
+    put(folder, source.files["test"], [blank(i) for i in range(40, 100)], monkeypatch)
     tests = []
     for cut in (False, True):
         if cut:
             (folder / source.files["train"]).unlink()
-        prepare(folder, tmp_path / str(cut), "siqa", "--test", "10")
-        found = lines_of(tmp_path / str(cut), "siqa")
-        assert [len(lines) for lines in found.values()] == [4, 4, 10]
+        prepare(folder, tmp_path / str(cut), "winogrande", "--test", "24")
+        found = lines_of(tmp_path / str(cut), "winogrande")
+        assert [len(lines) for lines in found.values()] == [4, 4, 24]
         kin = [{sources.kin(line) for line in lines} for lines in found.values()]
         assert not (kin[0] & kin[1] or kin[0] & kin[2] or kin[1] & kin[2])
         tests.append(found["test"])
