@@ -23,8 +23,8 @@ def test_rank_correlation_by_hand():
 
 def test_what_lies_between_layers():
     assert alone.share_of_layers(torch.tensor([[0.1, 0.1], [0.5, NAN]])) == pytest.approx(1)
-    assert alone.share_of_layers(torch.tensor([[0.1, 0.5], [0.1, 0.5]])) == pytest.approx(0)
-    assert alone.share_of_layers(torch.tensor([[0.0, 2.0], [3.0, 5.0]])) == pytest.approx(9 / 13)
+    assert alone.share_of_layers(torch.tensor([[0.1, 0.5], [0.1, 0.5]])) == pytest.approx(-0.5)
+    assert alone.share_of_layers(torch.tensor([[0.0, 2.0], [3.0, 5.0]])) == pytest.approx(7 / 13)
 
 
 def test_a_way_that_knows_the_map_and_one_that_does_not():

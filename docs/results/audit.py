@@ -592,9 +592,21 @@ class Audit:
                     self.tell(match.start(), found[column] or "")
 
     def alone(self) -> None:
-        """Section 2's single heads: the two tables of the map, and the numbers of the text."""
-        name, model = TABLES, "mini-llama"
-        page, alone = self.pages[name], np.zeros((8, 16))
+        """Section 2's single heads: the two tables of each map, and the numbers of the text."""
+        for match in re.finditer(
+            r"^python -m lofit\.studies\.alone(.*)$", self.pages[TABLES], re.M
+        ):
+            folder = re.search(r"--model (\S+)", match[1])
+            self.map(match.start(), Path(folder[1] if folder else "mini-llama").name)
+
+    def map(self, begin: int, model: str) -> None:
+        """The two tables of one map, which begin there. nan: a head that was not run."""
+        grids = {way: [] for way in ("scales", "gradient", "probe")}
+        for (of, title), (grid, *_) in self.records.grids.items():
+            kind, task, _, seed, _, way, *more = title.split()
+            if (of, kind, task, more) == (model, "select", "mquake", []) and way in grids:
+                grids[way].append((seed, np.array(grid)))
+        alone = np.full_like(grids["scales"][0][1], np.nan)
         for line in (self.folder / "alone" / f"{model}.jsonl").read_text().splitlines():
             head, hits = (json.loads(line)[key] for key in ("head", "hits"))
             score = 100 * np.mean([float(hit) for hit in hits])
@@ -602,33 +614,44 @@ class Audit:
                 alone[tuple(head)] = score
             else:
                 base = score
-        of_layer = alone.mean(1, keepdims=True)
-        share, above = (
-            np.broadcast_to(part.mean(1, keepdims=True), part.shape).var() / part.var()
-            for part in (alone, alone[1:])
-        )
-        rows = {str(i): ["16", row.mean(), row.min(), row.max()] for i, row in enumerate(alone)}
-        others = (alone.sum(1, keepdims=True) - alone) / 15
-        rows["layer alone"] = [np.corrcoef(ranks(others), ranks(alone))[0, 1], "–", "–"]
-        for way in ("scales", "gradient", "probe"):
-            titles = [f"select mquake data/mini {seed} float32 {way}" for seed in (42, 43, 44)]
-            grids = [np.array(self.records.grids[model, title][0]) for title in titles]
-            pairs = [(grid, alone) for grid in grids]
-            inside = [(grid - grid.mean(1, keepdims=True), alone - of_layer) for grid in grids]
-            found = [np.mean([np.corrcoef(*map(ranks, pair))[0, 1] for pair in part])
-                     for part in (pairs, inside)]  # fmt: skip
-            first = [int((alone > alone.ravel()[grid.argmax()]).sum()) + 1 for grid in grids]
-            rows[way] = [*found, " ".join(map(str, first))]
-        begin = page.index("python -m lofit.studies.alone")
-        at, told = page[:begin].count("\n") + 1, [f"{base:.9f} {100 * share:.9f} {100 * above:.9f}"]
-        for offset, line in enumerate(page[begin : page.index("\n##", begin)].splitlines()):
+        known = ~np.isnan(alone)
+        n = known.sum(1, keepdims=True)
+        inner = alone - np.nanmean(alone, 1, keepdims=True)
+        shares = []
+        for first in (0, 1):  # all layers, and without layer 0
+            part, free = alone[first:][known[first:]], (n[first:] - 1).sum()
+            inside = np.square(inner[first:][known[first:]]).sum() / free
+            shares.append(100 * (1 - inside / part.var(ddof=1)))
+        lead = f"{model}, mquake: {known.sum()} of {known.size} heads, each trained alone; the base"
+        rows = {lead: [base], "Of the variance": shares}
+        for layer, row in enumerate(alone):
+            run = row[known[layer]]
+            rows[str(layer)] = [f"{len(run)}", run.mean(), run.min(), run.max()]
+        others = (np.nansum(alone, 1, keepdims=True) - alone) / (n - 1)
+        one, two = (ranks(values[known]) for values in (others, alone))
+        rows["layer alone"] = [np.corrcoef(one, two)[0, 1], "–", "–"]
+        for way, found in grids.items():
+            cells = [[], [], []]
+            for _, grid in sorted(found, key=lambda each: each[0]):
+                within = grid - np.where(known, grid, 0).sum(1, keepdims=True) / n
+                for cell, pair in zip(cells, ((grid, alone), (within, inner)), strict=False):
+                    cell.append(np.corrcoef(*(ranks(each[known]) for each in pair))[0, 1])
+                best = alone[known][grid[known].argmax()]
+                cells[2].append(f"{(alone[known] > best).sum() + 1}")
+            rows[way] = [np.mean(cells[0]), np.mean(cells[1]), " ".join(cells[2])]
+        at = self.pages[TABLES][:begin].count("\n") + 1
+        section, told = re.split(r"\n(?:#|```\npython)", self.pages[TABLES][begin:])[0], []
+        for offset, line in enumerate(section.splitlines()):
             label, *cells = line[2:-2].split(" | ")
-            if line.startswith("| ") and label in rows:
+            if not line.startswith("| "):
+                label = next((each for each in rows if line.startswith(each)), "")
+                cells = re.findall(r"(-?[\d.]+)%", line)
+            if label in rows:
                 for printed, value in zip(cells, rows.pop(label), strict=True):
                     value = value if isinstance(value, str) else f"{value:.9f}"
-                    self.cell(name, at + offset, label, printed, value)
+                    self.cell(TABLES, at + offset, label, printed, value)
                     told.append(value)
-        assert not rows, f"{name}: the tables of single heads lack {', '.join(rows)}"
+        assert not rows, f"{TABLES}: the tables of {model}'s single heads lack {', '.join(rows)}"
         self.tell(begin, " ".join(told))
 
     def readme(self) -> None:

@@ -46,14 +46,16 @@ def layer_rows(alone: torch.Tensor) -> list[list[str]]:
     return [
         [str(layer), str(len(row)), *(f"{100 * v:.1f}" for v in (row.mean(), row.min(), row.max()))]
         for layer, row in enumerate(known)
+        if len(row)
     ]
 
 
 def share_of_layers(alone: torch.Tensor) -> float:
-    """How much of the variance between heads lies between layers."""
+    """How much of the variance between heads goes with their layers: adjusted R squared, which is 0
+    in the mean where layers do not matter, however few heads each has."""
     known = ~alone.isnan()
-    of_layer = alone.nanmean(1, keepdim=True).expand_as(alone)
-    return float(of_layer[known].var(correction=0) / alone[known].var(correction=0))
+    inside = (alone - alone.nanmean(1, keepdim=True))[known].square().sum()
+    return float(1 - inside / (known.sum() - known.any(1).sum()) / alone[known].var())
 
 
 def way_rows(alone: torch.Tensor, grids: dict[str, list[torch.Tensor]]) -> list[list[str]]:
@@ -93,16 +95,8 @@ def picture(alone: torch.Tensor, learned: torch.Tensor, title: str) -> bytes:
     return data.getvalue()
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arg = parser.add_argument
-    arg("--model", default="weights/mini-llama", help="(default: %(default)s)")
-    arg("--task", default="mquake", help="(default: %(default)s)")
-    arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
-    arg("--out", type=Path, help="a PNG of both maps")
-    args = parser.parse_args(argv)
+def tables(args: argparse.Namespace) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """(the text under the command, the map, what step 1 learned) of parsed arguments."""
     # the selections with the recipe's settings: one of each seed
     chosen = {way: [] for way in WAYS}
     for title, (grid, *_) in Records(args.records).grids(args.model).items():
@@ -119,22 +113,40 @@ def main(argv: list[str] | None = None) -> None:
     if base is None:
         raise InputError(f"{path}: no {args.task} in it; tests/measure/single_heads.py makes it")
     n, of = int((~alone.isnan()).sum()), alone.numel()
-    print(
+    whole, above = share_of_layers(alone), share_of_layers(alone[1:])
+    header = ["scored by", "rank correlation", "inside a layer", "place of its first head"]
+    parts = [
         f"{Path(args.model).name}, {args.task}: {n} of {of} heads, each trained alone; the base"
-        f" model has {base:.1%}\n"
-    )
-    print(markdown(["layer", "heads", "mean", "lowest", "highest"], layer_rows(alone)))
-    shares = share_of_layers(alone), share_of_layers(alone[1:])
-    print(
-        "\nOf the variance between heads {:.0%} lies between layers, without layer 0 {:.0%}.\n"
+        f" model has {base:.1%}",
+        markdown(["layer", "heads", "mean", "lowest", "highest"], layer_rows(alone)),
+        f"Of the variance between heads {whole:.0%} goes with the layer, without layer 0"
+        f" {above:.0%} (adjusted R squared).\n"
         "Then the rank correlation of a way's scores with this map; the same when the mean of its\n"
         "layer is taken from each head; and the place in this map of the head that each seed ranks"
-        " first.\n".format(*shares)
+        " first.",
+        markdown(header, way_rows(alone, chosen)),
+    ]
+    return "\n\n".join(parts), alone, chosen["scales"][0]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    header = ["scored by", "rank correlation", "inside a layer", "place of its first head"]
-    print(markdown(header, way_rows(alone, chosen)))
+    arg = parser.add_argument
+    arg("--model", default="weights/mini-llama", help="(default: %(default)s)")
+    arg("--task", default="mquake", help="(default: %(default)s)")
+    arg("--records", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
+    arg("--out", type=Path, help="a PNG of both maps")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    text, alone, learned = tables(args)
+    print(text)
     if args.out:
-        write(args.out, picture(alone, chosen["scales"][0], Path(args.model).name))
+        write(args.out, picture(alone, learned, Path(args.model).name))
 
 
 if __name__ == "__main__":

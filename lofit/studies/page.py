@@ -2,8 +2,9 @@
 
     python -m lofit.studies.page docs/tables.md
 
-What it prints ends with a table. A caption that stands above the last table too is left out. All is
-made from the recorded runs; nothing is run.
+What a study prints ends with a table. A caption that stands above the last table too is left out.
+Under a command of lofit.studies.alone stands all that it prints. Nothing is run: all is made from
+the recorded runs.
 """
 
 import argparse
@@ -13,11 +14,15 @@ from pathlib import Path
 
 from lofit import errors
 from lofit.files import read_text, write
+from lofit.studies import alone
 from lofit.studies.__main__ import caption_and_table, parse_args
 
 # a command's block, a caption, which holds no block and no heading, and a table
 PLACE = re.compile(
     r"^(```\npython -m lofit\.studies (.*)\n```\n\n)(?:[^|`#\n].*\n|\n)*(?:\|.*\n)+", re.MULTILINE
+)
+MAP = re.compile(
+    r"^(```\npython -m lofit\.studies\.alone(.*)\n```\n\n)(?:[^`#!\n].*\n|\n)*", re.MULTILINE
 )
 
 
@@ -31,7 +36,10 @@ def filled(text: str) -> str:
         above, last = "" if caption == last else f"{caption}\n\n", caption
         return f"{found[1]}{above}{rows}\n"
 
-    return PLACE.sub(table, text)
+    def single_heads(found: re.Match) -> str:
+        return f"{found[1]}{alone.tables(alone.parse_args(shlex.split(found[2])))[0]}\n\n"
+
+    return MAP.sub(single_heads, PLACE.sub(table, text))
 
 
 def main(argv: list[str] | None = None) -> None:
