@@ -132,12 +132,13 @@ def make_baseline(folder, base, method):
     return model
 
 
+@pytest.mark.parametrize("method", ["lora", "lora_rank1"])
 @pytest.mark.parametrize("name", slow_but(["gqa"], ["gqa", "mini-gemma"]))
 @torch.no_grad()
-def test_a_lora_is_a_lora_in_peft(name, loud, tmp_path, caplog):
+def test_a_lora_is_a_lora_in_peft(name, method, loud, tmp_path, caplog):
     peft = pytest.importorskip("peft", reason='needs pip install -e ".[test]"')
     base = MINIS.get(name) or loud(name)[1]
-    ours = make_baseline(tmp_path / "run", base, "lora")
+    ours = make_baseline(tmp_path / "run", base, method)
     want = ours(IDS)
     with edits_off(ours):
         assert difference(ours(IDS), want) > 0.1
@@ -145,7 +146,7 @@ def test_a_lora_is_a_lora_in_peft(name, loud, tmp_path, caplog):
     model = peft.PeftModel.from_pretrained(load_stock(base, caplog), out)
     assert difference(model(IDS).logits, want) <= EXACT
     assert difference(model.merge_and_unload()(IDS).logits, want) <= 10 * EXACT
-    with pytest.raises(InputError, match="edits of lora are no offsets; take --format peft"):
+    with pytest.raises(InputError, match=f"edits of {method} are no offsets; take --format peft"):
         run_export(tmp_path / "run", "hf", tmp_path / "whole")
 
 

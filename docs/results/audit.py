@@ -44,6 +44,7 @@ HEADS = {"smollm2-135m-instruct": 270, "gemma-3-270m": 72, "mini-llama": 128}
 DRAWN = ("random", "spread")
 TRIED = {
     "lora": "--lr 1e-4 5e-4 2e-3",
+    "lora_rank1": "--lr 2e-3 1e-2 5e-2",
     "red": "--lr 1e-3 5e-3 2e-2",
     "bias": "--lr 1e-3 5e-3 2e-2",
     "post_block": "--lr 5e-3 2e-2 8e-2",

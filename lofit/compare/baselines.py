@@ -1,6 +1,7 @@
 """The baselines: other methods, with LoFiT's data, training loop, validation and files.
 
-    lora        (arXiv 2106.09685)  W x + (alpha / r) B A x on q and v, r = 8, as the paper compares
+    lora        (arXiv 2106.09685)  W x + B A x on q and v, of rank 8, as the paper compares
+    lora_rank1  the same of rank 1: on few layers (--top) no more values than LoFiT trains
     red         (arXiv 2402.15179)  h <- scale * h + bias on what each feed-forward part returns
     bias        y <- y + b on what each o_proj returns: what offsets of all heads amount to
     post_block  h <- h + b on what each layer returns, a place that arXiv 2603.00425 prefers
@@ -28,7 +29,7 @@ from lofit.recipes import count_heads, count_of
 from lofit.run.setup import Run
 from lofit.tasks import Example
 
-RANK, LORA_ALPHA, TARGETS = 8, 8, ("q_proj", "v_proj")
+TARGETS = ("q_proj", "v_proj")  # of LoRA
 
 
 class Baseline(Edit):
@@ -56,25 +57,31 @@ class Baseline(Edit):
 
 
 class LoRA(Baseline):
-    """NAME_A: [r, D], NAME_B: [out, r] of q_proj and v_proj."""
+    """NAME_A: [r, D], NAME_B: [out, r] of q_proj and v_proj. alpha is r, so that alpha / r is 1."""
+
+    rank = 8
 
     def changes(self, block: Block) -> dict:
         return {getattr(block.self_attn, name): partial(self.add, name) for name in TARGETS}
 
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         a, b = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
-        return y + (LORA_ALPHA / RANK) * (x.float() @ a.T @ b.T)
+        return y + x.float() @ a.T @ b.T
 
-    @staticmethod
-    def start(config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    @classmethod
+    def start(cls, config: ModelConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """A ~ U(-1/sqrt(D), 1/sqrt(D)) (Kaiming, as peft's), B = 0: no change at first."""
         heads = {"q_proj": config.num_attention_heads, "v_proj": config.num_key_value_heads}
         found = {}
         for name, n in heads.items():
-            found[f"{name}_A"] = a = torch.zeros(RANK, config.hidden_size)
+            found[f"{name}_A"] = a = torch.zeros(cls.rank, config.hidden_size)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            found[f"{name}_B"] = torch.zeros(n * config.head_dim, RANK)
+            found[f"{name}_B"] = torch.zeros(n * config.head_dim, cls.rank)
         return found
+
+
+class LoRA1(LoRA):
+    rank = 1
 
 
 class RED(Baseline):
@@ -200,6 +207,7 @@ def compute_repe(run: Run, examples: list[Example], alpha: float, top: str | Non
 
 METHODS = {
     "lora": Method(LoRA, lr=5e-4),
+    "lora_rank1": Method(LoRA1, lr=1e-2),
     "red": Method(RED, lr=5e-3),
     "bias": Method(Bias, lr=5e-3),
     "post_block": Method(Shift, lr=2e-2),

@@ -19,7 +19,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-from lofit.compare.baselines import LORA_ALPHA, RANK, TARGETS
+from lofit.compare.baselines import METHODS, TARGETS
 from lofit.errors import InputError
 from lofit.export import gguf
 from lofit.export.card import model_card
@@ -34,6 +34,7 @@ from lofit.llm.tokenizer import load_tokenizer
 from lofit.run.files import edit_tensors
 from lofit.run.tuned import Tuned, open_tuned
 
+LORAS = ("lora", "lora_rank1")
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json", *LICENCES,
@@ -94,8 +95,9 @@ def write_peft(tuned: Tuned, out: Path) -> None:
     source, raw = tuned.model.source, read_json(find_folder(tuned.base) / "config.json")
     # where transformers keeps the layers of a text model, and of one that sees images
     stem = f"base_model.model.model.{'language_model.' if 'text_config' in raw else ''}"
-    if tuned.method == "lora":
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0}
+    if tuned.method in LORAS:
+        rank = METHODS[tuned.method].edit.rank
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
         config |= {"target_modules": list(TARGETS), "bias": "none"}
         tensors = {}
         for key, tensor in edit_tensors(tuned.model).items():  # layers.3.q_proj_A
@@ -133,8 +135,9 @@ def export(args: argparse.Namespace) -> str:
         raise InputError(f"--out {args.out}: not an empty folder; name a new one")
     prompts = find_prompts(args.run, args.format) if args.check else []
     tuned, checked = open_tuned(args.run, args.model, args.dtype), ""
-    if "method" in tuned.info and (tuned.method, args.format) != ("lora", "peft"):
-        cure = "take --format peft" if tuned.method == "lora" else "eval.py --offsets reads them"
+    is_lora = tuned.method in LORAS
+    if "method" in tuned.info and not (is_lora and args.format == "peft"):
+        cure = "take --format peft" if is_lora else "eval.py --offsets reads them"
         raise InputError(f"--format {args.format}: edits of {tuned.method} are no offsets; {cure}")
     partial = args.out.absolute().with_name(f".{args.out.name}.{os.getpid()}.partial")
     try:

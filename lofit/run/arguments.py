@@ -11,7 +11,7 @@ from lofit.llm.checkpoint import DTYPES
 from lofit.llm.hub import local_folder
 
 # of train.py: compare/baselines.py has all but the first
-METHODS = ("lofit", "lora", "red", "bias", "post_block", "iti", "repe")
+METHODS = ("lofit", "lora", "lora_rank1", "red", "bias", "post_block", "iti", "repe")
 
 
 def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:

@@ -17,13 +17,15 @@ OURS = {"lofit": "scales", "random": "random"}  # methods that train offsets on 
 # of train.py --method: the flag, as the records have it (--alpha is --strength), and what is tried
 BASELINES = {
     "lora": ("--lr", ["1e-4", "5e-4", "2e-3"]),
+    "lora_rank1": ("--lr", ["2e-3", "1e-2", "5e-2"]),
     "red": ("--lr", ["1e-3", "5e-3", "2e-2"]),
     "bias": ("--lr", ["1e-3", "5e-3", "2e-2"]),
     "post_block": ("--lr", ["5e-3", "2e-2", "8e-2"]),
     "iti": ("--alpha", ["5", "15", "30"]),
     "repe": ("--alpha", ["0.5", "2", "8"]),
 }
-LAYERED = ("lora", "red", "bias", "post_block")  # baselines that may have K layers instead of all
+# baselines that may have K layers instead of all
+LAYERED = ("lora", "lora_rank1", "red", "bias", "post_block")
 MORE = '"red K" of K layers, or "lora --lr 1e-3" with one rate'
 
 
