@@ -35,6 +35,8 @@ def test_a_way_that_knows_the_map_and_one_that_does_not():
     assert rows[1] == ["wrong", "-1.00", "-1.00", "5"]
     # the other heads of a layer say 0.7, 0.9 and 0.35, 0.25, 0.3
     assert rows[2] == ["layer alone", "0.50", "–", "–"]
+    found[1, :2] = NAN  # with one head of a layer the two cannot be told apart
+    assert alone.way_rows(found, {"right": [right]}) == [["right", "1.00", "–", "1"]]
 
 
 def test_the_command(tmp_path, capsys):

@@ -624,13 +624,17 @@ class Audit:
             inside = np.square(inner[first:][known[first:]]).sum() / free
             shares.append(100 * (1 - inside / part.var(ddof=1)))
         lead = f"{model}, mquake: {known.sum()} of {known.size} heads, each trained alone; the base"
-        rows = {lead: [base], "Of the variance": shares}
+        rows, several = {lead: [base]}, n.min() > 1
+        if several:
+            rows["Of the variance"] = shares
         for layer, row in enumerate(alone):
             run = row[known[layer]]
-            rows[str(layer)] = [f"{len(run)}", run.mean(), run.min(), run.max()]
-        others = (np.nansum(alone, 1, keepdims=True) - alone) / (n - 1)
-        one, two = (ranks(values[known]) for values in (others, alone))
-        rows["layer alone"] = [np.corrcoef(one, two)[0, 1], "–", "–"]
+            if len(run):
+                rows[str(layer)] = [f"{len(run)}", run.mean(), run.min(), run.max()]
+        if several:
+            others = (np.nansum(alone, 1, keepdims=True) - alone) / (n - 1)
+            one, two = (ranks(values[known]) for values in (others, alone))
+            rows["layer alone"] = [np.corrcoef(one, two)[0, 1], "–", "–"]
         for way, found in grids.items():
             cells = [[], [], []]
             for _, grid in sorted(found, key=lambda each: each[0]):
@@ -639,7 +643,8 @@ class Audit:
                     cell.append(np.corrcoef(*(ranks(each[known]) for each in pair))[0, 1])
                 best = alone[known][grid[known].argmax()]
                 cells[2].append(f"{(alone[known] > best).sum() + 1}")
-            rows[way] = [np.mean(cells[0]), np.mean(cells[1]), " ".join(cells[2])]
+            inside = np.mean(cells[1]) if several else "–"
+            rows[way] = [np.mean(cells[0]), inside, " ".join(cells[2])]
         at = self.pages[TABLES][:begin].count("\n") + 1
         section, told = re.split(r"\n(?:#|```\npython)", self.pages[TABLES][begin:])[0], []
         for offset, line in enumerate(section.splitlines()):

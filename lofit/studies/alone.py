@@ -58,21 +58,30 @@ def share_of_layers(alone: torch.Tensor) -> float:
     return float(1 - inside / (known.sum() - known.any(1).sum()) / alone[known].var())
 
 
+def tells_layers(alone: torch.Tensor) -> bool:
+    """Whether two heads of each layer were run. With one of each a layer and its head are one."""
+    return bool((~alone.isnan()).sum(1).min() > 1)
+
+
 def way_rows(alone: torch.Tensor, grids: dict[str, list[torch.Tensor]]) -> list[list[str]]:
-    """A row for each way of choosing, and one for the layer alone."""
+    """A row for each way of choosing, and one for the layer alone where that can be told."""
     known = ~alone.isnan()
     # a head is predicted by the other heads of its layer, not by itself
     count = known.sum(1, keepdim=True) - 1
     others = (alone.nansum(1, keepdim=True) - alone) / count
     rows, inner = [], alone - alone.nanmean(1, keepdim=True)
-    for way, found in {**grids, "layer alone": [others]}.items():
+    layers = {"layer alone": [others]} if tells_layers(alone) else {}
+    for way, found in {**grids, **layers}.items():
         within = [g - torch.where(known, g, torch.nan).nanmean(1, keepdim=True) for g in found]
         over_all = mean([spearman(g[known], alone[known]) for g in found])
         inside = mean([spearman(g[known], inner[known]) for g in within])
         best = [alone[known][g[known].argmax()] for g in found]
         first = [int((alone[known] > score).sum()) + 1 for score in best]
         rows.append([way, f"{over_all:.2f}", f"{inside:.2f}", " ".join(map(str, first))])
-    rows[-1][2:] = ["–", "–"]
+        if way in layers:
+            rows[-1][2:] = ["–", "–"]
+        elif not layers:
+            rows[-1][2] = "–"
     return rows
 
 
@@ -113,17 +122,22 @@ def tables(args: argparse.Namespace) -> tuple[str, torch.Tensor, torch.Tensor]:
     if base is None:
         raise InputError(f"{path}: no {args.task} in it; tests/measure/single_heads.py makes it")
     n, of = int((~alone.isnan()).sum()), alone.numel()
-    whole, above = share_of_layers(alone), share_of_layers(alone[1:])
+    about = (
+        "The rank correlation of a way's scores with this map; the same when the mean of its layer\n"
+        "is taken from each head; and the place in this map of the head that each seed ranks first."
+    )
+    if tells_layers(alone):
+        shares = (f"{share_of_layers(part):.0%}" for part in (alone, alone[1:]))
+        about = (
+            "Of the variance between heads {} goes with the layer, without layer 0 {} (adjusted R"
+            " squared).\n".format(*shares)
+        ) + about
     header = ["scored by", "rank correlation", "inside a layer", "place of its first head"]
     parts = [
         f"{Path(args.model).name}, {args.task}: {n} of {of} heads, each trained alone; the base"
         f" model has {base:.1%}",
         markdown(["layer", "heads", "mean", "lowest", "highest"], layer_rows(alone)),
-        f"Of the variance between heads {whole:.0%} goes with the layer, without layer 0"
-        f" {above:.0%} (adjusted R squared).\n"
-        "Then the rank correlation of a way's scores with this map; the same when the mean of its\n"
-        "layer is taken from each head; and the place in this map of the head that each seed ranks"
-        " first.",
+        about,
         markdown(header, way_rows(alone, chosen)),
     ]
     return "\n\n".join(parts), alone, chosen["scales"][0]
