@@ -123,8 +123,9 @@ def tables(args: argparse.Namespace) -> tuple[str, torch.Tensor, torch.Tensor]:
         raise InputError(f"{path}: no {args.task} in it; tests/measure/single_heads.py makes it")
     n, of = int((~alone.isnan()).sum()), alone.numel()
     about = (
-        "The rank correlation of a way's scores with this map; the same when the mean of its layer\n"
-        "is taken from each head; and the place in this map of the head that each seed ranks first."
+        "The rank correlation of a way's scores with this map; the same when the mean of its\n"
+        "layer is taken from each head; and the place in this map of the head that each seed ranks"
+        " first."
     )
     if tells_layers(alone):
         shares = (f"{share_of_layers(part):.0%}" for part in (alone, alone[1:]))
