@@ -9,21 +9,23 @@ import argparse
 from pathlib import Path
 
 from lofit import errors
-from lofit.errors import InputError, warn
+from lofit.errors import InputError
 from lofit.evaluation import BATCH, check_prompts, evaluate
 from lofit.files import hash_of
 from lofit.heads import edits_off, get_edits, set_edits
 from lofit.llm.generate import Decoding
-from lofit.run.arguments import METHODS, common_parser, natural
+from lofit.run.arguments import METHODS, common_parser, natural, refuse
 from lofit.run.files import (
     HEADS,
     OFFSETS,
     as_line,
+    check_folds,
     check_made_for,
     edit_tensors,
     find_edits,
     load_offsets,
     save_results,
+    warn_of_settings,
 )
 from lofit.run.setup import Run, open_runs, run_folder
 from lofit.run.summary import by_answer, by_group, by_rule, print_details, results_table, summarize
@@ -43,7 +45,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("--compile", action="store_true", help="the decoding step (for long runs on a GPU)")
     for flag in ("--heads", "--method"):  # train.py's: say what is meant
         arg(flag, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.base_only:
+        refuse(parser, args, {"offsets": "--base-only asks the model alone"})
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,9 +131,11 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
         print(f"{label}: {what}, {n:,} trained values ({share}), seed {about.get('seed')}")
     print(results_table(results))
     print_details(results)
-    # those of other splits, and of the base alone, never replace a tuned model's test results
+    # those of other splits, of the base alone and of other offsets never replace the test results
+    # of the run that the folder has
     suffix = "" if args.split == "test" else f"-{args.split}"
     suffix += "-base" if args.base_only else ""
+    suffix += "-offsets" if args.offsets and (run.folder / OFFSETS).exists() else ""
     lines = [
         as_line(example, {who: rows[i] for who, rows in scored.items()})
         for i, example in enumerate(examples)
@@ -150,13 +157,8 @@ def attach(args: argparse.Namespace, run: Run, name: str) -> dict:
                 f"{path}: trained before {HEADS} beside it was written; run train.py again, or"
                 f" evaluate these all the same by --offsets {path.parent}"
             )
-    tasks = {found.get("task"), mine["task"]}
-    if tasks == {"truthfulqa-0", "truthfulqa-1"}:
-        raise InputError(f"{path}: {found['task']} trains on questions that {mine['task']} tests")
-    for flag in ("dtype", "quantize", "chat"):
-        theirs, ours = ((info | info["settings"]).get(flag) for info in (found, mine))
-        if found["settings"] and theirs != ours:
-            warn(f"{path}: trained with {flag} {theirs}, evaluated with {flag} {ours}")
+    check_folds(path, found, mine)
+    warn_of_settings(path, found, mine, "trained", "evaluated", "dtype", "quantize", "chat")
     tensors = edit_tensors(run.model)
     about = {
         "trained_values": sum(t.numel() for key, t in tensors.items() if key != "heads"),

@@ -21,7 +21,15 @@ from lofit.heads import Head, attach_offsets, every_head, random_init, rank_head
 from lofit.objectives import Objective
 from lofit.recipes import count_heads
 from lofit.run.arguments import METHODS, positive, refuse, shared_flags, training_parser
-from lofit.run.files import HEADS, OFFSETS, check_made_for, load_heads, save_edits
+from lofit.run.files import (
+    HEADS,
+    OFFSETS,
+    check_folds,
+    check_made_for,
+    load_heads,
+    save_edits,
+    warn_of_settings,
+)
 from lofit.run.resume import restore, save_epoch, state_file
 from lofit.run.setup import Run, make_objective, open_runs
 from lofit.tasks import Example
@@ -34,7 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arg("--heads", help="which heads: another run's folder, a JSON file, random, or all"
         " (default: those of this run's heads.json)")  # fmt: skip
     arg("--top", help="how many of these heads, or at random, or of a baseline's layers: a number"
-        " or a share like 3%% (default: the recipe's heads, all layers)")  # fmt: skip
+        " or a share like 3%% (default: all of these; at random as many as this run's heads.json"
+        " has, or the recipe's; all layers)")  # fmt: skip
     arg("--method", choices=METHODS, default="lofit", help="LoFiT, or a baseline"
         " (default: %(default)s)")  # fmt: skip
     arg("--strength", type=positive, help="of the vectors of iti and repe, which learn nothing")
@@ -62,6 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     variant = control if args.method == "lofit" else args.method
     with open_runs(args, "train", f"-{variant}" if variant else "") as runs:
         for run in runs:
+            if variant and (run.folder / HEADS).exists():  # --run names the folder of another run
+                raise InputError(
+                    f"{run.folder}: {HEADS} is here, so this is the folder of LoFiT's run; give"
+                    f" {variant} one of its own by --run"
+                )
             train(args, run)
             words = ["python", "eval.py", *shared_flags(args, run.task.name)]
             words += ["--run", str(run.folder)] if variant or args.run else []
@@ -123,7 +137,12 @@ def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
         return every
     # The control: a choice by scores that does no better than a draw has found nothing.
     if which == "random":
-        k = count_heads(run.setting("top", top, run.recipe.heads), config)
+        # As many as the run has that it is the control of, whose name is the same up to "-random".
+        own = run.folder.absolute()
+        own, default, origin = own.with_name(own.name.removesuffix("-random")) / HEADS, None, ""
+        if own.exists():
+            default, origin = str(len(load_heads(own, run.model)[0])), f"as many as {HEADS} has"
+        k = count_heads(run.setting("top", top, default or run.recipe.heads, origin), config)
         return random.Random(run.seed).sample(every, k)
     path = Path(which) if which else run.folder
     path = path / HEADS if path.is_dir() else path
@@ -132,6 +151,9 @@ def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
         # heads that were named may have been chosen on another task: does the choice carry over?
         keys = ("fingerprint",) if which else ("fingerprint", "data_hash", "chat")
         check_made_for(path, found, run.info, "select_heads.py", keys)
+        check_folds(path, found, run.info)
+    if found and not which:
+        warn_of_settings(path, found, run.info, "chosen", "trained", "dtype", "quantize", "n_train")
     if top and scores is None:
         raise InputError(f"--top: {path} has no scores to rank heads by; list the heads you want")
     return rank_heads(scores, count_heads(top, config)) if top else heads

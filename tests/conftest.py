@@ -282,7 +282,8 @@ def make_run(folder, base, scale=1.0, n=5, seed=0):
     offsets = torch.randn(n, model.config.head_dim, generator=generator) * scale
     source = model.source
     info = {"version": VERSION, "model": source.name, "revision": None}
-    info |= {"fingerprint": source.fingerprint, "task": "mquake", "data": "data/mini"}
+    info |= {"fingerprint": source.fingerprint, "task": "mquake"}
+    info |= {"data": "data/mini/MQuAKE"}
     info |= {"data_hash": "0", "chat": False, "plain": False, "seed": 7, "heads": heads}
     attach_offsets(model, heads, offsets)
     folder.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,10 @@ def test_the_command_asks_as_it_was_trained(tiny_folder, tmp_path, chat):
     assert f"--model {tiny_folder} --task mquake" in command and "--dtype bfloat16" in command
     assert ("--chat" in command) == chat == ("apply_chat_template" in text)
     assert ("--quantize nf4" in command) == chat and "stored" not in command
+    assert "--task mquake --data data/mini " in command  # the recorded data, not the default's
     assert command.endswith(f"--offsets {tmp_path / 'run'}")
+    write_tensors(path, tensors, info | {"data": "far/mydata", "task": "mydata"})
+    assert " --task far/mydata --offsets " in card(tmp_path, "peft")
 
 
 def test_scores_are_those_of_these_offsets(tiny_folder, tmp_path):

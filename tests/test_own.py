@@ -291,6 +291,19 @@ def test_a_cheap_rule_is_scored(flags, tmp_path, capsys):
     assert "the cheap rule would score 50.0%" in capsys.readouterr().out
 
 
+def test_a_rule_is_read_as_an_answer_is(flags, tmp_path):
+    """An answer may begin with a line break, which generated ones are compared without."""
+    lines = [FORMS["answer"] | {"answer": f"\n{a}", "rule": "\ncity"} for a in ("city", "country")]
+    write(tmp_path / "mine", lines)
+    eval_script.main([*flags, "--base-only"])
+    results = json.loads((tmp_path / "run" / "results-base.json").read_text())
+    assert (
+        results["rules"]
+        == {"the cheap rule": results["always"]["share"]}
+        == {"the cheap rule": 0.5}
+    )
+
+
 def test_a_prompt_that_ends_inside_a_token_is_warned_of(flags, tmp_path, capsys):
     """With the miniature's words a space at the end is nothing; with mini-gemma's it is."""
     good, bad = ({"prompt": f"Q: Is it? A:{end}", "answer": "city"} for end in ("", " "))

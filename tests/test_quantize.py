@@ -3,19 +3,21 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import REPO, difference, random_model
+from conftest import REPO, difference, make_run, random_model, run_export
 from safetensors.torch import load_file, save_file
 
 import eval as evaluate
 import train
 from lofit.errors import InputError
-from lofit.heads import attach_offsets, edits_off
+from lofit.heads import attach_offsets, attached_offsets, edits_off
+from lofit.inspect import explain
 from lofit.llm.checkpoint import load_model
 from lofit.llm.config import ModelConfig
 from lofit.llm.save import save_model
@@ -81,6 +83,24 @@ def test_the_bits_are_those_of_transformers_and_its_checkpoints_are_read(stored,
     with torch.no_grad():
         assert difference(read(IDS), ours(IDS)) == 0
     assert read.source.fingerprint != ours.source.fingerprint
+
+
+def test_what_offsets_write_is_told_of_a_checkpoint_in_4_bits(stored, tiny_folder, tmp_path):
+    _, folder = stored
+    shutil.copy(tiny_folder / "tokenizer.json", folder)
+    run = tmp_path / "run"
+    model = make_run(run, folder)
+    explain.main([str(run)])
+    found = json.loads((run / "explain.json").read_text())["offsets"]
+    (layer, head), v = (each[0] for each in attached_offsets(model))
+    weight = dequantized(model.model.layers[layer].self_attn.o_proj)
+    want = (weight[:, 8 * head : 8 * head + 8] @ v).norm()
+    (entry,) = (e for e in found if (e["layer"], e["head"]) == (layer, head))
+    assert entry["written_norm"] == pytest.approx(want.item(), rel=1e-5)
+    out = run_export(run, "peft", tmp_path / "out")
+    assert (out / "adapter_model.safetensors").exists()
+    with pytest.raises(InputError, match="--format hf: the base model is stored in 4 bits"):
+        run_export(run, "hf", tmp_path / "whole")
 
 
 def test_a_part_that_is_missing_and_other_kinds_are_refused(stored, tmp_path):

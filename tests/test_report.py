@@ -33,10 +33,13 @@ def run(tiny_folder, small_data, tmp_path):
     return folder
 
 
-def test_the_page_has_results_curves_answers_and_what_offsets_say(run, capsys):
+def test_the_page_has_results_curves_answers_and_what_offsets_say(run, capsys, monkeypatch):
     report.main([str(run)])
     text = (run / "report.html").read_text()
     assert f"-> {run / 'report.html'}" in capsys.readouterr().out
+    monkeypatch.chdir(run)
+    report.main(["."])
+    assert (run / "report.html").read_text().count("<polyline") == text.count("<polyline")
     results = json.loads((run / "results.json").read_text())
     score = f"{100 * results['scores']['tuned']['em_stripped']:.1f} %"
     assert re.search(rf"<b>{score}</b><span class=.soft.>em_stripped of the tuned model", text)

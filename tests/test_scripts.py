@@ -105,6 +105,53 @@ def test_controls_need_no_selection_and_get_folders_of_their_own(
     assert not torch.equal(one["offsets"], other["offsets"])
 
 
+def test_a_random_control_has_as_many_heads_as_its_run(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    select_heads.main([*flags[:4], *FAST, "--heads", "5"])
+    for n, extra in ((5, []), (2, ["--top", "2"]), (5, ["--run", "runs/tiny/mquake-random"])):
+        train.main([*flags[:4], *FAST, "--heads", "random", *extra])
+        assert len(load_file("runs/tiny/mquake-random/offsets.safetensors")["heads"]) == n
+
+
+@pytest.mark.parametrize("extra", [["--heads", "random"], ["--method", "lora"]])
+def test_a_control_never_replaces_the_run(flags, extra):
+    select_heads.main([*flags, *FAST, "--heads", "5"])
+    refused(train, [*flags, *FAST, *extra], "run: heads.json is here, so this is the folder of LoF")
+
+
+def test_other_offsets_never_replace_the_results_of_a_run(flags, tmp_path):
+    select_heads.main([*flags, *FAST, "--heads", "2"])
+    train.main([*flags, *FAST])
+    eval_script.main(flags)
+    before = (tmp_path / "run" / "results.json").read_text()
+    train.main([*flags, *FAST, "--heads", "all", "--run", str(tmp_path / "other")])
+    eval_script.main([*flags, "--offsets", str(tmp_path / "other")])
+    assert (tmp_path / "run" / "results.json").read_text() == before
+    other = json.loads((tmp_path / "run" / "results-offsets.json").read_text())
+    assert len(other["adapters"]["tuned"]["heads"]) == 12
+
+
+def test_heads_of_the_fold_whose_questions_are_tested_are_refused(flags, tmp_path):
+    """It trained without a word: all training questions of a fold are tested in the other."""
+    select_heads.main([*flags, *FAST, "--heads", "2", "--task", "truthfulqa-0"])
+    argv = [*flags[:-1], str(tmp_path / "one"), *FAST, "--heads", str(tmp_path / "run")]
+    message = "heads.json: truthfulqa-0 trains on questions that truthfulqa-1 tests"
+    refused(train, [*argv, "--task", "truthfulqa-1"], message)
+    train.main([*argv, "--task", "mquake"])  # that a choice carries over is a question
+
+
+def test_heads_chosen_on_less_data_are_warned_of(flags, capsys):
+    select_heads.main([*flags, *FAST, "--heads", "2", "--n-train", "4"])
+    train.main([*flags, *FAST])
+    assert "heads.json: chosen with n_train 4, trained with n_train None" in capsys.readouterr().err
+
+
+def test_an_exports_folder_in_a_run_stops_no_script(flags, tmp_path):
+    (tmp_path / "run" / ".out.123.partial").mkdir(parents=True)
+    train.main([*flags, *FAST, "--heads", "random", "--top", "1"])
+    assert (tmp_path / "run" / ".out.123.partial").exists()
+
+
 def test_heads_of_a_file_and_the_best_of_them(flags, tmp_path):
     def trained(path, *extra):
         train.main([*flags[:-1], str(tmp_path / "own"), *FAST, "--heads", str(path), *extra])
@@ -136,6 +183,7 @@ REFUSED = {
     "more heads": (select_heads, "--heads 13", r"number of heads 13: 13 is not in 1\.\.12"),
     "more at random": (train, "--heads random --top 13", r"13 is not in 1\.\.12"),
     "eval of random": (eval_script, "--heads random", "name it by --run .*run"),
+    "base and offsets": (eval_script, "--base-only --offsets nowhere", "--offsets: --base-only as"),
     "eval of lora": (eval_script, "--method lora", "evaluates what was trained: name it by --run"),
     "heads of lora": (train, "--method lora --heads all", "--heads: --method lora does not take"),
     "the best of all": (train, "--heads all --top 3", "--top: there is nothing to choose from"),

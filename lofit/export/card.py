@@ -10,6 +10,7 @@ from lofit.heads import attached_offsets
 from lofit.llm.hub import SHIPPED, find_folder
 from lofit.run.summary import results_table
 from lofit.run.tuned import Tuned, read_results
+from lofit.tasks import named_tasks
 
 TEMPLATE = Path(__file__).with_name("card.md")
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
@@ -38,7 +39,12 @@ def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
         **licence_of(find_folder(tuned.base)),
     )
     # what evaluates these offsets as they were trained
-    command = ["python", "eval.py", "--model", tuned.base, "--task", str(info.get("task", "TASK"))]
+    task, folder = str(info.get("task", "TASK")), info.get("data")
+    command = ["python", "eval.py", "--model", tuned.base, "--task"]
+    if folder and task in named_tasks():  # by their folders in --data; others are folders themselves
+        command += [task, "--data", str(Path(folder).parent)]
+    else:
+        command += [folder or task]
     command += [f"--{flag}" for flag in ("chat", "plain") if info.get(flag)]
     for flag in ("dtype", "quantize"):
         value = info["settings"].get(flag)

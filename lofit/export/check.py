@@ -35,7 +35,7 @@ def find_prompts(run: str, form: str) -> list[str]:
     path = find_edits(run)
     info = {} if path.name == "config.json" else read_tensors(path)[1]
     # beside the run: where eval.py --offsets compared several
-    beside = path.parent.with_name(f"{info.get('task')}-offsets")
+    beside = path.absolute().parent.with_name(f"{info.get('task')}-offsets")
     for folder in (path.parent, beside):
         if (folder / PREDICTIONS).exists():
             return [line["prompt"] for _, line in read_jsonl(folder / PREDICTIONS)][:N]

@@ -4,6 +4,7 @@ bias after it, and the folded model computes the same function."""
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from lofit.errors import InputError
 from lofit.heads import HeadOffset, attention_layers
@@ -16,11 +17,20 @@ MAX_LOSS = 0.01  # of an offset's norm: rounding to bfloat16 takes 0.002
 AS_LLAMA = ("mistral", "qwen2")
 
 
+def weight_of(linear: nn.Linear) -> torch.Tensor:
+    """A linear layer's weight in fp32: [out, in]; of one in 4 bits what it computes with."""
+    if hasattr(linear.weight, "quant_state"):
+        from lofit.quantize import dequantized
+
+        return dequantized(linear).float()
+    return linear.weight.float()
+
+
 @torch.no_grad()
 def shifts(model: CausalLM) -> dict[int, torch.Tensor]:
     """W_o v, what the offsets add after o_proj, of each edited layer: [hidden_size] fp32."""
     return {
-        layer: attention.o_proj.weight.float() @ attention.head_out.all_heads().flatten()
+        layer: weight_of(attention.o_proj) @ attention.head_out.all_heads().flatten()
         for layer, attention in enumerate(attention_layers(model))
         if isinstance(attention.head_out, HeadOffset)
     }

@@ -139,6 +139,11 @@ def export(args: argparse.Namespace) -> str:
     if "method" in tuned.info and not (is_lora and args.format == "peft"):
         cure = "take --format peft" if is_lora else "eval.py --offsets reads them"
         raise InputError(f"--format {args.format}: edits of {tuned.method} are no offsets; {cure}")
+    if tuned.model.config.stored_in_4_bits and args.format != "peft":
+        raise InputError(
+            f"--format {args.format}: the base model is stored in 4 bits, which this export would"
+            " not keep; take --format peft"
+        )
     partial = args.out.absolute().with_name(f".{args.out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)

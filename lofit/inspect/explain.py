@@ -15,6 +15,7 @@ import torch
 
 from lofit import errors
 from lofit.errors import InputError
+from lofit.export.folding import weight_of
 from lofit.files import write_json
 from lofit.heads import attached_offsets
 from lofit.llm.model import CausalLM
@@ -42,8 +43,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def head_write(model: CausalLM, layer: int, head: int, v: torch.Tensor) -> torch.Tensor:
     """W_o v, what an offset [head_dim] of a head adds after o_proj: [hidden_size] fp32."""
-    weight, dim = model.model.layers[layer].self_attn.o_proj.weight, model.config.head_dim
-    return weight[:, head * dim : (head + 1) * dim].float() @ v.float().to(weight.device)
+    weight, dim = weight_of(model.model.layers[layer].self_attn.o_proj), model.config.head_dim
+    return weight[:, head * dim : (head + 1) * dim] @ v.float().to(weight.device)
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def answer_of(line: dict, who: str) -> str:
 def gold_of(line: dict) -> str:
     """The gold answer: of several the first; a number without the text that leads to it."""
     if "value" in line:
-        return f"{line['value']:g}"
+        return f"{line['value']:.15g}"
     return (line.get("references") or line.get("right") or [line["answer"]])[0].strip()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lofit import files
-from lofit.errors import InputError
+from lofit.errors import InputError, warn
 from lofit.files import (
     parse_json,
     read_tensors,
@@ -60,6 +60,21 @@ def check_made_for(
                 f"{path}: made for {word} {theirs}, but this run is for {ours}; run {script} again"
                 " with the same flags, or choose another folder by --run"
             )
+
+
+def check_folds(path: Path, found: dict, mine: dict) -> None:
+    """InputError for a file of TruthfulQA's other fold: it was made on questions that are tested
+    here."""
+    if {found.get("task"), mine["task"]} == {"truthfulqa-0", "truthfulqa-1"}:
+        raise InputError(f"{path}: {found['task']} trains on questions that {mine['task']} tests")
+
+
+def warn_of_settings(path: Path, found: dict, mine: dict, then: str, now: str, *flags: str) -> None:
+    """Warn where a file was made with other settings than it is used with."""
+    for flag in flags:
+        theirs, ours = ((info | info["settings"]).get(flag) for info in (found, mine))
+        if found["settings"] and theirs != ours:
+            warn(f"{path}: {then} with {flag} {theirs}, {now} with {flag} {ours}")
 
 
 def save_heads(path: Path, heads: list[Head], scores: torch.Tensor, info: dict) -> None:
@@ -175,4 +190,5 @@ def save_results(folder: Path, suffix: str, results: dict, lines: list[dict]) ->
 def as_line(example: Example, rows: dict[str, dict]) -> dict:
     """An item of predictions.jsonl: what was asked, and each model's answer and scores."""
     asked = {k: v for k, v in asdict(example).items() if v and k not in ("where", "unit", "rules")}
+    asked |= {} if example.value is None else {"value": example.value}  # 0 is an answer
     return asked | rows

@@ -180,7 +180,8 @@ def _locked(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written ({error.strerror}); choose another by --run"
         ) from None
     for partial in folder.glob(".*.partial"):  # of a process that was killed
-        partial.unlink()
+        if partial.is_file():  # not an export's folder, which may be in the making
+            partial.unlink()
     try:
         yield
     finally:
@@ -204,13 +205,12 @@ def make_objective(run: Run, examples: list[Example], split: str) -> Objective:
     # Each process caches the states of its own rows; split weights need all of them to do the same
     if not run.plain and run.processes != "sharded":
         objective = faster(objective)
-    if run.parts > 1:
-        objective = Accumulated(objective, run.parts)
     if run.processes:
         from lofit.distributed import SharedObjective
 
-        return SharedObjective(objective)
-    return objective
+        objective = SharedObjective(objective)
+    # Parts of the whole batch, and each part shared: so all processes have as many parts
+    return Accumulated(objective, run.parts) if run.parts > 1 else objective
 
 
 def faster(objective: Objective) -> Objective:

@@ -171,7 +171,7 @@ def by_rule(task: Task, examples: list[Example]) -> dict:
     for i, example in enumerate(examples):
         for name, answer in example.rules:
             scores = found.setdefault(name, [0.0] * len(examples))
-            scores[i] = task.score(answer, example)[task.metrics[0]]
+            scores[i] = task.score(task.extract(example, answer), example)[task.metrics[0]]
     means = {name: mean(scores) for name, scores in found.items()}
     return {"rules": means, "rule_scores": found} if found else {}
 

@@ -87,7 +87,7 @@ def read_results(tuned: Tuned) -> tuple[dict | None, list[dict]]:
     They lie in the run's folder, or beside it where eval.py --offsets compared several: there the
     offsets have another label, which becomes "tuned" here.
     """
-    folder, mine = tuned.path.parent, hash_of(tuned.path)
+    folder, mine = tuned.path.absolute().parent, hash_of(tuned.path)
     for place in (folder, folder.with_name(f"{tuned.info.get('task')}-offsets")):
         path = place / RESULTS
         found = read_json(path) if path.exists() else {}

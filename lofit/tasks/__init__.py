@@ -1,6 +1,6 @@
 """Tasks: each reads its splits, writes prompts and scores predictions. It knows no model.
 
-To add one: a file beside mquake.py with a TASK, and its line in `find_tasks`.
+To add one: a file beside mquake.py with a TASK, and its line in `named_tasks`.
 """
 
 import re
@@ -68,18 +68,24 @@ class Task:
 
 def find_tasks(name: str) -> list[Task]:
     """--task: one of the names here, or a folder of your own. truthfulqa is two, its folds."""
-    from lofit.tasks import clutrr, mquake, own, truthfulqa
+    from lofit.tasks import own, truthfulqa
 
     if name == "truthfulqa":
         return truthfulqa.FOLDS
-    tasks = {task.name: task for task in (mquake.TASK, clutrr.TASK, *truthfulqa.FOLDS)}
-    tasks |= own.NAMED
+    tasks = named_tasks()
     if name in tasks:
         return [tasks[name]]
     if not Path(name).is_dir():
         names = ", ".join(("truthfulqa", *tasks))
         raise InputError(f"--task {name}: neither one of {names} nor a folder with train.jsonl")
     return [own.own_task(Path(name))]
+
+
+def named_tasks() -> dict[str, Task]:
+    """The tasks with a name of their own; all others are folders."""
+    from lofit.tasks import clutrr, mquake, own, truthfulqa
+
+    return {task.name: task for task in (mquake.TASK, clutrr.TASK, *truthfulqa.FOLDS)} | own.NAMED
 
 
 def main_metric(name: str) -> str:
