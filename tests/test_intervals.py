@@ -115,7 +115,8 @@ def test_the_spread_of_runs_is_what_their_means_vary_by_and_can_be_borrowed():
     """Items that are all alike leave the runs alone: the variance of their means."""
     cells = [[[x] * 4 for x in runs] for runs in ([0.1, 0.3], [0.5, 0.5, 0.8])]
     spread = run_spread([(cell, None) for cell in cells])
-    assert spread.df == 3 and spread.variance == pytest.approx((0.02 + 0.06) / 3)
+    assert spread.variance == pytest.approx((0.02 + 0.06) / 3)
+    assert spread.df == pytest.approx(0.08**2 / (0.02**2 + 0.06**2 / 2))  # 32 / 11
     ones, base = [[0.0, 1.0, 1.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]]
     alone, lent = (difference(ones, base, borrowed=(each, None)) for each in (None, spread))
     assert alone.runs.variance == 0 and lent.runs.variance == pytest.approx(spread.variance)

@@ -42,6 +42,8 @@ TASKS = {"MQuAKE": "mquake", "CLUTRR": "clutrr", "TruthfulQA": "truthfulqa", "Li
 METRIC = {"mquake": "em_stripped", "truthfulqa": "mc1", "svamp": "accuracy", "gsm8k": "accuracy"}
 HEADS = {"smollm2-135m-instruct": 270, "gemma-3-270m": 72, "mini-llama": 128}
 DRAWN = ("random", "spread")
+LABELS = ("claim", "model", "task", "LoFiT", "the other", "heads", "method", "chosen by", "what")
+LABELS += ("from", "tested on", "tuned on", "by", "asked", "beside", "examples", "weights")
 TRIED = {
     "lora": "--lr 1e-4 5e-4 2e-3",
     "lora_rank1": "--lr 2e-3 1e-2 5e-2",
@@ -65,15 +67,15 @@ INTERVAL = re.compile(r"([+-]?[\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
 
 
 @lru_cache(None)
-def t_value(df: float) -> float:
-    """t with 95 % of Student's distribution between -t and t, by bisection of Simpson's rule."""
+def t_value(df: float, level: float = 0.95) -> float:
+    """t with `level` of Student's distribution between -t and t, by bisection of Simpson's rule."""
     scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    low, high = 0.0, 50.0
+    low, high = 0.0, 500.0
     for _ in range(60):
         t = (low + high) / 2
         y = (1 + np.linspace(0, t, 4001) ** 2 / df) ** (-(df + 1) / 2)
         mass = 2 * scale * t / 12000 * (y[0] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum() + y[-1])
-        low, high = (t, high) if mass < 0.95 else (low, t)
+        low, high = (t, high) if mass < level else (low, t)
     return low
 
 
@@ -92,20 +94,47 @@ def runs_of(side: np.ndarray, groups: np.ndarray) -> tuple[float, int]:
     return max(0.0, side.mean(1).var(ddof=1) - left) / len(side), df
 
 
-def difference(ones, others, groups=None, borrowed=(None, None)) -> tuple[float, float, float]:
-    """(difference of the means, half of its 95 % interval, standard error) over items or groups,
-    and over runs. borrowed: (variance, degrees of freedom) of runs, for a side with one."""
+def parts_of(ones, others, groups=None, borrowed=(None, None)) -> tuple[float, list[tuple]]:
+    """(difference of the means, [(variance, degrees of freedom)]) over items or groups, and over
+    runs. borrowed: of runs, for a side with one."""
     each = ones.mean(0) - others.mean(0)
     groups = np.arange(len(each)) if groups is None else np.array(groups)
-    middle, items, runs, by_df = each.mean(), of_mean(each - each.mean(), groups), 0.0, 0.0
+    middle, runs, by_df = each.mean(), 0.0, 0.0
+    items = of_mean(each - middle, groups), len(np.unique(groups)) - 1
     for side, spread in zip((ones, others), borrowed, strict=True):
         if len(side) > 1 or spread:
             part, df = runs_of(side, groups) if len(side) > 1 else spread
             runs, by_df = runs + part, by_df + part**2 / df
-    width = t_value(len(np.unique(groups)) - 1) * items
-    width += t_value(runs**2 / by_df) * runs if runs else 0.0
-    error = math.sqrt(items + runs)
-    return middle, width / error if error else 0.0, error
+    return middle, [items, *([(runs, runs**2 / by_df)] if runs else [])]
+
+
+def half_of(parts: list[tuple], level: float = 0.95) -> float:
+    """Half of an interval: Cochran's mean of the quantiles."""
+    error = math.sqrt(sum(variance for variance, _ in parts))
+    width = sum(t_value(df, level) * variance for variance, df in parts)
+    return width / error if error else 0.0
+
+
+def difference(*args) -> tuple[float, float, float]:
+    """(difference of the means, half of its 95 % interval, standard error)."""
+    middle, parts = parts_of(*args)
+    return middle, half_of(parts), math.sqrt(sum(variance for variance, _ in parts))
+
+
+def p_of(middle: float, parts: list[tuple]) -> float:
+    """One less the level of the interval that ends at 0."""
+    low, high = 0.0, 1.0
+    for _ in range(24):
+        level = (low + high) / 2
+        low, high = (low, level) if half_of(parts, level) >= abs(middle) else (level, high)
+    return 1 - high
+
+
+def holm(ps: list[float]) -> list[float]:
+    """Each of n ordered p-values times how many are left, and never below the one before."""
+    order = np.argsort(ps)
+    steps = np.minimum(1, np.array(ps)[order] * np.arange(len(ps), 0, -1))
+    return np.maximum.accumulate(steps)[np.argsort(order)].tolist()
 
 
 def pooled(means: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
@@ -231,8 +260,8 @@ class Verdicts:
                 hits, groups = self.records.hits(side), self.records.base(side[0]).get("clusters")
                 groups = np.arange(hits.shape[1]) if groups is None else np.array(groups)
                 parts.append((len(side) * runs_of(hits, groups)[0], len(side) - 1))
-        df = sum(d for _, d in parts)
-        return sum(v * d for v, d in parts) / df, df
+        shares = np.array([v * d for v, d in parts]) / sum(d for _, d in parts)
+        return shares.sum(), shares.sum() ** 2 / sum(shares**2 / [d for _, d in parts])
 
     def compared(self, ours: list[dict], theirs: list[dict] | None) -> tuple[float, float, float]:
         sides = (ours, theirs or [])
@@ -241,25 +270,31 @@ class Verdicts:
 
     def expected(self, row: dict) -> dict[str, str]:
         if row["claim"] == "2":
-            return {"LoFiT − other": self.pooled(row["LoFiT"].startswith("7 or more"))}
+            found, n = self.pooled(row["LoFiT"].startswith("7 or more"))
+            return {"task": f"{n} test sets pooled", "LoFiT − other": found}
         task, versus = row["task"].split()[0], row["the other"]
         ours = self.side(row["model"], task, row["LoFiT"])
+        theirs, lent = [], [None, None]
         if versus == "cheap rule":
             other = self.records.rule_scores(ours[0])
-            groups = self.records.base(ours[0]).get("clusters")
-            found = said(*difference(self.records.hits(ours), other, groups)[:2])
-            means = 100 * self.records.hits(ours).mean(), 100 * other.mean()
-            return {"percent": "{:.9f} and {:.9f}".format(*means), "LoFiT − other": found}
-        base = versus == "base model"
-        theirs = None if base else self.side(row["model"], task, versus)
-        other = self.records.of_base(ours[0]) if base else self.records.hits(theirs)
-        means = 100 * self.records.hits(ours).mean(), 100 * other.mean()
+        elif versus == "base model":
+            other = self.records.of_base(ours[0])
+        else:
+            theirs = self.side(row["model"], task, versus)
+            other = self.records.hits(theirs)
+        if versus != "cheap rule":
+            sides = (ours, theirs)
+            lent = [self.spread[s[0]["by"] == "random"] if len(s) == 1 else None for s in sides]
+        hits, groups = self.records.hits(ours), self.records.base(ours[0]).get("clusters")
+        middle, parts = parts_of(hits, other, groups, lent)
         return {
-            "percent": "{:.9f} and {:.9f}".format(*means),
-            "LoFiT − other": said(*self.compared(ours, theirs)[:2]),
+            "runs": ", ".join(str(len(side)) for side in (ours, theirs) if side),
+            "percent": f"{100 * hits.mean():.9f} and {100 * other.mean():.9f}",
+            "LoFiT − other": said(middle, half_of(parts)),
+            "p": f"{p_of(middle, parts):.9f}",
         }
 
-    def pooled(self, many: bool) -> str:
+    def pooled(self, many: bool) -> tuple[str, int]:
         """Each model's task counts once, with the mean of its differences and errors."""
         sets: dict[tuple, list] = {}
         for model in HEADS:
@@ -270,7 +305,7 @@ class Verdicts:
                     if (n_heads(self.records.get(ours[0])) >= 7) == many:
                         sets.setdefault((model, task), []).append(self.compared(ours, theirs))
         means, _, errors = np.array([np.mean(cells, 0) for cells in sets.values()]).T
-        return said(*pooled(means, errors))
+        return said(*pooled(means, errors)), len(sets)
 
 
 class Command:
@@ -581,13 +616,23 @@ class Audit:
             command = Verdicts(self.records) if verdicts else Command(match[1], self.records)
             above = self.pages[page][: match.start(2)].count("\n") + 3
             header, _, *rows = (line[2:-2].split(" | ") for line in match[2].splitlines())
-            for number, cells in enumerate(rows, above):
-                row = dict(zip(header, cells, strict=True))
+            rows, every = [dict(zip(header, cells, strict=True)) for cells in rows], []
+            for number, row in enumerate(rows, above):
                 try:
-                    found = command.expected(row) if verdicts else expected(command, row)
+                    every.append(command.expected(row) if verdicts else expected(command, row))
                 except (LookupError, ValueError, StopIteration) as error:
-                    self.differs(page, number, " | ".join(cells), f"no such run ({error!r})")
-                    continue
+                    text = " | ".join(row.values())
+                    self.differs(page, number, text, f"no such run ({error!r})")
+                    every.append({})
+            tested = [found for found in every if "p" in found]
+            corrected = holm([float(found["p"]) for found in tested])
+            for found, p in zip(tested, corrected, strict=True):
+                found["p"] = f"{p:.9f}"
+            for column in header:
+                told = column in LABELS or any(column in found for found in every)
+                if not told and any(NUMBER.search(row[column]) for row in rows):
+                    self.differs(page, above, column, "a column that nothing here recomputes")
+            for number, (row, found) in enumerate(zip(rows, every, strict=True), above):
                 for column in (column for column in header if column in found):
                     self.cell(page, number, column, row[column], found[column])
                     self.tell(match.start(), found[column] or "")
@@ -731,13 +776,15 @@ class Audit:
             self.in_text += 3
             if not any(all(map(close, match.groups(), of)) for of in whole):
                 self.differs(page, number, match[0], "no interval of these tables")
-        values = {x.lstrip("+-") for cell in cells for x in NUMBER.findall(cell)}
+        signed = {x for cell in cells for x in NUMBER.findall(cell)}
+        values = {"": {x.lstrip("+-") for x in signed}}
+        values |= {sign: {x for x in signed if x.startswith(sign)} for sign in "+-"}
         for printed in NUMBER.findall(INTERVAL.sub(" ", line)):
             if printed in told:
                 self.elsewhere += 1
             elif not re.search(r"\.\d|,\d{3}", printed):
                 self.unchecked += 1
-            elif any(close(printed.lstrip("+-"), value) for value in values):
+            elif any(close(printed, v) for v in values[printed[0] if printed[0] in "+-" else ""]):
                 self.in_text += 1
             else:
                 self.differs(page, number, printed, "no number of these tables")

@@ -41,7 +41,7 @@ def model_card(tuned: Tuned, form: str, name: str, checked: str = "") -> str:
     # what evaluates these offsets as they were trained
     task, folder = str(info.get("task", "TASK")), info.get("data")
     command = ["python", "eval.py", "--model", tuned.base, "--task"]
-    if folder and task in named_tasks():  # by their folders in --data; others are folders themselves
+    if folder and task in named_tasks():  # others are folders themselves
         command += [task, "--data", str(Path(folder).parent)]
     else:
         command += [folder or task]

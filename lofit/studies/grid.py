@@ -268,7 +268,8 @@ STUDIES = {
     ),
     "forgets": Study(
         "Test split, seeds {seeds}: change of another task's score in points [interval], and the"
-        " loss of a token of text (the other task's prompts, or --text) before → after",
+        " mean over texts (the other task's prompts, or --text) of their tokens' mean loss before →"
+        " after",
         ["model", "tuned on", "by", "asked"],
         {"base": lambda c: c.base(c.ours), "change": lambda c: c.gain(c.ours),
          "{methods[0]} − it": lambda c: c.minus(c.other, c.ours), "loss of text": Cells.text_loss},

@@ -7,7 +7,8 @@ Searle, Casella and McCulloch, Variance Components, 1992). Runs are few, so that
 them is too narrow: they have the t quantile of Welch's degrees of freedom, items their own, and
 the sum has the mean of both quantiles, weighted by the variances (Cochran, Biometrics 20, 1964).
 
-Items that share something, like MQuAKE's questions about one edit, are right or wrong together:
+Items that share something, like MQuAKE's questions about one edit, or CLUTRR's stories with one
+chain of relations, which have one answer, are right or wrong together:
 with groups it is these that vary. The variance is then that of sums over groups, each corrected for
 its own share in the mean (CR2 of Bell and McCaffrey, Survey Methodology 28, 2002); of groups of one
 item it is the ordinary one.
@@ -93,11 +94,12 @@ def difference(
 
 def run_spread(cells: Iterable[tuple[Scores, Groups]]) -> Spread:
     """How single runs vary about their cell's mean, over cells of several runs that differ by the
-    seed alone, each with the groups of its items."""
+    seed alone, each with the groups of its items. Where one cell has most of the variance, it has
+    hardly more degrees of freedom than this cell (Satterthwaite, Biometrics Bulletin 2, 1946)."""
     sides = [(torch.as_tensor(scores, dtype=torch.float64), groups) for scores, groups in cells]
     parts = [(len(side), _of_runs(side, _groups(groups, side.shape[1]))) for side, groups in sides]
     df = sum(part.df for _, part in parts)
-    return Spread(sum(n * part.variance * part.df for n, part in parts) / df, df)
+    return _sum([Spread(n * part.variance * part.df / df, part.df) for n, part in parts])
 
 
 def holm(ps: Sequence[float]) -> list[float]:

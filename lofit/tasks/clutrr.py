@@ -53,6 +53,8 @@ def read(path: Path, split: str, seed: int) -> list[Example]:
             Example(
                 prompt(story, a, b), relation, references=(relation,), where=where,
                 rules=(("the last edge", last.get(_last_edge(item), "")),),
+                # stories of one chain of relations have one answer, and are right or wrong together
+                unit=str(item.get("edge_types", "")),
             )
         )  # fmt: skip
     if split == "train" and len(examples) > N_TRAIN:
