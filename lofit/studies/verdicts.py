@@ -68,6 +68,8 @@ COMPARED = [
     ("5", SMOL, "mquake", LOFIT, baseline("red", "--lr 5e-3")),
     ("5", SMOL, "mquake", EVERY, baseline("red", "--lr 5e-3")),
     ("5", SMOL, "mquake", EVERY, baseline("bias", "--lr 5e-3")),
+    ("5", SMOL, "mquake", EVERY, baseline("red", "--top 15", "--lr 2e-2")),
+    ("5", SMOL, "mquake", EVERY, baseline("lora_rank1", "--top 9", "--lr 5e-2")),
     ("5", SMOL, "truthfulqa", LOFIT, baseline("lora", "--lr 5e-4")),
     ("5", SMOL, "truthfulqa", LOFIT, baseline("red", "--lr 5e-3")),
     *(("6", SMOL, "mquake", ours, baseline(name, f"--n-train {n}", f"--lr {lr}"))
