@@ -14,6 +14,8 @@ ALTERED = [  # page, where a number stands in it
     (TABLES, r"^\| .* \| \d+ to \d+ \| 0\.\d\d \| (0\.\d\d) \|$"),  # a rank correlation
     (RESULTS, r"^\| 1\. .*?\[[+−](\d+\.\d)"),  # an interval of the verdicts
     (TABLES, r"^\| 2 \| .* 7 or more .* \[-(\d\.\d)"),  # pooled
+    (TABLES, r"^\| 5 \| .* red --lr 5e-3 \| 3, 3 \| 45.* (0\.\d{3}) \|$"),  # a p after Holm
+    (TABLES, r"^\| 6 \| .* \| 3, (3) \| 29\.7 and 39\.5"),  # how many runs
     ("README.md", r"^\| SmolLM2.*?\(\+(\d+\.\d)"),
 ]
 
