@@ -125,7 +125,7 @@ def tables(args: argparse.Namespace) -> tuple[str, torch.Tensor, torch.Tensor]:
     about = (
         "The rank correlation of a way's scores with this map; the same when the mean of its\n"
         "layer is taken from each head; and the place in this map of the head that each seed ranks"
-        " first."
+        " first,\nof those that were run."
     )
     if tells_layers(alone):
         shares = (f"{share_of_layers(part):.0%}" for part in (alone, alone[1:]))
