@@ -72,13 +72,14 @@ def test_the_plain_way_gives_the_same(flags, tmp_path, task):
     """One batch an epoch, so that the order is the same; scales, offsets and results agree."""
     runs = [tmp_path / name for name in ("fast", "plain")]
     for run, extra in zip(runs, ([], ["--plain"]), strict=True):
-        own = [*flags[:4], "--run", str(run), "--task", task, *extra]
-        select_heads.main([*own, *FAST, "--batch-size", "64"])
-        train.main([*own, *FAST, "--batch-size", "64", "--heads", "random"])
-        eval_script.main(own)
+        own = [*flags[:4], "--task", task, *extra, "--run"]
+        select_heads.main([*own, f"{run}-chosen", *FAST, "--batch-size", "64"])
+        train.main([*own, str(run), *FAST, "--batch-size", "64", "--heads", "random"])
+        eval_script.main([*own, str(run)])
     fast, plain = runs
     scores = [
-        torch.tensor(json.loads((f / "heads.json").read_text())["scores"]) for f in (fast, plain)
+        torch.tensor(json.loads(Path(f"{f}-chosen", "heads.json").read_text())["scores"])
+        for f in (fast, plain)
     ]
     assert torch.allclose(*scores, rtol=1e-4)
     offsets = [load_file(f / "offsets.safetensors")["offsets"] for f in (fast, plain)]
