@@ -13,6 +13,8 @@ import select_heads
 import train
 from lofit.errors import InputError
 from lofit.inspect import explain, report
+from lofit.run.files import as_line
+from lofit.tasks import Example
 
 WICKED = '<script>alert(1)</script> & "quotes"'
 
@@ -201,3 +203,10 @@ def test_a_browser_shows_it_without_complaint(run, tmp_path, width):
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
     assert int(re.search(r"<title>(\d+) wide", done.stdout)[1]) <= max(width, 500)
+
+
+@pytest.mark.parametrize(("value", "gold"), [(0.0, "0"), (1234567.0, "1234567"), (0.5, "0.5")])
+def test_a_number_is_shown_as_it_is(value, gold):
+    """0 was taken for no number, and the whole text shown; millions lost their last digits."""
+    line = as_line(Example("Q:", "so it is that", value=value), {})
+    assert report.gold_of(line) == gold
