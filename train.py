@@ -138,11 +138,11 @@ def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
     # The control: a choice by scores that does no better than a draw has found nothing.
     if which == "random":
         # As many as the run has that it is the control of, whose name is the same up to "-random".
-        own = run.folder.absolute()
-        own, default, origin = own.with_name(own.name.removesuffix("-random")) / HEADS, None, ""
-        if own.exists():
-            default, origin = str(len(load_heads(own, run.model)[0])), f"as many as {HEADS} has"
-        k = count_heads(run.setting("top", top, default or run.recipe.heads, origin), config)
+        own, default, origin = run.folder.absolute(), run.recipe.heads, ""
+        path = own.with_name(own.name.removesuffix("-random")) / HEADS
+        if path.exists():
+            default, origin = str(len(load_heads(path, run.model)[0])), f"as many as {HEADS} has"
+        k = count_heads(run.setting("top", top, default, origin), config)
         return random.Random(run.seed).sample(every, k)
     path = Path(which) if which else run.folder
     path = path / HEADS if path.is_dir() else path
