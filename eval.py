@@ -29,7 +29,7 @@ from lofit.run.files import (
 )
 from lofit.run.setup import Run, open_runs, run_folder
 from lofit.run.summary import by_answer, by_group, by_rule, print_details, results_table, summarize
-from lofit.tasks import find_tasks
+from lofit.tasks import Example, find_tasks
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,15 +54,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     suffix = choose_suffix(args)
+    asked: list[Example] = []
     pooled: dict[str, list[dict]] = {}
     with open_runs(args, "eval", suffix) as runs:
         for run in runs:
-            scored = evaluate_run(args, run)
+            examples, scored = evaluate_run(args, run)
+            asked += examples
             for who, rows in scored.items():
                 pooled.setdefault(who, []).extend(rows)
-    if len(pooled["base"]) > len(scored["base"]):  # both folds: each question was held out once
-        whole = summarize(pooled, run.task.metrics)
-        print(f"\nboth folds, {len(pooled['base'])} items\n{results_table(whole)}")
+    if len(asked) > len(examples):  # both folds: each question was held out once
+        whole = summarize(pooled, run.task.metrics, [e.unit for e in asked])
+        print(f"\nboth folds, {len(asked)} items\n{results_table(whole)}")
 
 
 def choose_suffix(args: argparse.Namespace) -> str:
@@ -90,8 +92,9 @@ def choose_suffix(args: argparse.Namespace) -> str:
     return latest
 
 
-def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
-    """Score one task; writes and prints its results. Returns the rows of "base" and each label."""
+def evaluate_run(args: argparse.Namespace, run: Run) -> tuple[list[Example], dict[str, list[dict]]]:
+    """Score one task; writes and prints its results. Returns its items, and the rows of "base" and
+    each label."""
     examples, decoding = run.read(args.split), None
     check_prompts(run, examples)
     names = [] if args.base_only else args.offsets or [str(run.folder)]
@@ -118,12 +121,9 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
     # Intervals are of the difference between two answers to the same item: how hard the item is is
     # in both, and drops out.
     results = run.info | {"split": args.split, "n": len(examples), "adapters": adapters}
-    units = [e.unit for e in examples] if examples[0].unit else None
-    results |= summarize(scored, metrics, units) | by_answer(run.task, examples, scored)
-    results |= by_rule(run.task, examples) | by_group(examples, scored, metrics)
-    if units:  # a number for each, which says what its items share
-        numbers = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
-        results["clusters"] = [numbers[unit] for unit in units]
+    results |= summarize(scored, metrics, [e.unit for e in examples])
+    results |= by_answer(run.task, examples, scored) | by_rule(run.task, examples)
+    results |= by_group(examples, scored, metrics)
     print(f"\n{run.title}, {args.split} split ({len(examples)} items)")
     for label, about in adapters.items():
         n, what = about["trained_values"], about.get("method") or f"{len(about['heads'])} heads"
@@ -142,7 +142,7 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> dict[str, list[dict]]:
     ]
     print(save_results(run.folder, suffix, results, lines))
     run.log({"results": results["scores"]})
-    return scored
+    return examples, scored
 
 
 def attach(args: argparse.Namespace, run: Run, name: str) -> dict:

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO
 
 from lofit.errors import InputError
-from lofit.files import append, write_json
+from lofit.files import append, write_json, write_jsonl
 from lofit.studies import records as module
 from lofit.studies.cells import folder_of
 from lofit.studies.records import Records, Run, pack, spent, unpack
@@ -62,6 +62,29 @@ def test_a_selection_s_folder_is_recorded_once(tmp_path, capsys):
     (folder / "heads.json").unlink()
     with pytest.raises(InputError, match="nothing is in it to record"):
         module.main(call)
+
+
+def test_what_items_share_has_one_number_in_both_folds(tmp_path):
+    """Of the base model alone: it is the same for every model."""
+    base, tuned = (replace(TRAINED, task="truthfulqa", kind=kind) for kind in ("base", "train"))
+    for fold, units in (("truthfulqa-0", "ab"), ("truthfulqa-1", "bcb")):
+        folder = tmp_path / fold
+        rows = [{"unit": u, "base": {"mc1": 0.0}, "tuned": {"mc1": 1.0}} for u in units]
+        folder.mkdir()
+        append(folder / "log.jsonl", {"script": "eval", "time": time.time(), "device": "cpu"})
+        for name, whos in (("-base", ["base"]), ("", ["base", "tuned"])):
+            scores = {who: {"mc1": 0.0} for who in whos}
+            adapters = {"tuned": {"trained_values": 8, "offsets_hash": "a1"}}
+            results = {"n": len(units), "scores": scores, "adapters": adapters}
+            write_json(folder / f"results{name}.json", results)
+            write_jsonl(folder / f"predictions{name}.jsonl", rows)
+    found = module.measured(base, tmp_path)[0]["eval.py"]
+    assert found["clusters"] == [0, 1, 1, 2, 1] and found["n"] == [2, 3]
+    for name in ("results-base.json", "predictions-base.jsonl"):
+        for fold in ("truthfulqa-0", "truthfulqa-1"):
+            (tmp_path / fold / name).unlink()
+    found = module.measured(tuned, tmp_path)[0]["eval.py"]
+    assert found["hits"] == {"mc1": "11111"} and "clusters" not in found
 
 
 def test_seconds_leave_out_the_time_after_a_kill(tmp_path):

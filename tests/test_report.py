@@ -1,12 +1,13 @@
 """The page of a run: what is on it, all text escaped, and what it does without its parts."""
 
+import csv
 import json
 import re
 import shutil
 import subprocess
 
 import pytest
-from conftest import make_run
+from conftest import REPO, make_run
 
 import eval as eval_script
 import select_heads
@@ -14,6 +15,7 @@ import train
 from lofit.errors import InputError
 from lofit.inspect import explain, report
 from lofit.run.files import as_line
+from lofit.run.summary import paired_bootstrap
 from lofit.tasks import Example
 
 WICKED = '<script>alert(1)</script> & "quotes"'
@@ -154,6 +156,18 @@ def test_several_runs_are_one_page_and_two_folds_are_also_scored_together(folds,
     whole = sum(s * n for s, n in zip(scores, counts, strict=True)) / sum(counts)
     row = text.split("<td>both folds</td><td>mc1</td>")[1].split("</tr>")[0]
     assert f"{100 * whole:.1f} %" in row and f"both folds: {sum(counts)} items" in text
+    # a category has questions in both folds, and is drawn with all of them
+    paths = [fold / "predictions.jsonl" for fold in folds]
+    lines = [json.loads(line) for path in paths for line in path.open()]
+    sources = [path.open(newline="") for path in (REPO / "data/mini/truthfulqa").glob("*test*")]
+    categories = {r["Question"]: r["Category"] for file in sources for r in csv.DictReader(file)}
+    units = [categories[line["prompt"][3:-3]] for line in lines]
+    assert [line["unit"] for line in lines] == units and 1 < len(set(units)) < len(units)
+    base, tuned = ([line[who]["mc2"] for line in lines] for who in ("base", "tuned"))
+    low, high = paired_bootstrap(base, tuned, units)
+    assert (low, high) != paired_bootstrap(base, tuned)
+    row = text.split("<td>both folds</td>")[1].split("<td>mc2</td>")[1].split("</tr>")[0]
+    assert f"[{100 * low:+.1f}, {100 * high:+.1f}]" in row
     assert text.count("<figure>") == 2  # both folds in each
     assert text.count("<h3>truthfulqa-") == 2 and text.count("<code>") == 2 * (12 + 3) * 10
     alone = report.page([str(folds[1])])[1]

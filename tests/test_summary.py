@@ -44,6 +44,17 @@ def test_bootstrap_interval_is_the_textbooks():
     assert paired_bootstrap(base, tuned) == (low, high)  # seeded
 
 
+def test_bootstrap_draws_what_items_share():
+    """A hundred items of four units, all of one unit gained or none: it is as if there were four.
+    Where all share one unit nothing is known of how units vary, and items are drawn."""
+    base, tuned = [0.0] * 100, [1.0] * 25 + [0.0] * 75
+    apart = paired_bootstrap(base, tuned)
+    units = [str(i // 25) for i in range(100)]
+    of_four = paired_bootstrap([0.0] * 4, [1.0, 0.0, 0.0, 0.0])
+    assert paired_bootstrap(base, tuned, units) == of_four and of_four[1] > 1.5 * apart[1]
+    assert paired_bootstrap(base, tuned, ["one"] * 100) == apart
+
+
 def test_results_table():
     differences = {"em": {"value": 0.75, "ci95": [0.7, 0.8]}}
     differences["old_answer"] = {"value": -0.5, "ci95": [-0.6, -0.4]}

@@ -144,7 +144,8 @@ def all_folds(parts: list[dict]) -> dict:
     first, lines = parts[0]["results"], [line for part in parts for line in part["answers"]]
     scored = {who: [line[who] for line in lines] for who in ("base", "tuned")}
     whole = {"split": first["split"], "n": len(lines)}
-    return {"both folds": whole | summarize(scored, tuple(first["scores"]["base"]))}
+    units = [line.get("unit", "") for line in lines]
+    return {"both folds": whole | summarize(scored, tuple(first["scores"]["base"]), units)}
 
 
 def page(runs: list[str], model: str | None = None) -> tuple[Path, str]:

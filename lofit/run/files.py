@@ -189,6 +189,6 @@ def save_results(folder: Path, suffix: str, results: dict, lines: list[dict]) ->
 
 def as_line(example: Example, rows: dict[str, dict]) -> dict:
     """An item of predictions.jsonl: what was asked, and each model's answer and scores."""
-    asked = {k: v for k, v in asdict(example).items() if v and k not in ("where", "unit", "rules")}
+    asked = {k: v for k, v in asdict(example).items() if v and k not in ("where", "rules")}
     asked |= {} if example.value is None else {"value": example.value}  # 0 is an answer
     return asked | rows

@@ -61,10 +61,11 @@ def paired_bootstrap(
 ) -> tuple[float, float]:  # fmt: skip
     """95 % percentile interval of mean(tuned - base), resampling the items in pairs. units: what
     items share; they are then drawn by unit, for answers about the same edit rise and fall
-    together."""
+    together. One unit for all says nothing of how units vary: then items are drawn."""
     difference = torch.tensor(tuned, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
-    names = {unit: i for i, unit in enumerate(dict.fromkeys(units or range(len(difference))))}
-    unit = torch.tensor([names[u] for u in units or range(len(difference))])
+    of_each = units if units and len(set(units)) > 1 else range(len(difference))
+    names = {unit: i for i, unit in enumerate(dict.fromkeys(of_each))}
+    unit = torch.tensor([names[u] for u in of_each])
     sums, sizes = (
         torch.zeros(len(names), dtype=torch.float64).index_add(0, unit, values)
         for values in (difference, torch.ones_like(difference))

@@ -7,11 +7,11 @@ Searle, Casella and McCulloch, Variance Components, 1992). Runs are few, so that
 them is too narrow: they have the t quantile of Welch's degrees of freedom, items their own, and
 the sum has the mean of both quantiles, weighted by the variances (Cochran, Biometrics 20, 1964).
 
-Items that share something, like MQuAKE's questions about one edit, or CLUTRR's stories with one
-chain of relations, which have one answer, are right or wrong together:
-with groups it is these that vary. The variance is then that of sums over groups, each corrected for
-its own share in the mean (CR2 of Bell and McCaffrey, Survey Methodology 28, 2002); of groups of one
-item it is the ordinary one.
+Items that share something, like MQuAKE's questions about one edit, CLUTRR's stories with one chain
+of relations, which have one answer, or TruthfulQA's questions of one category, are right or wrong
+together: with groups it is these that vary. The variance is then that of sums over groups, each
+corrected for its own share in the mean (CR2 of Bell and McCaffrey, Survey Methodology 28, 2002); of
+groups of one item it is the ordinary one.
 """
 
 import math

@@ -219,13 +219,24 @@ def of_evaluation(files: list[dict], paths: list[Path]) -> dict:
         kept["trained_values"] = about[0]["trained_values"]
         kept["offsets_hash"] = _one([each["offsets_hash"] for each in about])
     if len(files) == 1:
-        more = ("always", "given", "groups", "clusters", "rules")
+        more = ("always", "given", "groups")
         kept |= {key: files[0][key] for key in more if key in files[0]}
-        if "rule_scores" in files[0]:
-            scores = files[0]["rule_scores"]
-            kept["rule_scores"] = {name: pack(each) for name, each in scores.items()}
     who = "tuned" if "tuned" in whos else "base"
+    if who == "base":  # of the data, and so the same for every model
+        kept |= of_items(files, lines)
     return kept | {"hits": {m: pack([line[who][m] for line in lines]) for m in metrics}}
+
+
+def of_items(files: list[dict], lines: list[dict]) -> dict:
+    """Which items share something, a number for each, and what cheap rules score."""
+    kept = {}
+    if "unit" in lines[0]:
+        numbers = {unit: i for i, unit in enumerate(dict.fromkeys(line["unit"] for line in lines))}
+        kept["clusters"] = [numbers[line["unit"]] for line in lines]
+    if "rules" in files[0]:
+        scores = files[0]["rule_scores"].items()
+        kept |= {"rules": files[0]["rules"], "rule_scores": {k: pack(v) for k, v in scores}}
+    return kept
 
 
 def of_text(files: list[dict], paths: list[Path]) -> dict:

@@ -1,8 +1,8 @@
 """LoFiT − the other, in points, on the paper's splits of the real models. Intervals (95 %) count
-what is independent: edits of MQuAKE, chains of relations of CLUTRR, questions, and runs. A side
-with one run borrows how runs vary from LoFiT's own runs with seven heads or more and all examples,
-though another method may vary otherwise. p is corrected for
-the number of comparisons (Holm). Claim 2 is pooled (random effects) over test sets, a model's task
+what is independent: edits of MQuAKE, chains of relations of CLUTRR, categories of TruthfulQA, and
+runs. A side with one run borrows how runs vary from LoFiT's own runs with seven heads or more and
+all examples, though another method may vary otherwise. p is corrected for the number of comparisons
+(Holm). Claim 2 is pooled (random effects) over test sets, a model's task
 each, from cells of several runs a side. Several numbers of heads share the items and the selections
 of a test set: it counts once, with the mean of their differences and the mean of their errors, as
 if they rose and fell together. Two models that answer the same questions count as independent."""

@@ -27,7 +27,7 @@ class Example:
     wrong: tuple[str, ...] = ()
     value: float | None = None  # the last number that the generated text must have
     group: str = ""  # scores are also reported by it
-    unit: str = ""  # what items share (MQuAKE's edit, CLUTRR's chain): they vary together
+    unit: str = ""  # what items share (MQuAKE's edit, CLUTRR's chain, TruthfulQA's category)
     rules: tuple[tuple[str, str], ...] = ()  # (name, answer) of cheap rules that know no model
     where: str = field(default="", compare=False)  # file and line, for errors
 

@@ -57,6 +57,8 @@ def read(path: Path, split: str, seed: int) -> list[Example]:
                 question=f"{INSTRUCTION}\n\n{PRIMER}\n\nQ: {question}\nA:",
                 right=(top, *(a for a in right if a != top)),
                 wrong=tuple(wrong),
+                # the misconceptions of one category are gained or lost together
+                unit=row.get("Category") or question,
                 where=where,
             )
         )
