@@ -137,11 +137,14 @@ def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
         return every
     # The control: a choice by scores that does no better than a draw has found nothing.
     if which == "random":
-        # As many as the run has that it is the control of, whose name is the same up to "-random".
+        # As many as the run has that it is the control of, whose name is the same up to "-random";
+        # of a task in folds it may be the folder above.
         own, default, origin = run.folder.absolute(), run.recipe.heads, ""
-        path = own.with_name(own.name.removesuffix("-random")) / HEADS
-        if path.exists():
-            default, origin = str(len(load_heads(path, run.model)[0])), f"as many as {HEADS} has"
+        of_fold = own.parent.with_name(own.parent.name.removesuffix("-random")) / own.name
+        for folder in (of_fold, own.with_name(own.name.removesuffix("-random"))):
+            if (folder / HEADS).exists():
+                default = str(len(load_heads(folder / HEADS, run.model)[0]))
+                origin = f"as many as {HEADS} has"
         k = count_heads(run.setting("top", top, default, origin), config)
         return random.Random(run.seed).sample(every, k)
     path = Path(which) if which else run.folder

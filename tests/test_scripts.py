@@ -112,6 +112,11 @@ def test_a_random_control_has_as_many_heads_as_its_run(flags, tmp_path, monkeypa
     for n, extra in ((5, []), (2, ["--top", "2"]), (5, ["--run", "runs/tiny/mquake-random"])):
         train.main([*flags[:4], *FAST, "--heads", "random", *extra])
         assert len(load_file("runs/tiny/mquake-random/offsets.safetensors")["heads"]) == n
+    both = [*flags[:4], *FAST, "--task", "truthfulqa"]
+    select_heads.main([*both, "--heads", "4", "--run", "both"])
+    train.main([*both, "--heads", "random", "--run", "both-random"])
+    for fold in ("truthfulqa-0", "truthfulqa-1"):
+        assert len(load_file(f"both-random/{fold}/offsets.safetensors")["heads"]) == 4
 
 
 @pytest.mark.parametrize("extra", [["--heads", "random"], ["--method", "lora"]])
