@@ -545,14 +545,14 @@ def claims(records: Records) -> list[tuple[str, list[float]]]:
         lines[task] = records.get(options.lofit(model, task, by, "10%")[0])
     of = lines["listops"]["groups"]
     operations = [100 * of[name]["tuned"]["em"] for name in ("MIN", "MAX", "MED", "SM")]
-    two, first = lines["winogrande"]["given"]["tuned"], lines["siqa"]["given"]["tuned"]
+    of_two, of_three = (lines[task]["given"]["tuned"] for task in ("winogrande", "siqa"))
     return [
         (r"it has ([\d.]+) % instead of ([\d.]+) %", ours),
         (r"rises by ([\d.]+) with LoFiT, by ([\d.]+) with LoRA", costs),
         (r"right in (\d+) % where the outer operation is MIN, (\d+) % of MAX, (\d+) % of MED and"
          r" (\d+) % of SM", operations),
-        (r"\*option2\* to (\d+) of (\d+) items", [two["option2"], sum(two.values())]),
-        (r"\*answer1\* to (\d+) of (\d+)", [first["answer1"], sum(first.values())]),
+        (r"\*option1\* to (\d+) of (\d+) items", [of_two["option1"], sum(of_two.values())]),
+        (r"the three answers (\d+), (\d+)\s+and (\d+) times", list(of_three.values())[:3]),
     ]  # fmt: skip
 
 
