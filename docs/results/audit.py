@@ -536,6 +536,10 @@ def claims(records: Records) -> list[tuple[str, list[float]]]:
         for study, more in (("data", ""), ("data", " --lr-factors 1"), ("tasks", "-300 --seeds 42"))
     )
     ours = [float(c.mean(c.lofit(model, "mquake", "scales", "10%"))) for c in (three, one)]
+    mini = []
+    for factor, k in ((0.3, "all"), (1, "10%"), (1, "all")):
+        c = Command(f"data --model weights/mini-llama --lr-factors {factor}", records)
+        mini.append(float(c.mean(c.lofit("mini-llama", "mquake", "scales", k))))
     costs, lines = [], {}
     for name in ("lofit 10%", "lora"):
         runs = three.method(model, "mquake", name, tested="truthfulqa", kind="text")
@@ -552,6 +556,8 @@ def claims(records: Records) -> list[tuple[str, list[float]]]:
         (r"right in (\d+) % where the outer operation is MIN, (\d+) % of MAX, (\d+) % of MED and"
          r" (\d+) % of SM", operations),
         (r"\*option1\* to (\d+) of (\d+) items", [of_two["option1"], sum(of_two.values())]),
+        (r"mini-llama's MQuAKE \(([\d.]+) % instead\s+of\s+([\d.]+)\) with a rate of 0.3; with 1.0,"
+         r" the rate of its 10 %, they have ([\d.]+) %", mini),
         (r"the three answers (\d+), (\d+)\s+and (\d+) times", list(of_three.values())[:3]),
     ]  # fmt: skip
 
