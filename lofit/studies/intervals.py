@@ -11,7 +11,8 @@ Items that share something, like MQuAKE's questions about one edit, CLUTRR's sto
 of relations, which have one answer, or TruthfulQA's questions of one category, are right or wrong
 together: with groups it is these that vary. The variance is then that of sums over groups, each
 corrected for its own share in the mean (CR2 of Bell and McCaffrey, Survey Methodology 28, 2002); of
-groups of one item it is the ordinary one.
+groups of one item it is the ordinary one. Its degrees of freedom are the groups less one: more than
+theirs where groups are unequal, but few enough (tests/measure/interval_coverage.py).
 """
 
 import math
