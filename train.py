@@ -140,8 +140,8 @@ def choose_heads(run: Run, which: str | None, top: str | None) -> list[Head]:
         # As many as the run has that it is the control of, whose name is the same up to "-random";
         # of a task in folds it may be the folder above.
         own, default, origin = run.folder.absolute(), run.recipe.heads, ""
-        of_fold = own.parent.with_name(own.parent.name.removesuffix("-random")) / own.name
-        for folder in (of_fold, own.with_name(own.name.removesuffix("-random"))):
+        above = own.parent.parent / own.parent.name.removesuffix("-random")
+        for folder in (above / own.name, own.with_name(own.name.removesuffix("-random"))):
             if (folder / HEADS).exists():
                 default = str(len(load_heads(folder / HEADS, run.model)[0]))
                 origin = f"as many as {HEADS} has"

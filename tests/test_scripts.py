@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,13 @@ def test_a_random_control_has_as_many_heads_as_its_run(flags, tmp_path, monkeypa
     train.main([*both, "--heads", "random", "--run", "both-random"])
     for fold in ("truthfulqa-0", "truthfulqa-1"):
         assert len(load_file(f"both-random/{fold}/offsets.safetensors")["heads"]) == 4
+
+
+def test_a_random_control_may_lie_at_the_root_of_the_disk(tiny):
+    """As in a container; the folder above has no name."""
+    run = SimpleNamespace(folder=Path("/run"), model=tiny, seed=1)
+    run.recipe, run.setting = SimpleNamespace(heads="2"), lambda *args: args[2]
+    assert len(train.choose_heads(run, "random", None)) == 2
 
 
 @pytest.mark.parametrize("extra", [["--heads", "random"], ["--method", "lora"]])
