@@ -73,7 +73,7 @@ def learn_scales(args: argparse.Namespace, run: Run) -> torch.Tensor:
     )
     examples = run.read("train", args.n_train)
     objective = make_objective(run, examples, "train")
-    # all heads start alike, near 0: what the penalty leaves of a scale is what its head is worth
+    # all heads start alike, near 0: what the penalty leaves of a scale is what the loss gains by it
     initial = random_init(run.model, len(every_head(run.model)), run.seed)
     parameters = attach_scales(run.model, initial.view(*head_grid(run.model), -1))
     epochs = draw_epochs(objective.lengths, schedule, run.seed, by_length=not run.plain)

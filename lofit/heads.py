@@ -172,7 +172,8 @@ def edits_off(model: CausalLM) -> Iterator[None]:
 def head_scores(model: CausalLM) -> torch.Tensor:
     """Score of each head, the norm of its learned scale ||A_l,h||_2: [layer, head] on CPU."""
     # The penalty is the same for every head, and so is what Adam makes of a small gradient: what is
-    # left of A after it is what changing this head does for the loss. A itself is then thrown away.
+    # left of A after it is what making this head larger or smaller does for the loss, and not what
+    # an offset can do there (docs/results.md, section 2). A itself is then thrown away.
     scales = [attention.head_out.scale.detach() for attention in attention_layers(model)]
     return torch.stack([scale.norm(dim=-1) for scale in scales]).cpu()
 

@@ -8,13 +8,13 @@ import time
 import gpu
 import pytest
 import serving
-import torch
 from conftest import HAS_GPU, REPO
 from shapes import SHAPES, config_of
 
 from lofit.errors import InputError
+from lofit.files import write_json
 from lofit.inspect import memory
-from lofit.llm.batches import IGNORE
+from lofit.llm.save import hf_config
 
 
 @pytest.mark.slow
@@ -87,18 +87,14 @@ def test_a_server_is_asked_what_eval_py_asked(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_page_has_the_memory_that_is_computed():
-    """Of the shapes of the measurements, a text of 128 tokens."""
-    found, text = {}, ([1] * 128, [IGNORE] * 112 + [1] * 16)
+def test_the_page_has_the_memory_that_its_command_prints(tmp_path, capsys):
+    found = {}
     for shape in ("7b", "8b", "13b"):
-        config = config_of(SHAPES[shape])
-        weights = memory.weight_bytes(config, torch.bfloat16)
-        step = memory.training_bytes(config, torch.bfloat16, [[text]] * 8)
-        asked = memory.evaluation_bytes(config, torch.bfloat16, [[text]] * 64, 16)
-        sums = {"weights": weights, "a training step beside them": step}
-        sums |= {"all in training": weights + step, "all in evaluation": weights + asked}
-        for name, n_bytes in sums.items():
-            found.setdefault(name, []).append(f"{n_bytes / memory.GB:.1f}")
+        write_json(tmp_path / "config.json", hf_config(config_of(SHAPES[shape])))
+        memory.main(["--model", str(tmp_path), "--length", "128"])
+        _, _, table = capsys.readouterr().out.partition("computed\n")
+        for line in table.splitlines()[:-1]:
+            found.setdefault(line[:28].strip(), []).append(f"{float(line[28:]):.1f}")
     rows = [line.split(" | ") for line in (REPO / "docs" / "gpu.md").read_text().splitlines()]
     page = {row[0].removeprefix("| "): [cell.strip(" |") for cell in row[1:]] for row in rows}
-    assert found == {name: page[name] for name in found}
+    assert len(found) == 6 and found == {name: page[name] for name in found}
