@@ -6,6 +6,7 @@ python eval.py --split val --base-only
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from lofit import errors
@@ -101,8 +102,10 @@ def evaluate_run(args: argparse.Namespace, run: Run) -> tuple[list[Example], dic
     # all files are read and fit before anything is scored
     adapters, edits = {}, {}
     labels = ["tuned"] if len(names) == 1 else [Path(name).name for name in names]
-    if len({"base", *labels}) <= len(names):  # one twice, or "base": the model without edits
-        labels = names
+    # what stands beside them in the results; "base" is the model without edits
+    taken = {"base", "n", *(field.name for field in fields(Example))}
+    if len({*labels} - taken) < len(names):  # or one twice
+        labels = [f"./{name}" if name in taken else name for name in names]
     for name, label in zip(names, labels, strict=True):
         adapters[label], edits[label] = attach(args, run, name), get_edits(run.model)
     if args.compile:

@@ -7,6 +7,7 @@ import torch
 from conftest import GOLDEN, MINI, check_batch, difference
 from safetensors.torch import load_file
 
+from lofit.errors import InputError
 from lofit.llm.batches import IGNORE, collate, draw_batches, encode_example
 from lofit.llm.checkpoint import load_model
 from lofit.llm.scoring import sum_by_text, target_losses
@@ -53,6 +54,16 @@ def test_pairs_agree_with_the_papers_code(recordings):
             for pair in pairs
         ]
         check_batch(collate(encoded, "cpu"), golden, step)
+
+
+def test_an_answer_needs_a_token_before_it():
+    """Else the model would predict it from the end of the row; Qwen 2 and SmolLM2 have no bos."""
+    tokenizer = load_tokenizer(MINI)
+    tokenizer.prefix = []
+    assert len(encode_example(tokenizer, "Q:", " Norvia")[0]) > 2
+    for prompt, answer in (("", "Norvia"), ("Bra", "viland")):
+        with pytest.raises(InputError, match=f"'{prompt}' has no token before its answer"):
+            encode_example(tokenizer, prompt, answer)
 
 
 def text(n_prompt, *ids):

@@ -28,7 +28,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys):
+def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys, monkeypatch):
     a, b, both = (tmp_path / name for name in ("a", "b", "both"))
     train.main([*flags, *TRAIN, "--run", str(a)])
     train.main([*flags, *TRAIN, "--run", str(b), "--task", "clutrr", "--seed", "1"])
@@ -54,6 +54,18 @@ def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys):
     results = read(both / "results.json")
     assert list(results["scores"]) == ["base", str(a), str(tmp_path / "base")]
     assert results["scores"]["base"] == alone["scores"]["base"]
+    # nor does one named as a key that stands beside the labels
+    monkeypatch.chdir(tmp_path)
+    for name in ("n", "prompt"):
+        shutil.copytree(b, tmp_path / name)
+    eval_script.main([*flags, "--run", str(both), "--offsets", "base", "n", "prompt", "b"])
+    results = read(both / "results.json")
+    labels = ["./base", "./n", "./prompt", "b"]
+    assert list(results["scores"]) == ["base", *labels]
+    assert all(group["n"] > 0 and {*labels} < group.keys() for group in results["groups"].values())
+    assert (
+        json.loads((both / "predictions.jsonl").open().readline())["prompt"] == lines[0]["prompt"]
+    )
     # trained again otherwise, with the same heads: the old results are of other offsets
     assert read_results(open_tuned(a))[0]["scores"]["tuned"] == alone["scores"]["tuned"]
     train.main([*flags, *TRAIN, "--lr", "0.1", "--run", str(a)])

@@ -10,6 +10,9 @@ import sentencepiece
 import tokenizers
 from conftest import GOLDEN, MINI, MINI_GEMMA, REPO, golden_prompts, import_transformers
 from safetensors.torch import load_file
+from tokenizers import decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
 
 from lofit.errors import InputError
 from lofit.llm.batches import encode_example
@@ -250,6 +253,22 @@ def test_a_chat_answer_ends_as_the_template_ends_a_turn(tiny_folder, turn, named
     assert chat.end_id in chat.eos_ids
     assert encode_example(chat, "Q:", "it")[0][-1] == TURNS[turn]
     assert load_tokenizer(tiny_folder).end_id == 2
+
+
+def test_a_space_that_decodes_to_nothing_does_not_end_an_answer(tiny_folder):
+    """Llama 2's tokenizer as transformers 5 saves it: its decoder takes a leading space away."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "y": 4, "▁y": 5}
+    file = tokenizers.Tokenizer(BPE(vocab=vocab, merges=[("▁", "y")], unk_token="<unk>"))
+    file.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    file.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
+    file.add_special_tokens(["<s>", "</s>"])
+    file.save(str(tiny_folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.content + ' </s>' }}{% endfor %}"
+    (tiny_folder / "chat_template.jinja").write_text(template)
+    end_of_turn = load_chat_template(tiny_folder)[1]
+    chat = load_tokenizer(tiny_folder, end_of_turn)
+    assert chat.backend.encode(end_of_turn, "")[0] == [3, 2] and chat.decode([3]) == ""
+    assert (chat.end_id, chat.eos_ids) == (2, (2,))
 
 
 def trained(folder, **flags):

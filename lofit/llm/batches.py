@@ -42,6 +42,8 @@ def encode_example(tokenizer: Tokenizer, prompt: str, answer: str, end: bool = T
     """prompt + answer (+ the tokenizer's end_id) -> (ids, labels); labels are the ids of answer and
     end, IGNORE before: the loss is on the answer alone."""
     ids, n_prompt = tokenizer.encode_pair(prompt, answer)
+    if not n_prompt:  # position -1 would predict it
+        raise InputError(f"{prompt!r} has no token before its answer; write a longer prompt")
     ids = [*ids, tokenizer.end_id] if end else ids
     return ids, [IGNORE] * n_prompt + ids[n_prompt:]
 

@@ -87,6 +87,8 @@ class JsonFile:
         self.file.no_padding()
         self.file.no_truncation()
         self.file.add_special_tokens([t for t in added.values() if self.id_of(t) is None])
+        decoder = self.file.get_added_tokens_decoder()
+        self.special = {i for i, token in decoder.items() if token.special}
         self.size = self.file.get_vocab_size(with_added_tokens=False)
         unknown = getattr(self.file.model, "unk_token", None)
         self.unk_id = None if unknown is None else self.file.token_to_id(unknown)
@@ -195,7 +197,8 @@ def load_tokenizer(name: str | Path, end_of_turn: str | None = None) -> Tokenize
     if end_of_turn is not None:
         prefix = []
         turn = backend.encode(end_of_turn, "")[0]
-        end_id = next((i for i in turn if not backend.decode([i])), end_id)  # the first special one
+        # the first special one; a lone space before it may decode to nothing, too
+        end_id = next((i for i in turn if i in backend.special), end_id)
         eos_ids = eos_ids if end_id in eos_ids else (*eos_ids, end_id)
     return Tokenizer(backend, prefix, eos_ids, end_id, config.vocab_size)
 
