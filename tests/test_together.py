@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MINI
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +15,9 @@ import eval as eval_script
 import select_heads
 import train
 from lofit.errors import InputError
+from lofit.heads import attach_offsets
+from lofit.llm.checkpoint import load_model
+from lofit.run.files import save_offsets
 
 FAST = ["--epochs", "1", "--lr", "0.05"]
 
@@ -155,6 +159,18 @@ def test_another_dtype_or_no_template_is_evaluated_with_a_warning(flags, tiny_fo
     assert "trained with chat True, evaluated with chat False" in capsys.readouterr().err
     eval_script.main([*flags, *own])
     assert "warning" not in capsys.readouterr().err
+
+
+def test_offsets_of_ones_own_code_were_trained_without_a_template(flags, tiny_folder, capsys):
+    model = load_model(tiny_folder)
+    attach_offsets(model, [(1, 1)], torch.ones(1, model.config.head_dim))
+    save_offsets("mine", model)
+    eval_script.main([*flags, "--dtype", "float32", "--offsets", "mine"])
+    assert "warning" not in capsys.readouterr().err
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tiny_folder / "chat_template.jinja").write_text(template)
+    eval_script.main([*flags, "--dtype", "float32", "--offsets", "mine", "--chat"])
+    assert "trained with chat None, evaluated with chat True" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["mquake", "truthfulqa-0"])

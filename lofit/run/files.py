@@ -73,7 +73,7 @@ def warn_of_settings(path: Path, found: dict, mine: dict, then: str, now: str, *
     """Warn where a file was made with other settings than it is used with."""
     for flag in flags:
         theirs, ours = ((info | info["settings"]).get(flag) for info in (found, mine))
-        if found["settings"] and theirs != ours:
+        if found["settings"] and (theirs or None) != (ours or None):  # not told: not set
             warn(f"{path}: {then} with {flag} {theirs}, {now} with {flag} {ours}")
 
 
