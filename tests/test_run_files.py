@@ -63,9 +63,8 @@ def test_several_adapters_in_one_evaluation(flags, tmp_path, capsys, monkeypatch
     labels = ["./base", "./n", "./prompt", "b"]
     assert list(results["scores"]) == ["base", *labels]
     assert all(group["n"] > 0 and {*labels} < group.keys() for group in results["groups"].values())
-    assert (
-        json.loads((both / "predictions.jsonl").open().readline())["prompt"] == lines[0]["prompt"]
-    )
+    first = json.loads((both / "predictions.jsonl").open().readline())
+    assert first["prompt"] == lines[0]["prompt"]
     # trained again otherwise, with the same heads: the old results are of other offsets
     assert read_results(open_tuned(a))[0]["scores"]["tuned"] == alone["scores"]["tuned"]
     train.main([*flags, *TRAIN, "--lr", "0.1", "--run", str(a)])

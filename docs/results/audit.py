@@ -549,6 +549,8 @@ def claims(records: Records) -> list[tuple[str, list[float]]]:
         lines[task] = records.get(options.lofit(model, task, by, "10%")[0])
     of = lines["listops"]["groups"]
     operations = [100 * of[name]["tuned"]["em"] for name in ("MIN", "MAX", "MED", "SM")]
+    chosen = [records.get(run)["heads"] for run in c.lofit("mini-llama", "mquake", "scales", "10%")]
+    low = sorted({sum(layer == 0 for layer, _ in heads) for heads in chosen})
     of_two, of_three = (lines[task]["given"]["tuned"] for task in ("winogrande", "siqa"))
     return [
         (r"it has ([\d.]+) % instead of ([\d.]+) %", ours),
@@ -558,6 +560,7 @@ def claims(records: Records) -> list[tuple[str, list[float]]]:
         (r"\*option1\* to (\d+) of (\d+) items", [of_two["option1"], sum(of_two.values())]),
         (r"mini-llama's MQuAKE \(([\d.]+) % instead\s+of\s+([\d.]+)\) with a rate of 0.3; with 1.0,"
          r" the rate of its 10 %, they have ([\d.]+) %", mini),
+        (r"(\d) or (\d) of its first\s+13 heads are in layer 0", low),
         (r"the three answers (\d+), (\d+)\s+and (\d+) times", list(of_three.values())[:3]),
     ]  # fmt: skip
 
