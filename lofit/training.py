@@ -52,8 +52,8 @@ def train_step(
 ) -> dict[str, float]:
     """One update at step 0 <= step < total; returns what log.jsonl keeps of it.
 
-    loss: the task's; the penalty on the parameters is added here. InputError if the sum is not
-    finite; the parameters are then those of the step before.
+    loss: the task's; the penalty on the parameters is added here. InputError if the sum or its
+    gradient is not finite; the parameters are then those of the step before.
     """
     (group,) = optimizer.param_groups
     parameters = group["params"]
@@ -65,12 +65,6 @@ def train_step(
     # force of a squared penalty would fade near 0, and leave a little of every head.
     l1 = torch.stack([p.abs().sum() for p in parameters]).sum()
     whole = loss + schedule.l1 * l1 if schedule.l1 else loss
-    # before anything moves: a step along a gradient that is no number would spoil every value
-    if not math.isfinite(whole.item()):
-        raise InputError(
-            f"the loss became {whole.item()} at step {step + 1} of {total} (lr {group['lr']:.3g});"
-            " try a smaller --lr, or --dtype float32"
-        )
     optimizer.zero_grad()
     # The base model is frozen: gradients pass through its layers, down to the lowest edit, but no
     # weight of it collects one. That is why a step is cheaper than one of full fine-tuning.
@@ -78,6 +72,13 @@ def train_step(
     # One odd batch shall not throw Adam's running means. The norm is that of the whole gradient,
     # the penalty's part too, as in the paper's code.
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
+    # before anything moves: a step along a gradient that is no number would spoil every value
+    for name, value in (("loss", whole.item()), ("gradient's norm", grad_norm.item())):
+        if not math.isfinite(value):
+            raise InputError(
+                f"the {name} became {value} at step {step + 1} of {total} (lr {group['lr']:.3g});"
+                " try a smaller --lr, or --dtype float32"
+            )
     optimizer.step()
     return {
         "step": step + 1, "loss": whole.item(), "task_loss": loss.item(), "l1": l1.item(),

@@ -168,9 +168,17 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order():
         assert draw_epochs([3, 1, 2, 5, 4, 1, 1, 2, 9, 9], schedule, 1, by_length)[0] != first
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_update(value):
+@pytest.mark.parametrize(
+    "loss, name",
+    [
+        (lambda x: x * float("nan"), "loss became nan"),
+        (lambda x: x * float("inf"), "loss became inf"),
+        # 0, but its slope is infinite there, as that of a float16 sum that overflows
+        (lambda x: (x - 1).sqrt(), "gradient's norm became inf"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(loss, name):
     x, schedule = torch.nn.Parameter(torch.tensor([1.0])), Schedule(0.1, 1)
-    with pytest.raises(InputError, match="at step 3 of 4 .*smaller --lr"):
-        train_step(make_optimizer([x], schedule), (x * value).sum(), schedule, 2, 4)
+    with pytest.raises(InputError, match=f"the {name} at step 3 of 4 .*smaller --lr"):
+        train_step(make_optimizer([x], schedule), loss(x).sum(), schedule, 2, 4)
     assert x.item() == 1.0
