@@ -124,6 +124,12 @@ def test_the_script_takes_a_way_and_says_so(flags, tmp_path, way):
     assert "lr" not in found["settings"]
 
 
+def test_a_probe_has_an_example_to_be_asked_about(flags, tmp_path):
+    with pytest.raises(InputError, match="--by probe: takes 2 examples or more"):
+        select_heads.main([*flags, "--by", "probe", "--heads", "2", "--n-train", "1"])
+    assert not (tmp_path / "run" / "heads.json").exists()
+
+
 @pytest.mark.slow
 def test_probes_take_the_answers_of_truthfulqa(flags, tmp_path):
     task = ["--task", "truthfulqa-0"]

@@ -57,6 +57,8 @@ def head_gradients(model: CausalLM, objective: Objective, batch_size: int) -> to
 def by_probe(run: Run, examples: list[Example]) -> torch.Tensor:
     """ITI's criterion (arXiv 2306.03341, section 3.1): how well a linear probe on a head's z at the
     last token tells right answers from wrong ones; accuracy by cross-validation over pairs."""
+    if len(examples) < 2:  # one to learn from, one to be asked about
+        raise InputError("--by probe: takes 2 examples or more; of one all heads score alike")
     with edits_off(run.model):
         return probe_accuracy(last_z(run.model, contrast(run, examples)), run.seed)
 
