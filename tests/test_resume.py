@@ -108,9 +108,10 @@ def test_other_settings_other_data_and_a_damaged_state_start_anew(
     assert "train.unfinished: it is of other settings, data or heads" in stopped("--lr", "0.1")
     assert "continuing after epoch 1" in stopped("--lr", "0.1", n=1)
     assert "it is of other settings" in stopped("--lr", "0.1", "--accumulate", "2")
-    path = small_data / "MQuAKE" / "train.jsonl"
-    path.write_text("\n".join(path.read_text().splitlines()[::-1]))
-    assert "it is of other settings, data or heads" in stopped("--lr", "0.1")
+    for split in ("train", "val"):
+        path = small_data / "MQuAKE" / f"{split}.jsonl"
+        path.write_text("\n".join(path.read_text().splitlines()[::-1]))
+        assert "it is of other settings, data or heads" in stopped("--lr", "0.1")
     state = tmp_path / "run" / "train.unfinished"
     for damaged in (state.read_bytes()[:100], b"", b"abc"):
         state.write_bytes(damaged)
