@@ -51,9 +51,10 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_maps_of_two_trainings_are_not_mixed(tmp_path):
-    line = {"task": "t", "data_hash": "0", "seed": 1, "dtype": "float32", "epochs": 1, "head": None}
-    line |= {"score": 0.5}
-    text = "".join(json.dumps(line | {"lr": lr}) + "\n" for lr in (0.1, 0.2))
-    (tmp_path / "m.jsonl").write_text(text)
-    with pytest.raises(InputError, match="t: heads trained in 2 ways"):
-        alone.read_map(tmp_path / "m.jsonl", "t", 1, 1)
+    line = {"model": "a/m", "task": "t", "data_hash": "0", "seed": 1, "dtype": "float32", "lr": 0.1}
+    line |= {"epochs": 1, "head": None, "score": 0.5}
+    for other in ({"lr": 0.2}, {"model": "b/m"}):
+        text = "".join(json.dumps(line | more) + "\n" for more in ({}, other))
+        (tmp_path / "m.jsonl").write_text(text)
+        with pytest.raises(InputError, match="t: heads trained in 2 ways"):
+            alone.read_map(tmp_path / "m.jsonl", "t", 1, 1)

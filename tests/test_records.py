@@ -59,6 +59,11 @@ def test_a_selection_s_folder_is_recorded_once(tmp_path, capsys):
     module.main(call)  # made again: the record stays
     assert (tmp_path / "records" / "tiny.jsonl").read_text() == f"{line}\n"
     assert Records(records.folder).grids(RUN.model)[RUN.title] == [[[0.5, 1.5]]]
+    other = replace(RUN, model="n/tiny")  # of the same file name
+    write_json(folder / "cell.json", other.as_dict())
+    module.main(call)
+    grids = [Records(records.folder).grids(run.model)[run.title] for run in (RUN, other)]
+    assert grids == [[[[0.5, 1.5]]], [[[1.5, 0.5]]]]
     (folder / "heads.json").unlink()
     with pytest.raises(InputError, match="nothing is in it to record"):
         module.main(call)

@@ -174,8 +174,8 @@ class Records:
             for line in map(json.loads, path.read_text().splitlines()):
                 self.lines[key_of(line)] = line
         for path in sorted(folder.glob("*.scores.json.gz")):
-            for title, grids in json.loads(gzip.decompress(path.read_bytes())).items():
-                self.grids[path.name.split(".")[0], title] = grids
+            for model, found in json.loads(gzip.decompress(path.read_bytes())).items():
+                self.grids |= {(Path(model).name, title): grids for title, grids in found.items()}
 
     def get(self, run: dict) -> dict:
         return self.lines.get(key_of(run), {})

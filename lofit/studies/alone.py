@@ -29,7 +29,8 @@ def read_map(path: Path, task: str, layers: int, heads: int) -> tuple[torch.Tens
     found, base, ways = torch.full((layers, heads), float("nan")), None, set()
     for _, line in read_jsonl(path):
         if line["task"] == task:
-            ways.add(tuple(line[key] for key in ("data_hash", "seed", "dtype", "epochs", "lr")))
+            keys = ("model", "data_hash", "seed", "dtype", "epochs", "lr")
+            ways.add(tuple(line[key] for key in keys))
             if line["head"]:
                 found[tuple(line["head"])] = line["score"]
             else:

@@ -113,8 +113,7 @@ class Records:
 
     def grids(self, model: str) -> dict[str, list[Grid]]:
         """The scores of all heads of a model's selections, by the title: one of each fold."""
-        path = self._path(model, "scores.json.gz")
-        return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
+        return self._grids(model).get(model, {})
 
     def add(self, run: Run, found: dict[str, dict], grids: list[Grid]) -> None:
         """Add what each script measured to a run's line; what is recorded already stays. The file
@@ -133,12 +132,18 @@ class Records:
                 if script not in line["seconds"]:
                     times = {key: line[key] | {script: part[key]} for key in ("seconds", "device")}
                     line |= part | times
-            kept = self.grids(run.model)
-            if grids and run.title not in kept:
-                text = json.dumps(kept | {run.title: grids}, separators=(",", ":"))
+            kept = self._grids(run.model)
+            if grids and run.title not in kept.setdefault(run.model, {}):
+                kept[run.model][run.title] = grids
+                text = json.dumps(kept, separators=(",", ":"))
                 data = gzip.compress(text.encode(), mtime=0)
                 write(self._path(run.model, "scores.json.gz"), data)
             write_jsonl(self._path(run.model, "jsonl"), [r.as_dict() | f for r, f in runs.items()])
+
+    def _grids(self, model: str) -> dict[str, dict[str, list[Grid]]]:
+        """Those of all models whose names end alike, by the model: they share the file."""
+        path = self._path(model, "scores.json.gz")
+        return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
 
     def _path(self, model: str, suffix: str) -> Path:
         return self.folder / f"{Path(model).name}.{suffix}"
