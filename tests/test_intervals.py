@@ -78,7 +78,7 @@ def test_one_run_against_the_base_is_the_textbooks_interval_of_paired_items():
 
 
 @pytest.mark.parametrize(
-    ("df", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (99, 1.984), (1e5, 1.96)]
+    ("df", "t"), [(1, 12.706), (1.05, 11.362), (2, 4.303), (4, 2.776), (99, 1.984), (1e5, 1.96)]
 )
 def test_t_quantile_is_the_textbooks(df, t):
     assert t_quantile(df) == pytest.approx(t, abs=5e-4)
