@@ -173,7 +173,7 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order():
     [
         (lambda x: x * float("nan"), "loss became nan"),
         (lambda x: x * float("inf"), "loss became inf"),
-        # 0, but its slope is infinite there, as that of a float16 sum that overflows
+        # a loss of 0 whose slope is infinite, as where float16 overflows on the way back
         (lambda x: (x - 1).sqrt(), "gradient's norm became inf"),
     ],
 )

@@ -165,6 +165,7 @@ def t_quantile(df: float, level: float = 0.95) -> float:
     """t with `level` of Student's distribution between -t and t. With t = sqrt(df) tan(a) its
     density over a is that of cos(a)^(df - 1), and all of it lies below a few times 1 / sqrt(df)."""
     end = min(math.pi / 2, 40 / math.sqrt(df))
+    # small steps: between one and two degrees of freedom the density falls steeply at the end
     angle = torch.linspace(0, end, 100_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(angle.cos() ** (df - 1), angle)
     i = int(torch.searchsorted(mass, level * mass[-1]))
