@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: argparse.Namespace, run: Run) -> None:
     """One training, of LoFiT or of a baseline: read, attach, learn, save."""
     examples, val = run.read("train", args.n_train), run.read("val")
-    run.info["val_hash"] = hash_of(run.task.file(run.data, "val"))  # a stopped run goes on only with this file
+    # a stopped run goes on only with the file that has judged its epochs so far
+    run.info["val_hash"] = hash_of(run.task.file(run.data, "val"))
     # every text is read and checked before anything is trained
     objective, held_out = make_objective(run, examples, "train"), make_objective(run, val, "val")
     warn_of_answers(run, [*examples, *val])
